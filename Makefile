@@ -1,0 +1,28 @@
+# make demo: everything on the built-in phantom, from volumes to table and figure.   make test: the test suite.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint clean
+
+setup: $(BIN)/.ready
+
+# Before Python 3.12.7, argparse takes a script's --local for an abbreviation of torchrun's own --local-addr and
+# stops. The torchrun written here is the stock one with abbreviations off.
+$(BIN)/.ready: requirements.txt requirements-dev.txt Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	printf '%s\n' '#!$(abspath $(BIN))/python' 'import sys' 'from torch.distributed import run' \
+	  'stock = run.get_args_parser' 'def exact():' '    parser = stock()' '    parser.allow_abbrev = False' \
+	  '    return parser' 'run.get_args_parser = exact' 'sys.exit(run.main())' > $(BIN)/torchrun
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) demo

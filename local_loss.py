@@ -1,0 +1,50 @@
+"""Eq. 2: an InfoNCE loss between patches of the first stage's feature map, location against location.
+
+The map (layer1: stride 4, 256 channels in ResNet-50) is divided into 7 x 7 cells, non-overlapping by
+construction. K of them, the same in both views, are the patches of an image; a patch's positive is the
+patch at its location i in the other view, its negatives are the other patches j of the same image pair.
+This needs both views to show the same place at the same pixel: no geometric augmentation.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CELLS = 7  # cells along a side of the feature map
+
+
+def pool_cells(features: Tensor) -> Tensor:
+    """Average-pool (B, C, H, W) into its 7 x 7 cells: (B, 49, C), float32.
+
+    A cell has H // 7 x W // 7 pixels; the remainder at the right and lower border is cropped.
+    Raises ValueError when a side has fewer than 7 pixels.
+    """
+    height, width = features.shape[2] // CELLS, features.shape[3] // CELLS
+    if min(height, width) < 1:
+        raise ValueError(f"a feature map of {tuple(features.shape[2:])} has no {CELLS} x {CELLS} cells; "
+                         "use larger images")
+    cropped = features[..., : height * CELLS, : width * CELLS]
+    with torch.autocast(features.device.type, enabled=False):
+        return F.avg_pool2d(cropped.float(), (height, width)).flatten(2).mT
+
+
+def take_patches(cells: Tensor, patches: Tensor) -> Tensor:
+    """The cells (B, 49, C) at the indices `patches` (B, K) int64: (B, K, C). Raises ValueError for K > 49."""
+    if patches.shape[1] > CELLS**2:
+        raise ValueError(f"{patches.shape[1]} patches asked of {CELLS**2} non-overlapping cells")
+    return cells.gather(1, patches[..., None].expand(-1, -1, cells.shape[2]))
+
+
+def local_info_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    """Eq. 2 for patch features (B, K, C) of the two views -> scalar, the mean over the B x K locations.
+
+    sim is the cosine similarity over `temperature`; the denominator runs over all K locations, the positive
+    included. Float32. Raises ValueError for K > 49 or differing shapes.
+    """
+    if query.shape != key.shape or query.shape[1] > CELLS**2:
+        raise ValueError(f"patches {tuple(query.shape)} and {tuple(key.shape)}: expected equal (B, K <= 49, C)")
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=2) for x in (query, key))
+        logits = query @ key.mT / temperature  # (B, K, K): row i against every location j
+        locations = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+        return F.cross_entropy(logits.flatten(0, 1), locations.flatten())  # Eq. 2

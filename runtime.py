@@ -1,0 +1,404 @@
+"""Processes, precision, seeds, checkpoints, the run folder, backbones from files: what every script needs around
+its loop."""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import wraps
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+
+from volumes import BadInput
+from whitening import fold, to_batch_norm, whiten_last_norm
+
+# Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
+INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, HELD_OUT = range(9)
+IMAGENET = "IMAGENET1K_V1"  # torchvision's first weights, the ones mmselfsup and mmsegmentation start from
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, with the flags the scripts share."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+    def common(self) -> None:
+        add = self.add_argument
+        add("--data", type=Path, help="folder of CT volumes (default: %s, else the built-in phantom)")
+        add("--store", type=Path, help="folder of the prepared slices (default stores/NAME_OF_DATA)")
+        add("--out", type=Path, default=Path("runs"), help="folder of all runs and results (default runs)")
+        add("--seed", type=int, default=0)
+        add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+            help="mixed precision; auto: bf16 where the hardware computes in it")
+        add("--workers", type=int, default=2, help="threads that read slices (and processes that prepare them)")
+        add("--window", type=float, nargs=2, default=(-175.0, 250.0), metavar=("LOW", "HIGH"), help="HU window")
+
+
+def command(main):
+    """Wrap a script's main(argv): BadInput becomes one line on stderr and exit code 1."""
+
+    @wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except BadInput as e:
+            if int(os.environ.get("RANK", 0)) == 0:  # every process found the same; one line is enough
+                print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+            raise SystemExit(1) from None
+        finally:
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
+
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------- processes, numbers
+
+
+@dataclass(frozen=True)
+class Processes:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on every process if it is true on one."""
+        if self.world == 1:
+            return flag
+        votes = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(votes)
+        return votes.item() > 0
+
+
+def start() -> Processes:
+    """Join the processes that torchrun started, or be the only one: NCCL on GPUs, gloo on CPUs."""
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        raise BadInput(f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} found); "
+                       "lower --nproc-per-node")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        return Processes(dist.get_rank(), dist.get_world_size(), device)
+    return Processes(0, 1, device)
+
+
+def precision(amp: str, device: torch.device) -> str:
+    """Resolve --amp to bf16, fp16 or off. Raises BadInput where the device cannot."""
+    if device.type == "cuda":
+        capable = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capable = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
+    if amp == "auto":
+        return "bf16" if capable else "off"
+    if amp == "fp16" and device.type == "cpu":
+        raise BadInput("--amp fp16 needs a GPU; use bf16 or off on a CPU")
+    return amp
+
+
+def autocast(amp: str, device: torch.device):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def rng(seed: int, purpose: int, step: int = 0) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence([seed, purpose, step]))
+
+
+def seed_torch(seed: int, purpose: int, step: int = 0) -> None:
+    """Seed torch's own generators (initial weights, dropout) from the same tree of seeds."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, purpose, step]).generate_state(1, np.uint64)[0]))
+
+
+def hardware() -> str:
+    """The device in words, with versions: kept beside every result."""
+    if torch.cuda.is_available():
+        name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    else:
+        model = ""
+        with contextlib.suppress(OSError):
+            info = Path("/proc/cpuinfo").read_text()
+            model = next((x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name")), "")
+        name = f"{model or 'CPU'}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+
+
+def commit() -> str:
+    """The commit of the code that runs, with + where the tree has changes; 'unknown' outside a clone."""
+    run = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*run, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.strip() else "")
+
+
+# ------------------------------------------------------------------------------------------------ the run folder
+
+
+def save(value: object, path: Path) -> None:
+    """torch.save that appears whole or not at all: temporary file, flushed to disk, renamed."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(value, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch's zip writer reports a full disk as RuntimeError
+        raise BadInput(f"{path}: cannot be written ({e.strerror if isinstance(e, OSError) else 'disk full?'}); "
+                       "make room and run the same command again") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(path: Path, device: str | torch.device = "cpu"):
+    """torch.load of tensors and plain values only. Raises BadInput for a damaged file or one that holds code."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except Exception as e:  # zip, pickle and unpickling errors have no common base
+        why = "it holds more than tensors" if "weights_only" in str(e).lower() else "damaged or no PyTorch file"
+        raise BadInput(f"{path}: cannot be loaded ({why})") from None
+
+
+class Run:
+    """One run folder: config.json, log.jsonl, checkpoint.pt. Only the main process writes.
+
+    The same command continues it; a differing config is refused with the difference. While it is open, a
+    second run on the folder is refused (the lock goes with the process, however it ends).
+    """
+
+    def __init__(self, folder: Path, config: dict, overwrite: bool, main: bool):
+        self.folder, self.main = folder, main
+        self.path, self.previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(folder / ".lock", "w")  # noqa: SIM115 (held as long as the run)
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise BadInput(f"{folder}: another run is at work there; wait for it or give --name") from None
+            if overwrite:
+                for name in ("config.json", "log.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "backbone.pth",
+                             "result.json", "model.pth"):
+                    (folder / name).unlink(missing_ok=True)
+        if (folder / "config.json").exists():
+            self._compare(json.loads((folder / "config.json").read_text()), config)
+        elif main:
+            write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def _compare(self, old: dict, new: dict) -> None:
+        new = json.loads(json.dumps(new))
+        differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new})
+                     if old.get(k) != new.get(k)]
+        if differing:
+            raise BadInput(f"{self.folder}: was started with other settings ({'; '.join(differing)}); "
+                           "give the same ones, another --name, or --overwrite")
+
+    def resume(self) -> dict | None:
+        """The newest whole checkpoint, or None; the log is cut back to its step."""
+        state = None
+        for path in (self.path, self.previous):
+            if not path.exists():
+                continue
+            try:
+                state = load(path)
+                break
+            except BadInput as e:
+                if self.main:
+                    print(f"{e}; going back to the checkpoint before it", file=sys.stderr)
+        if self.main and state is None and (self.path.exists() or self.previous.exists()):
+            raise BadInput(f"{self.folder}: no checkpoint there can be loaded; start over with --overwrite")
+        log = self.folder / "log.jsonl"
+        if self.main and log.exists():
+            kept = [r for r in read_log(log) if state and r["step"] <= state["step"]]
+            write_text(log, "".join(json.dumps(r) + "\n" for r in kept))
+        return state
+
+    def checkpoint(self, state: dict) -> None:
+        """Save; the checkpoint before stays as checkpoint.previous.pt."""
+        if self.main:
+            if self.path.exists():
+                with contextlib.suppress(FileNotFoundError):
+                    self.previous.unlink()
+                os.link(self.path, self.previous)
+            save(state, self.path)
+
+    def log(self, records: list[dict]) -> None:
+        if self.main and records:
+            with open(self.folder / "log.jsonl", "a") as f:
+                f.write("".join(json.dumps(r) + "\n" for r in records))
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl; a last line that a crash cut short is dropped."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def write_text(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def mean_over_processes(values: Tensor, processes: Processes) -> Tensor:
+    if processes.world > 1:
+        dist.all_reduce(values)
+        values = values / processes.world
+    return values
+
+
+def refuse_non_finite(records: list[dict], slices_of, run: Run) -> None:
+    """Raise BadInput at the first step whose loss is NaN or infinite, with its slices."""
+    for r in records:
+        if not np.isfinite(r["loss"]):
+            kept = f"the last good checkpoint is {run.path}" if run.path.exists() else "no checkpoint was saved yet"
+            raise BadInput(f"step {r['step']}: the loss is {r['loss']}; its slices: {', '.join(slices_of(r['step']))}; "
+                           f"{kept}; lower --lr or try --amp off")
+
+
+def announce_changes(saved: dict | None, amp: str, processes: Processes) -> None:
+    """Continue with the checkpoint's number of threads; say where precision differs: both move the last digits."""
+    if saved and saved["amp"] != amp and processes.is_main:
+        print(f"note: precision was {saved['amp']} and is {amp} from here on", file=sys.stderr)
+    if saved and saved["threads"] != torch.get_num_threads() and processes.is_main and processes.device.type == "cpu":
+        print(f"note: {torch.get_num_threads()} threads here, {saved['threads']} before; the last digits will move",
+              file=sys.stderr)
+
+
+def announce_phantom() -> None:
+    print("=" * 100 + "\nTHE PHANTOM: no real CT was given (--data), so this runs on generated volumes with small "
+          "settings.\nIts numbers say nothing about patients and are no AbdomenCT-1K or BTCV results.\n" + "=" * 100)
+
+
+def duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask the loop to save and stop at the end of its step; a second one stops at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal
+
+
+# ---------------------------------------------------------------------------------------------------- backbones
+
+
+def architecture(arch: str) -> nn.Module:
+    """A torchvision ResNet by name, randomly initialised. Raises BadInput for an unknown name."""
+    if not arch.startswith(("resnet", "wide_resnet", "resnext")) or arch not in torchvision.models.list_models():
+        raise BadInput(f"--arch {arch}: no such ResNet in torchvision; try resnet50 or resnet18")
+    return torchvision.models.get_model(arch, weights=None)
+
+
+def build_backbone(init: str, arch: str) -> nn.Module:
+    """A ResNet with `init` imagenet | random | FILE. Raises BadInput when a file fits not or a download fails."""
+    backbone = architecture(arch)
+    if init == "random":
+        return backbone
+    if init == "imagenet":
+        try:
+            weights = torchvision.models.get_model_weights(arch)[IMAGENET].get_state_dict(progress=False)
+        except Exception as e:  # URLError, HTTPError, timeouts, a hash that differs, a read-only cache
+            raise BadInput(f"ImageNet weights of {arch} could not be downloaded ({type(e).__name__}); "
+                           "use --init random, or --init FILE with weights downloaded elsewhere") from None
+        backbone.load_state_dict(weights)
+        return backbone
+    return load_backbone(backbone, Path(init), arch)
+
+
+def load_backbone(backbone: nn.Module, path: Path, arch: str) -> nn.Module:
+    """Fill a ResNet from a file of torchvision-named weights (bare, or under state_dict or a known prefix)."""
+    weights = load(path)
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
+    weights = {k: v for k, v in weights.items() if isinstance(v, Tensor)}
+    for prefix in ("module.encoder_q.", "backbone.", "module."):  # MoCo's release, mmselfsup, DDP
+        if any(k.startswith(prefix + "conv1") for k in weights):
+            weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    own = {k: v for k, v in backbone.state_dict().items() if not k.startswith("fc.")}
+    missing = [k for k in own if k not in weights]
+    other = [k for k in own if k in weights and weights[k].shape != own[k].shape]
+    extra = [k for k in weights if k not in own and not k.startswith("fc.")]
+    if missing or other or extra:
+        why = (f"{len(missing)} of {len(own)} weights missing, {len(other)} of another shape, {len(extra)} unknown, "
+               f"first {(missing + other + extra)[0]}")
+        raise BadInput(f"{path}: not a backbone of architecture {arch} ({why}); give the --arch it was trained with")
+    backbone.load_state_dict({k: weights[k] for k in own}, strict=False)
+    print(f"{path}: all {len(own)} weights of {arch} matched")
+    return backbone
+
+
+def open_backbone(name: str, out: Path, arch: str, seed: int, whitening: str, phantom: bool) -> nn.Module:
+    """A backbone by name: a run of `out`, imagenet, random or a file (the latter three of architecture `arch`).
+
+    A run is read from its checkpoint; whitening: 'fold' it, or 'bn' for a plain BN in its place. Raises BadInput
+    when there is no such thing, or where a run on the phantom would meet real CT, or the reverse.
+    """
+    seed_torch(seed, INIT)
+    folder = out / name
+    if not (folder / "checkpoint.pt").exists():
+        return build_backbone(name, arch)
+    if (json.loads((folder / "config.json").read_text())["data"] == "phantom") != phantom:
+        raise BadInput(f"{folder}: was pre-trained on {'real CT' if phantom else 'the phantom'}; a backbone of the "
+                       "phantom is measured on the phantom only, and no other there")
+    state = load(folder / "checkpoint.pt")
+    backbone = architecture(state["arch"])
+    if state["zca"]:
+        whiten_last_norm(backbone, group_size=state["zca"][0], iterations=state["zca"][1])
+    prefix = "encoder_q.backbone."
+    weights = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
+    backbone.load_state_dict(weights | {k: v for k, v in backbone.state_dict().items() if k.startswith("fc.")})
+    return fold(backbone) if whitening == "fold" else to_batch_norm(backbone)
+
+
+def export(backbone: nn.Module) -> dict[str, Tensor]:
+    """A backbone's weights under torchvision's names, whitening folded, without fc: what backbone.pth holds."""
+    weights = fold(backbone).state_dict()
+    return {k: v.detach().cpu().contiguous().clone() for k, v in weights.items() if not k.startswith("fc.")}

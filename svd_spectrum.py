@@ -1,0 +1,103 @@
+"""Fig. 1: the spectrum of the covariance of backbone features on BTCV's validation slices, for any number of runs.
+
+    python svd_spectrum.py                          all pre-training runs of --out
+    python svd_spectrum.py moco moco-local-zca imagenet my_backbone.pth
+    python svd_spectrum.py --positions              every position of the feature map a vector of its own
+
+Features: the backbone's last map (stride 32) in evaluation mode, whitening folded, averaged over its positions
+unless --positions. Effective rank: exp of the entropy of l / sum(l), l the eigenvalues of the centred covariance.
+n vectors cannot span more than n - 1 dimensions: the 762 slices of BTCV's validation set end a pooled spectrum of
+2048 values at 761.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import augment
+import datasets
+import figures
+import metrics
+import runtime
+from runtime import BadInput
+
+
+@torch.no_grad()
+def features(backbone: nn.Module, slices: torch.Tensor, size: int, positions: bool, device: torch.device,
+             amp: str = "off") -> np.ndarray:
+    """Slices (N, S, S) uint8 -> last feature maps' vectors (N, C), or (N x positions, C), float32."""
+    stages = nn.Sequential(*list(backbone.children())[:-2]).to(device).eval()
+    vectors = []
+    for part in slices.split(32):
+        images = F.interpolate(part[:, None].to(device).float() / 255, (size, size), mode="bilinear", antialias=True)
+        with runtime.autocast(amp, device):
+            maps = stages(augment.normalise(images)).float()
+        vectors.append(maps.movedim(1, -1).flatten(0, 2) if positions else maps.mean((2, 3)))
+    return torch.cat(vectors).cpu().numpy()
+
+
+@runtime.command
+def main(argv: list[str] | None = None) -> None:
+    parser = runtime.Parser(prog="svd_spectrum.py", description=__doc__.split("\n\n")[0])
+    parser.common()
+    parser.add_argument("backbones", nargs="*", help="runs of --out, files, imagenet or random (default: all runs)")
+    parser.add_argument("--positions", action="store_true", help="every position of the last map, not their mean")
+    parser.add_argument("--image-size", type=int, help="pixels (224) [128 on the phantom]")
+    parser.add_argument("--arch", help="of imagenet, random and files (resnet50) [resnet18]")
+    args = parser.parse_args(argv)
+    data, phantom = datasets.locate(args.data, "BTCV")
+    args.image_size = args.image_size or (128 if phantom else 224)
+    args.arch = args.arch or ("resnet18" if phantom else "resnet50")
+    names = args.backbones or runs_in(args.out, phantom)
+    for name in names:
+        if name not in ("imagenet", "random") and not (args.out / name / "checkpoint.pt").exists() \
+                and not Path(name).is_file():
+            raise BadInput(f"{args.out / name}: no such run and no such file; pre-train it first (train_ssl.py)")
+    figures.pyplot()  # a missing matplotlib is said before the work, not after
+    store = datasets.prepare(data, args.store or datasets.default_store(data), "segment", tuple(args.window),
+                             workers=args.workers)
+    device = runtime.start().device
+    if phantom:
+        runtime.announce_phantom()
+    slices = store.of(datasets.cases("val"))
+    squares = torch.from_numpy(np.concatenate([datasets.square(store.slice(int(i))[None], max(args.image_size, 32))
+                                               for i in tqdm(slices, "slices", disable=None, leave=False)]))
+    runs = []
+    for name in tqdm(names, "features", unit="run", disable=None, leave=False):
+        vectors = features(runtime.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom), squares,
+                           args.image_size, args.positions, device)
+        values = metrics.singular_values(vectors)
+        runs.append((name, values, metrics.effective_rank(values)))
+        tqdm.write(f"{name}: effective rank {runs[-1][2]:.2f} of {vectors.shape[1]}, {len(vectors):,} vectors of "
+                   f"{len(slices)} slices")
+    what = f"{len(vectors):,} vectors ({'positions of' if args.positions else 'one for each of'} {len(slices)} slices)"
+    where = "the phantom's validation slices" if phantom else f"{data.name}, validation slices"
+    path = args.out / ("spectrum-positions" if args.positions else "spectrum")
+    args.out.mkdir(parents=True, exist_ok=True)
+    figures.spectrum(path.with_suffix(".png"), runs, f"{where}; {what}")
+    with open(path.with_suffix(".csv"), "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["backbone", "data", "vectors", "effective_rank", *range(1, 1 + max(len(r[1]) for r in runs))])
+        for name, values, rank in runs:
+            writer.writerow([name, "phantom" if phantom else data.name, len(vectors), f"{rank:.4f}",
+                             *(f"{v:.6e}" for v in values)])
+    print(f"{path.with_suffix('.png')}, {path.with_suffix('.csv')}: {what}")
+
+
+def runs_in(out: Path, phantom: bool) -> list[str]:
+    """The pre-training runs of a folder, those on the phantom or the others. Raises BadInput for none."""
+    names = [p.parent.name for p in sorted(out.glob("*/checkpoint.pt"))
+             if (json.loads((p.parent / "config.json").read_text())["data"] == "phantom") == phantom]
+    if not names:
+        raise BadInput(f"{out}: no pre-training run there; torchrun train_ssl.py --local --zca makes one")
+    return sorted(names, key=lambda n: (len(n), n))
+
+
+if __name__ == "__main__":
+    main()

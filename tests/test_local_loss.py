@@ -1,0 +1,54 @@
+"""local_loss.py: Eq. 2 and the pooling of cells against loops in float64."""
+
+import math
+
+import pytest
+import torch
+
+from local_loss import local_info_nce, pool_cells, take_patches
+
+
+def test_eq_2_against_a_loop():
+    torch.manual_seed(0)
+    query, key, tau = torch.randn(3, 5, 8, dtype=torch.float64), torch.randn(3, 5, 8, dtype=torch.float64), 0.3
+
+    def sim(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b)) / tau
+
+    losses = []
+    for q, k in zip(query.tolist(), key.tolist(), strict=True):
+        for i in range(5):
+            losses.append(-math.log(math.exp(sim(q[i], k[i])) / sum(math.exp(sim(q[i], k[j])) for j in range(5))))
+    torch.testing.assert_close(local_info_nce(query, key, tau).item(), sum(losses) / len(losses))
+
+
+def test_limits():
+    x = torch.eye(20)[None].repeat(2, 1, 1)
+    assert local_info_nce(x, x, 0.05) < 1e-6  # orthogonal patches that agree with themselves
+    assert local_info_nce(torch.ones(2, 20, 4), torch.ones(2, 20, 4), 0.2).item() == pytest.approx(math.log(20))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert local_info_nce(x.bfloat16(), x.bfloat16(), 0.2).dtype == torch.float32
+
+
+@pytest.mark.parametrize("height,width", [(7, 7), (56, 56), (61, 45)])
+def test_cells_are_means_of_disjoint_blocks(height, width):
+    x = torch.randn(2, 3, height, width)
+    h, w = height // 7, width // 7
+    cells = pool_cells(x)
+    assert cells.shape == (2, 49, 3)
+    for row in range(7):
+        for column in range(7):
+            block = x[:, :, row * h : (row + 1) * h, column * w : (column + 1) * w]
+            torch.testing.assert_close(cells[:, 7 * row + column], block.mean((2, 3)))
+
+
+def test_patches_are_the_cells_asked_for_and_too_many_are_refused():
+    cells, patches = torch.randn(2, 49, 3), torch.tensor([[4, 48], [0, 7]])
+    taken = take_patches(cells, patches)
+    assert torch.equal(taken[0, 1], cells[0, 48]) and torch.equal(taken[1, 0], cells[1, 0])
+    with pytest.raises(ValueError, match="50 patches"):
+        take_patches(cells, torch.zeros(2, 50, dtype=torch.int64))
+    with pytest.raises(ValueError, match="50"):
+        local_info_nce(torch.randn(1, 50, 3), torch.randn(1, 50, 3), 0.2)
+    with pytest.raises(ValueError, match="6, 9"):
+        pool_cells(torch.randn(1, 3, 6, 9))

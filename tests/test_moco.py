@@ -1,0 +1,102 @@
+"""moco.py: Eq. 1 against a loop, queue, EMA, shuffled groups, statistics of groups."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from moco import GroupStatistics, MoCo
+
+
+@pytest.fixture
+def moco():
+    torch.manual_seed(0)
+    return MoCo(torchvision.models.resnet18(weights=None), dim=16, queue=24, group=4, local=True)
+
+
+def test_eq_1_against_a_loop(moco):
+    views = torch.randn(4, 3, 64, 64)
+    keys = nn.functional.normalize(torch.randn(4, 16), dim=1)
+    cells, patches = torch.randn(4, 49, 64), torch.stack([torch.randperm(49)[:20] for _ in range(4)])
+    start = copy.deepcopy(moco.state_dict())
+    loss_global, loss_local = moco(views, keys, cells, patches)
+    moco.load_state_dict(start)
+    first, z = moco.encoder_q(views)
+    q = (z / z.norm(dim=1, keepdim=True)).double()
+    losses, right = [], 0
+    for i in range(4):
+        positive = math.exp((q[i] @ keys[i].double()).item() / 0.2)
+        negatives = [math.exp((q[i] @ k.double()).item() / 0.2) for k in moco.queue]
+        losses.append(-math.log(positive / (positive + sum(negatives))))
+        right += positive > max(negatives)
+    assert loss_global.item() == pytest.approx(sum(losses) / 4, abs=1e-5)
+    assert moco.accuracy.item() == right / 4
+    # Eq. 2 on the pooled cells, Eq. 3
+    pooled = nn.functional.adaptive_avg_pool2d(first[..., :14, :14], 7).flatten(2).mT
+    own = []
+    for b in range(4):
+        a, k = (nn.functional.normalize(x[b, patches[b]], dim=1) for x in (pooled, cells))
+        own.append(-torch.log_softmax(a @ k.T / 0.2, 1).diagonal().mean())
+    assert loss_local.item() == pytest.approx(torch.stack(own).mean().item(), abs=1e-5)
+    moco.lambda_local = 0.5
+    assert moco.total(torch.tensor(2.0), torch.tensor(3.0)).item() == 3.5
+
+
+def test_queue_is_first_in_first_out_and_wraps_around(moco):
+    expected = [row.clone() for row in moco.queue]
+    place = 0
+    for batch in (8, 8, 8, 8, 12, 12):
+        keys = torch.randn(batch, 16)
+        moco.enqueue(keys)
+        for key in keys:
+            expected[place % 24] = key
+            place += 1
+        torch.testing.assert_close(moco.queue, torch.stack(expected), rtol=0, atol=0)
+        assert moco.pointer.item() == place % 24
+
+
+def test_ema_of_parameters_and_no_gradient_into_the_key_encoder(moco):
+    with torch.no_grad():
+        for p in moco.encoder_q.parameters():
+            p.add_(torch.randn_like(p))
+    expected = [0.999 * k.double() + 0.001 * q.double()
+                for k, q in zip(moco.encoder_k.parameters(), moco.encoder_q.parameters(), strict=True)]
+    moco.update_key_encoder()
+    for p, e in zip(moco.encoder_k.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.double(), e, rtol=1e-5, atol=1e-7)
+        assert not p.requires_grad
+
+
+def test_keys_come_back_in_order_and_see_the_statistics_of_their_shuffled_group(moco):
+    views, permutation = torch.randn(8, 3, 64, 64), torch.tensor([3, 0, 6, 5, 1, 7, 2, 4])
+    reference = copy.deepcopy(moco.encoder_k)
+    keys, cells = moco.keys(views, permutation)
+    for group in (permutation[:4], permutation[4:]):
+        first, z = copy.deepcopy(reference)(views[group])
+        torch.testing.assert_close(keys[group], nn.functional.normalize(z, dim=1).detach())
+        torch.testing.assert_close(cells[group], nn.functional.adaptive_avg_pool2d(first[..., :14, :14], 7)
+                                   .flatten(2).mT.detach())
+    assert keys.norm(dim=1).allclose(torch.ones(8)) and not keys.requires_grad
+    # shuffling matters: other company, other keys
+    assert not torch.allclose(moco.keys(views, torch.arange(8))[0], keys, atol=1e-3)
+
+
+def test_running_statistics_are_the_mean_over_groups_and_count_steps():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
+    parts = [torch.randn(4, 3, 8, 8) * (i + 1) for i in range(3)]
+    alone = [copy.deepcopy(net) for _ in parts]
+    for n, part in zip(alone, parts, strict=True):
+        n(part)
+    statistics = GroupStatistics(net)
+    for part in parts:
+        with statistics.group():
+            out = net(part)
+        out.sum().backward()
+    statistics.finish()
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(net[1], name), torch.stack([getattr(n[1], name) for n in alone]).mean(0))
+    assert net[1].num_batches_tracked == 1

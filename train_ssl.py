@@ -1,0 +1,311 @@
+"""Pre-train a ResNet on CT slices: MoCo v2, with the paper's local loss (--local) and ZCA whitening (--zca).
+
+    torchrun train_ssl.py --local --zca                                the paper's method, one GPU or the CPU
+    torchrun --nproc-per-node 8 train_ssl.py --local --zca             eight GPUs, the same result
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_ssl.py --local --zca
+    python train_ssl.py --data my_ct --name mine                       plain MoCo v2 on a folder of NIfTI volumes
+
+The same command again continues a run that stopped. Every random number of step t comes from (seed, purpose, t)
+for the whole global batch, so a run does not depend on the number of processes or on where it was interrupted.
+"""
+
+import argparse
+import contextlib
+import math
+import sys
+import time
+import warnings
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import augment
+import datasets
+import runtime
+from local_loss import CELLS
+from moco import GroupStatistics, MoCo
+from runtime import BadInput
+from whitening import whiten_last_norm
+
+MOMENTUM, WEIGHT_DECAY, DIM = 0.9, 1e-4, 128  # mmselfsup's mocov2_resnet50_8xb32-coslr-200e
+PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, bn_group=32, epochs=200, lr=None,
+             queue=65536, ema=0.999, zca_group=64, size=datasets.SIZE)
+PHANTOM = dict(arch="resnet18", init="random", image_size=128, batch_size=64, bn_group=16, epochs=4, lr=0.03,
+               queue=1024, ema=0.99, zca_group=32, size=192)
+FLUSH = 10  # steps between two looks at the losses; each look waits for the device
+
+
+def parse(argv: list[str] | None):
+    parser = runtime.Parser(prog="train_ssl.py", description=__doc__.split("\n\n")[0],
+                            epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
+    parser.common()
+    add = parser.add_argument
+    add("--local", action="store_true", help="local loss on the first stage's feature map, Eq. 2 (no geometry)")
+    add("--zca", action="store_true", help="ZCA whitening in place of the backbone's last BN, Eq. 5")
+    add("--geometric", action=argparse.BooleanOptionalAction, help="crops and flips (default: unless --local)")
+    add("--arch", help="any torchvision resnet (resnet50) [resnet18]")
+    add("--init", help="imagenet, random or a FILE of weights (imagenet) [random]")
+    add("--name", help="of the run (default moco[-local][-zca])")
+    add("--overwrite", action="store_true", help="start over where a run of this name exists")
+    add("--image-size", type=int, help="pixels of a view's side (224) [128]")
+    add("--batch-size", type=int, help="slices a step, over all processes (256) [64]")
+    add("--bn-group", type=int, help="slices that share batch statistics (32) [16]")
+    add("--epochs", type=int, help="horizon of the schedule (200) [4]")
+    add("--steps", type=int, help="stop after so many optimizer steps in all (default: all epochs)")
+    add("--lr", type=float, help="learning rate as it is (0.03 x batch / 256) [0.03]")
+    add("--queue", type=int, help="keys kept, a multiple of the batch (65536) [1024]")
+    add("--ema", type=float, help="momentum of the key encoder (0.999) [0.99]")
+    add("--temperature", type=float, default=0.2, help="of Eq. 1")
+    add("--temperature-local", type=float, default=0.2, help="of Eq. 2")
+    add("--lambda-local", type=float, default=1.0, help="weight of the local loss, Eq. 3")
+    add("--patches", type=int, default=20, help="K of Eq. 2")
+    add("--zca-group", type=int, help="channels whitened together (64) [32]")
+    add("--zca-iterations", type=int, default=5, help="T of Newton's iteration")
+    add("--compile", action="store_true", help="torch.compile the encoders")
+    return parser.parse_args(argv)
+
+
+def settle(args, phantom: bool) -> None:
+    """Fill the defaults of the paper or of the phantom, and refuse what cannot work."""
+    for key, value in (PHANTOM if phantom else PAPER).items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    if args.geometric is None:
+        args.geometric = not args.local
+    if args.local and args.geometric:
+        raise BadInput("--local with --geometric: locations of the two views would no longer correspond; drop one")
+    args.lr = 0.03 * args.batch_size / 256 if args.lr is None else args.lr
+    for key in ("image_size", "batch_size", "bn_group", "epochs", "queue", "patches", "zca_group", "zca_iterations"):
+        if getattr(args, key) < 1:
+            raise BadInput(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least 1")
+    if args.local and args.patches > CELLS**2:
+        raise BadInput(f"--patches {args.patches}: a feature map has {CELLS**2} non-overlapping cells")
+    if args.image_size < 32 or (args.local and args.image_size < 4 * CELLS):
+        raise BadInput(f"--image-size {args.image_size}: too small for a ResNet of stride 32; give 32 or more")
+    if args.queue % args.batch_size:
+        raise BadInput(f"--queue {args.queue}: must be a multiple of --batch-size {args.batch_size}")
+    if args.name is None:
+        control = "-nogeo" if not args.geometric and not args.local else ""
+        args.name = "moco" + "-local" * args.local + "-zca" * args.zca + control
+        args.name = "phantom-" * phantom + args.name
+
+
+def check_groups(args, world: int) -> None:
+    if args.batch_size % (world * args.bn_group):
+        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {world} processes x --bn-group "
+                       f"{args.bn_group} = {world * args.bn_group}")
+    if args.batch_size == args.bn_group:
+        warnings.warn("one group only: shuffling keys then does nothing and the model can cheat through its batch "
+                      "statistics; lower --bn-group or raise --batch-size", stacklevel=2)
+
+
+def build(args) -> MoCo:
+    runtime.seed_torch(args.seed, runtime.INIT)
+    backbone = runtime.build_backbone(args.init, args.arch)
+    if args.zca:
+        width = backbone.fc.in_features
+        if width % args.zca_group:
+            raise BadInput(f"--zca-group {args.zca_group}: must divide the {width} channels of {args.arch}")
+        whiten_last_norm(backbone, group_size=args.zca_group, iterations=args.zca_iterations)
+    return MoCo(backbone, DIM, args.queue, args.bn_group, args.ema, args.temperature, args.local,
+                args.temperature_local, args.lambda_local)
+
+
+class Batches:
+    """Which slices, views, shuffle and patches step t has: a function of (seed, t) alone."""
+
+    def __init__(self, args, slices: int, processes: runtime.Processes):
+        self.args, self.slices, self.steps_per_epoch = args, slices, slices // args.batch_size
+        share = args.batch_size // processes.world
+        self.local = slice(processes.rank * share, (processes.rank + 1) * share)
+        self.epoch, self.order = -1, None
+
+    def indices(self, t: int) -> np.ndarray:
+        """Slice numbers of step t's global batch: an epoch is a shuffled pass without its last partial batch."""
+        epoch, position = divmod(t, self.steps_per_epoch)
+        order = self.order if epoch == self.epoch else runtime.rng(self.args.seed, runtime.SLICES,
+                                                                   epoch).permutation(self.slices)
+        self.epoch, self.order = epoch, order
+        return order[position * self.args.batch_size :][: self.args.batch_size]
+
+    def views(self, t: int, purpose: int) -> dict[str, np.ndarray]:
+        drawn = augment.draw(runtime.rng(self.args.seed, purpose, t), self.args.batch_size, self.args.geometric)
+        return {k: v[self.local] for k, v in drawn.items()}
+
+    def permutation(self, t: int) -> torch.Tensor:
+        return torch.from_numpy(runtime.rng(self.args.seed, runtime.SHUFFLE, t).permutation(self.args.batch_size))
+
+    def patches(self, t: int) -> torch.Tensor:
+        """(B, K): K of the 49 cells per image, without replacement."""
+        draw = runtime.rng(self.args.seed, runtime.PATCHES, t).random((self.args.batch_size, CELLS**2))
+        return torch.from_numpy(draw.argsort(1)[self.local, : self.args.patches].copy())
+
+
+class Trainer:
+    """Model, optimizer and one step."""
+
+    def __init__(self, args, batches: Batches, processes: runtime.Processes, amp: str):
+        self.args, self.batches, self.device, self.amp = args, batches, processes.device, amp
+        self.moco = build(args).to(self.device, memory_format=torch.channels_last)
+        if args.compile:
+            self.moco.encoder_q.compile()
+            self.moco.encoder_k.compile()
+        self.model: nn.Module = self.moco
+        if processes.world > 1:
+            self.model = DistributedDataParallel(self.moco, broadcast_buffers=False)
+        self.statistics = GroupStatistics(self.moco.encoder_q)
+        trained = [p for p in self.moco.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self.horizon = args.epochs * batches.steps_per_epoch
+
+    def lr(self, t: int) -> float:
+        return self.args.lr * 0.5 * (1 + math.cos(math.pi * t / self.horizon))
+
+    def step(self, t: int, slices: torch.Tensor) -> torch.Tensor:
+        """One optimizer step on this process's slices (B, H, W) uint8 -> its mean (L, L_global, L_local, accuracy)."""
+        args, moco = self.args, self.moco
+        slices = slices.to(self.device, non_blocking=True)
+        view_q = augment.apply(slices, self.batches.views(t, runtime.VIEW_Q), args.image_size)
+        view_k = augment.apply(slices, self.batches.views(t, runtime.VIEW_K), args.image_size)
+        patches = self.batches.patches(t).to(self.device) if args.local else None
+        moco.update_key_encoder()
+        with runtime.autocast(self.amp, self.device):
+            keys, cells = moco.keys(view_k, self.batches.permutation(t).to(self.device))
+        groups = len(slices) // args.bn_group
+        parts = [slice(g * args.bn_group, (g + 1) * args.bn_group) for g in range(groups)]
+        self.statistics.begin()
+        records = []
+        for part in parts:
+            # gradients add up over the groups; DDP exchanges them once, with the last
+            several = self.model is not moco and part is not parts[-1]
+            with self.statistics.group(), self.model.no_sync() if several else contextlib.nullcontext():
+                with runtime.autocast(self.amp, self.device):
+                    loss_global, loss_local = self.model(view_q[part], keys[part], cells[part] if args.local else None,
+                                                         patches[part] if args.local else None)
+                loss = moco.total(loss_global, loss_local)
+                self.scaler.scale(loss / groups).backward()
+            records.append(torch.stack([loss.detach(), loss_global.detach(), loss_local.detach(), moco.accuracy]))
+        self.statistics.finish()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(t)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        moco.enqueue(keys)
+        return torch.stack(records).mean(0)
+
+    def state(self, step: int) -> dict:
+        return {"step": step, "model": self.moco.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "amp": self.amp, "threads": torch.get_num_threads(),
+                "arch": self.args.arch, "zca": [self.args.zca_group, self.args.zca_iterations] if self.args.zca else []}
+
+    def load(self, state: dict) -> int:
+        self.moco.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        return state["step"]
+
+
+@runtime.command
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    data, phantom = datasets.locate(args.data, "AbdomenCT-1K")
+    settle(args, phantom)
+    store = datasets.prepare(data, args.store or datasets.default_store(data), "pretrain", tuple(args.window),
+                             args.size, args.workers)
+    processes = runtime.start()
+    check_groups(args, processes.world)
+    batches = Batches(args, len(store), processes)
+    if not batches.steps_per_epoch:
+        raise BadInput(f"{data}: {len(store)} slices are fewer than one batch of {args.batch_size}; "
+                       "lower --batch-size")
+    kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile")
+    config = {k: v for k, v in vars(args).items() if k not in kept}
+    config |= {"data": "phantom" if phantom else data.name, "volumes": len(store.volumes), "slices": len(store)}
+    run = runtime.Run(args.out / args.name, config, args.overwrite, processes.is_main)
+    saved = run.resume()
+    amp = runtime.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], processes.device)
+    runtime.announce_changes(saved, amp, processes)
+    trainer = Trainer(args, batches, processes, amp)
+    first = trainer.load(saved) if saved else 0
+    last = min(trainer.horizon, args.steps or trainer.horizon)
+    if processes.is_main:
+        introduce(args, store, phantom, processes, amp, first, last, trainer)
+    if first < last:
+        train(args, store, processes, run, trainer, first, last)
+    if processes.is_main:
+        runtime.save(runtime.export(trainer.moco.encoder_q.backbone), run.folder / "backbone.pth")
+        print(f"{run.folder / 'backbone.pth'}: the backbone, whitening folded, under torchvision's names")
+
+
+def introduce(args, store, phantom, processes, amp, first, last, trainer) -> None:
+    """Say what will be done, on what, and what it takes."""
+    if phantom:
+        runtime.announce_phantom()
+    megabytes = sum(p.numel() for p in trainer.moco.encoder_q.parameters()) * 4 * 3 * 2 / 1e6 + args.queue * DIM * 8e-6
+    print(f"{args.name}: {args.arch} from {args.init} on {len(store):,} slices of {len(store.volumes):,} volumes "
+          f"({store.folder}), {runtime.hardware()}")
+    print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
+          f"{processes.world} process(es), precision {amp}, {args.image_size} px; about {megabytes:,.0f} MB in "
+          f"{args.out / args.name}; the time needed is told after {FLUSH} steps")
+    if args.queue > len(store):
+        print(f"note: the queue of {args.queue:,} is longer than the {len(store):,} slices; a slice will meet its own "
+              "earlier keys as negatives (--queue)", file=sys.stderr)
+    if first:
+        print("finished before; nothing left to train" if first >= last else f"continuing after step {first:,}")
+
+
+def train(args, store, processes, run, trainer, first, last) -> None:
+    batches, chance = trainer.batches, math.log(1 + args.queue)
+
+    def fetch(t: int) -> torch.Tensor:
+        slices = torch.from_numpy(store.batch(batches.indices(t)[batches.local]))
+        return slices.pin_memory() if processes.device.type == "cuda" else slices
+
+    bar = tqdm(total=last, initial=first, unit="step", disable=None if processes.is_main else True)
+    pending, step_start, flushed = [], time.perf_counter(), time.perf_counter()
+    loaded = 0.0
+    with runtime.StopRequest() as stop:
+        for t, slices in datasets.prefetch(fetch, range(first, last), args.workers):
+            loaded += time.perf_counter() - step_start
+            pending.append(trainer.step(t, slices))
+            stopping = processes.any(stop.signal != 0)
+            done = t + 1
+            epoch_ends = done % batches.steps_per_epoch == 0 or done == last
+            if len(pending) == FLUSH or epoch_ends or stopping:
+                values = runtime.mean_over_processes(torch.stack(pending), processes).tolist()
+                now = time.perf_counter()
+                rate = len(values) * args.batch_size / (now - flushed)
+                records = [{"step": done - len(values) + i + 1, "loss": v[0], "loss_global": v[1], "loss_local": v[2],
+                            "accuracy": v[3], "lr": trainer.lr(done - len(values) + i),
+                            "images_per_s": round(rate, 2), "data_share": round(loaded / (now - flushed), 4)}
+                           for i, v in enumerate(values)]
+                runtime.refuse_non_finite(records, lambda step: [store.where(*store.place(i))
+                                                                 for i in batches.indices(step - 1)], run)
+                run.log(records)
+                told = records[-1]
+                text = (f"loss {told['loss_global']:.2f} (chance {chance:.2f})" + (f" local {told['loss_local']:.2f}"
+                        if args.local else "") + f" accuracy {told['accuracy']:.2f}, {rate:.1f} images/s")
+                bar.set_postfix_str(text)
+                bar.update(len(values))
+                if processes.is_main and first + FLUSH == done:
+                    bar.write(f"about {runtime.duration((last - done) * args.batch_size / rate)} to go")
+                if processes.is_main and bar.disable and (epoch_ends or stopping):
+                    print(f"step {done}/{last}: {text}", flush=True)
+                pending, flushed, loaded = [], now, 0.0
+            if epoch_ends or stopping:
+                run.checkpoint(trainer.state(done))
+            if stopping and done < last:
+                if processes.is_main:
+                    print(f"stopped after step {done}; the same command continues", file=sys.stderr)
+                raise SystemExit(stop.exit_code)
+            step_start = time.perf_counter()
+    bar.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Eq. 5: ZCA whitening by Newton's iteration in place of the backbone's last BN, and folding it away.
+
+X_ZCA = D L^(-1/2) D^T (X - mu 1^T), the inverse square root of the covariance D L D^T, here without an
+eigendecomposition: the trace-normalised covariance S has eigenvalues l in (0, 1], and the iteration
+P <- 1.5 P - 0.5 P^3 S, from P = I, takes every eigenvalue towards l^(-1/2). T steps amplify by 1.5^T at
+most, so small eigenvalues are lifted only part of the way; that is why the channels are whitened in groups
+of 64 (8 = sqrt(64) <= 1.5^5.2), the setting of the authors of the iteration (Huang et al., CVPR 2019).
+"""
+
+import copy
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+
+class ZCAWhitening(nn.Module):
+    """Whitens (N, C, H, W) or (N, C) over all positions, in G = C / D groups of D = `group_size` channels.
+
+    Training uses the batch's own mean and whitening matrix and updates their running averages (of the
+    matrix, not of the covariance); evaluation uses these. Computed in at least float32 whatever the input's
+    type or autocast; the output has the input's type. Raises ValueError when D does not divide C.
+    """
+
+    def __init__(self, num_features: int, group_size: int = 64, iterations: int = 5, eps: float = 1e-5,
+                 momentum: float = 0.1):
+        super().__init__()
+        if num_features % group_size:
+            raise ValueError(f"{num_features} channels do not divide into whitening groups of {group_size}")
+        self.group_size, self.iterations, self.eps, self.momentum = group_size, iterations, eps, momentum
+        groups = num_features // group_size
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(groups, group_size, 1))
+        self.register_buffer("running_whitening", torch.eye(group_size).repeat(groups, 1, 1))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, group_size={self.group_size}, iterations={self.iterations}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x if x.dtype == torch.float64 else x.float()
+            rows = wide.movedim(1, -1)  # (N, H, W, C): a view, and free of copies in channels_last
+            positions = rows.reshape(-1, *self.running_mean.shape[:2]).permute(1, 2, 0)  # (G, D, m)
+            if self.training:
+                mean = positions.mean(2, keepdim=True)  # mu of Eq. 5, (G, D, 1)
+                whitening = self.matrix(positions - mean)
+                with torch.no_grad():
+                    self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                    self.running_whitening.lerp_(whitening.to(self.running_mean.dtype), self.momentum)
+            else:
+                mean, whitening = self.running_mean.to(wide.dtype), self.running_whitening.to(wide.dtype)
+            # Eq. 5 and the affine: weight * W (x - mu) + bias, as one product with the mean moved into the shift
+            scaled = self.weight.to(wide.dtype).view(*mean.shape) * whitening
+            shift = self.bias.to(wide.dtype).view(*mean.shape) - scaled @ mean
+            out = torch.baddbmm(shift.mT, positions.mT, scaled.mT)  # (G, m, D)
+            return out.transpose(0, 1).reshape(rows.shape).movedim(-1, 1).to(x.dtype)
+
+    def matrix(self, centred: Tensor) -> Tensor:
+        """Sigma^(-1/2) of centred (G, D, m) after T Newton steps: (G, D, D)."""
+        positions = centred.shape[2]
+        if positions < 2 * self.group_size:
+            warnings.warn(f"whitening {self.group_size} channels over {positions} positions: below twice the group "
+                          "size the covariance is close to singular; use larger batches or a smaller --zca-group",
+                          stacklevel=3)
+        eye = torch.eye(self.group_size, dtype=centred.dtype, device=centred.device)
+        sigma = centred @ centred.mT / positions + self.eps * eye
+        trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        sigma = sigma / trace  # eigenvalues in (0, 1], where the iteration converges
+        p = eye.expand_as(sigma)
+        for _ in range(self.iterations):
+            p = 1.5 * p - 0.5 * (p @ p @ p) @ sigma
+        return p / trace.sqrt()
+
+
+def _last_norm(backbone: nn.Module) -> tuple[nn.Module, str, str]:
+    """(block, name of its last convolution, name of its last norm): conv3, bn3 in a bottleneck, else conv2, bn2."""
+    block = backbone.layer4[-1]
+    return (block, "conv3", "bn3") if hasattr(block, "bn3") else (block, "conv2", "bn2")
+
+
+def whiten_last_norm(backbone: nn.Module, **kw) -> nn.Module:
+    """Replace, in place, the last BN of a torchvision ResNet (before the residual addition) by ZCAWhitening.
+
+    The affine is copied; `kw` goes to ZCAWhitening. Section 2.3. Returns the backbone.
+    """
+    block, _, name = _last_norm(backbone)
+    setattr(block, name, _copy_affine(getattr(block, name), ZCAWhitening(getattr(block, name).num_features, **kw)))
+    return backbone
+
+
+def fold(backbone: nn.Module) -> nn.Module:
+    """A stock torchvision ResNet with the same evaluation-mode outputs: W goes into the convolution before.
+
+    weight * W (conv(x) - mu) + bias is a BN of (W conv)(x) whose running mean is W mu and whose running
+    variance is one. The given backbone is left as it is; without a whitening layer, a plain copy comes back.
+    """
+    backbone = copy.deepcopy(backbone)
+    block, conv_name, norm_name = _last_norm(backbone)
+    zca, conv = getattr(block, norm_name), getattr(block, conv_name)
+    if isinstance(zca, ZCAWhitening):
+        norm = _copy_affine(zca, nn.BatchNorm2d(zca.weight.numel()))
+        with torch.no_grad():
+            whitening = zca.running_whitening.double()
+            filters = conv.weight.double().reshape(*zca.running_mean.shape[:2], -1)  # (G, D, in * kh * kw)
+            conv.weight.copy_((whitening @ filters).reshape(conv.weight.shape))
+            norm.running_mean.copy_((whitening @ zca.running_mean.double()).flatten())
+            norm.running_var.fill_(1 - norm.eps)
+        setattr(block, norm_name, norm.train(backbone.training))
+    return backbone
+
+
+def to_batch_norm(backbone: nn.Module) -> nn.Module:
+    """A copy whose whitening is a plain BN with its affine and fresh statistics: the paper's fine-tuning."""
+    backbone = copy.deepcopy(backbone)
+    block, _, name = _last_norm(backbone)
+    norm = getattr(block, name)
+    if isinstance(norm, ZCAWhitening):
+        setattr(block, name, _copy_affine(norm, nn.BatchNorm2d(norm.weight.numel()).train(backbone.training)))
+    return backbone
+
+
+def _copy_affine(source: nn.Module, target: nn.Module) -> nn.Module:
+    target.to(source.weight.device)
+    with torch.no_grad():
+        target.weight.copy_(source.weight)
+        target.bias.copy_(source.bias)
+    return target
