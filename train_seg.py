@@ -29,9 +29,9 @@ import runtime
 from runtime import BadInput
 from segment import PROTOCOLS, Segmenter
 
-MOMENTUM, WEIGHT_DECAY, LR, LR_END, POWER = 0.9, 5e-4, 0.01, 1e-4, 0.9  # mmsegmentation's schedule_40k
-PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16)
-PHANTOM = dict(arch="resnet18", iterations=300, crop_size=128, batch_size=8)
+MOMENTUM, WEIGHT_DECAY, LR_END, POWER = 0.9, 5e-4, 1e-4, 0.9  # mmsegmentation's schedule_40k
+PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, lr=0.01)
+PHANTOM = dict(arch="resnet18", iterations=300, crop_size=128, batch_size=4, lr=0.05)
 CHECKPOINT = 4000  # iterations between two checkpoints and evaluations
 FLUSH = 10  # iterations between two looks at the loss
 SPLITS = {"12.5": 3, "25": 3, "100": 1}  # draws of each
@@ -67,7 +67,7 @@ def parse(argv: list[str] | None):
     add("--arch", help="of --backbone imagenet, random or FILE (resnet50) [resnet18]")
     add("--iterations", type=int, help="(40000) [300]")
     add("--crop-size", type=int, help="pixels of a training crop's side (512) [128]")
-    add("--batch-size", type=int, help="crops an iteration, over all processes (16) [8]")
+    add("--batch-size", type=int, help="crops an iteration, over all processes (16) [4]")
     add("--overwrite", action="store_true", help="start over what has been run")
     add("--report", action="store_true", help="print Tables 1 and 2 of what has been run, beside the paper's")
     return parser.parse_args(argv)
@@ -75,7 +75,7 @@ def parse(argv: list[str] | None):
 
 def settle(args, phantom: bool) -> None:
     for key, value in (PHANTOM if phantom else PAPER).items():
-        if getattr(args, key) is None:
+        if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.split is None:
         raise BadInput("--split is missing: give --split 12.5, 25 or 100 (or --report)")
@@ -147,9 +147,9 @@ class Crops:
                                    [x.to(device, non_blocking=True) for x in labels], drawn, self.args.crop_size)
 
 
-def lr(t: int, iterations: int) -> float:
-    """Polynomial decay from LR to LR_END (mmsegmentation's PolyLR)."""
-    return (LR - LR_END) * (1 - t / iterations) ** POWER + LR_END
+def lr(t: int, args) -> float:
+    """Polynomial decay from args.lr to LR_END over args.iterations (mmsegmentation's PolyLR)."""
+    return (args.lr - LR_END) * (1 - t / args.iterations) ** POWER + LR_END
 
 
 def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phantom: bool,
@@ -159,10 +159,16 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
     whitening = "fold" if protocol == "linear-frozen" else args.whitening
     config = {"backbone": name, "protocol": protocol, "split": args.split, "draw": draw, "whitening": whitening,
               "iterations": args.iterations, "crop_size": args.crop_size, "batch_size": args.batch_size,
-              "seed": args.seed, "window": args.window, "data": "phantom" if phantom else Path(store.data).name,
-              "cases": datasets.cases(args.split, draw), "slices": len(store)}
+              "lr": args.lr, "seed": args.seed, "window": args.window,
+              "data": "phantom" if phantom else Path(store.data).name, "cases": datasets.cases(args.split, draw),
+              "slices": len(store)}
+    model = None
+    if args.overwrite or not (args.out / "seg" / title / "result.json").exists():
+        # before the run folder: a backbone that does not fit leaves nothing behind
+        model = Segmenter(runtime.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom), protocol,
+                          len(datasets.ORGANS))
     run = runtime.Run(args.out / "seg" / title, config, args.overwrite, processes.is_main)
-    if (run.folder / "result.json").exists():
+    if model is None:
         if processes.is_main:
             result = json.loads((run.folder / "result.json").read_text())
             print(f"{title}: done before, mDS {100 * result['mDS']:.2f} %")
@@ -171,14 +177,12 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
     saved = run.resume()
     amp = runtime.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], processes.device)
     runtime.announce_changes(saved, amp, processes)
-    model = Segmenter(runtime.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom), protocol,
-                      len(datasets.ORGANS))
     model = model.to(processes.device, memory_format=torch.channels_last)
     net = model
     if processes.world > 1:
         net = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model))
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, LR, MOMENTUM, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.SGD(trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
     scaler = torch.amp.GradScaler(processes.device.type, enabled=amp == "fp16")
     first = 0
     if saved:
@@ -198,7 +202,7 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
                 loss = net(images, labels)
             scaler.scale(loss).backward()
             for group in optimizer.param_groups:
-                group["lr"] = lr(t, args.iterations)
+                group["lr"] = lr(t, args)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -207,8 +211,8 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
             stopping = processes.any(stop.signal != 0)
             if len(pending) == FLUSH or done == args.iterations or stopping:
                 values = runtime.mean_over_processes(torch.stack(pending), processes).tolist()
-                records = [{"step": done - len(values) + i + 1, "loss": v, "lr": lr(done - len(values) + i,
-                            args.iterations)} for i, v in enumerate(values)]
+                records = [{"step": done - len(values) + i + 1, "loss": v, "lr": lr(done - len(values) + i, args)}
+                           for i, v in enumerate(values)]
                 runtime.refuse_non_finite(records, lambda step: [store.where(*store.place(i))
                                                                  for i in crops.indices(step - 1)], run)
                 run.log(records)

@@ -33,7 +33,7 @@ from whitening import whiten_last_norm
 MOMENTUM, WEIGHT_DECAY, DIM = 0.9, 1e-4, 128  # mmselfsup's mocov2_resnet50_8xb32-coslr-200e
 PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, bn_group=32, epochs=200, lr=None,
              queue=65536, ema=0.999, zca_group=64, size=datasets.SIZE)
-PHANTOM = dict(arch="resnet18", init="random", image_size=128, batch_size=64, bn_group=16, epochs=4, lr=0.03,
+PHANTOM = dict(arch="resnet18", init="random", image_size=128, batch_size=64, bn_group=16, epochs=3, lr=0.03,
                queue=1024, ema=0.99, zca_group=32, size=192)
 FLUSH = 10  # steps between two looks at the losses; each look waits for the device
 
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None):
     add("--image-size", type=int, help="pixels of a view's side (224) [128]")
     add("--batch-size", type=int, help="slices a step, over all processes (256) [64]")
     add("--bn-group", type=int, help="slices that share batch statistics (32) [16]")
-    add("--epochs", type=int, help="horizon of the schedule (200) [4]")
+    add("--epochs", type=int, help="horizon of the schedule (200) [3]")
     add("--steps", type=int, help="stop after so many optimizer steps in all (default: all epochs)")
     add("--lr", type=float, help="learning rate as it is (0.03 x batch / 256) [0.03]")
     add("--queue", type=int, help="keys kept, a multiple of the batch (65536) [1024]")
@@ -147,9 +147,9 @@ class Batches:
 class Trainer:
     """Model, optimizer and one step."""
 
-    def __init__(self, args, batches: Batches, processes: runtime.Processes, amp: str):
+    def __init__(self, args, moco: MoCo, batches: Batches, processes: runtime.Processes, amp: str):
         self.args, self.batches, self.device, self.amp = args, batches, processes.device, amp
-        self.moco = build(args).to(self.device, memory_format=torch.channels_last)
+        self.moco = moco.to(self.device, memory_format=torch.channels_last)
         if args.compile:
             self.moco.encoder_q.compile()
             self.moco.encoder_k.compile()
@@ -225,12 +225,13 @@ def main(argv: list[str] | None = None) -> None:
                        "lower --batch-size")
     kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile")
     config = {k: v for k, v in vars(args).items() if k not in kept}
+    moco = build(args)  # before the run folder: weights that do not fit leave nothing behind
     config |= {"data": "phantom" if phantom else data.name, "volumes": len(store.volumes), "slices": len(store)}
     run = runtime.Run(args.out / args.name, config, args.overwrite, processes.is_main)
     saved = run.resume()
     amp = runtime.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], processes.device)
     runtime.announce_changes(saved, amp, processes)
-    trainer = Trainer(args, batches, processes, amp)
+    trainer = Trainer(args, moco, batches, processes, amp)
     first = trainer.load(saved) if saved else 0
     last = min(trainer.horizon, args.steps or trainer.horizon)
     if processes.is_main:

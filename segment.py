@@ -1,0 +1,178 @@
+"""Segmentation of BTCV with a pre-trained ResNet: the dilated backbone, the linear head, DeepLabv3+.
+
+Section 3.1 names three protocols: a linear head on a frozen backbone, the same fine-tuned, and the decoder
+of DeepLabv3+ fine-tuned. Their layers follow the toolbox the paper used, mmsegmentation's
+`deeplabv3plus_r50-d8` ("mmseg" below), and, for the linear head, VICRegL's segmentation protocol.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PROTOCOLS = ("linear-frozen", "linear-finetune", "deeplabv3plus")
+IGNORE = 255  # the label of pixels without one, as the padding of a crop
+AUX_WEIGHT = 0.4  # mmseg: weight of the auxiliary head's loss
+DROPOUT = 0.1  # mmseg: of whole channels, before every classifier
+WIDTH, LOW_WIDTH = 512, 48  # mmseg: channels of the decoder, and of its low-level branch
+RATES = (1, 12, 24, 36)  # mmseg: dilations of the pyramid at output stride 8
+
+
+def dilate(backbone: nn.Module) -> nn.Module:
+    """Change a torchvision ResNet, in place, from output stride 32 to 8: strides (1, 2, 1, 1). Returns it.
+
+    A-trous exact: where a stride of 2 is given up, every later convolution sees a grid twice as fine and
+    doubles its dilation, so layer4 takes the values it had before at every fourth pixel. Stage dilations are
+    (1, 1, 2, 4), the first block of a dilated stage contracted, as in mmseg's R50-d8. Weights are untouched.
+    torchvision's own `replace_stride_with_dilation` refuses basic blocks, hence this.
+    Raises ValueError when layer3 or layer4 has no stride left to give up.
+    """
+    stages = (backbone.layer3, backbone.layer4)
+    if any(stage[0].downsample[0].stride != (2, 2) for stage in stages):
+        raise ValueError("the backbone is already dilated: layer3 and layer4 must start with stride 2")
+    rate = 1
+    for block in (block for stage in stages for block in stage):
+        for conv in (m for m in block.children() if isinstance(m, nn.Conv2d)):  # in the order of forward
+            if conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (rate, rate)
+            if conv.stride == (2, 2):
+                conv.stride = (1, 1)
+                rate *= 2  # from the next convolution on
+        if block.downsample is not None:
+            block.downsample[0].stride = (1, 1)
+    return backbone
+
+
+def _resize(x: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def _conv(inputs: int, outputs: int, kernel: int, dilation: int = 1, groups: int = 1) -> nn.Sequential:
+    """Convolution, BN, ReLU at stride 1 and equal size; He's initialisation by fan-out, as in mmseg."""
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=dilation * (kernel // 2), dilation=dilation,
+                     groups=groups, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def _separable(inputs: int, outputs: int, dilation: int = 1) -> nn.Sequential:
+    """Depthwise 3x3, then pointwise 1x1, each followed by BN and ReLU."""
+    return nn.Sequential(_conv(inputs, inputs, 3, dilation, groups=inputs), _conv(inputs, outputs, 1))
+
+
+def _classifier(channels: int, classes: int) -> nn.Sequential:
+    """Dropout of channels and a 1x1 convolution, N(0, 0.01) and zero: the end of every mmseg head."""
+    conv = nn.Conv2d(channels, classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(nn.Dropout2d(DROPOUT), conv)
+
+
+class LinearHead(nn.Sequential):
+    """BN, dropout, 1x1 convolution on layer4: (N, C, h, w) -> (N, classes, h, w). As in VICRegL."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__(nn.BatchNorm2d(channels), *_classifier(channels, classes))
+
+
+class FCNHead(nn.Sequential):
+    """mmseg's auxiliary head on layer3: (N, C, h, w) -> (N, classes, h, w); 3x3 to C / 4, then 1x1."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__(*_conv(channels, channels // 4, 3), *_classifier(channels // 4, classes))
+
+
+class DeepLabV3PlusHead(nn.Module):
+    """mmseg's depthwise-separable ASPP head: layer4 (N, C, h, w), layer1 (N, L, H, W) -> (N, classes, H, W).
+
+    The pooled branch normalises one value per image and channel, so a training batch needs two images:
+    with one, PyTorch's BN raises ValueError.
+    """
+
+    def __init__(self, channels: int, low_channels: int, classes: int):
+        super().__init__()
+        self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), _conv(channels, WIDTH, 1))
+        self.pyramid = nn.ModuleList(_conv(channels, WIDTH, 1) if rate == 1 else
+                                     _separable(channels, WIDTH, rate) for rate in RATES)
+        self.fuse = _conv((1 + len(RATES)) * WIDTH, WIDTH, 3)
+        self.low = _conv(low_channels, LOW_WIDTH, 1)
+        self.decoder = nn.Sequential(_separable(WIDTH + LOW_WIDTH, WIDTH), _separable(WIDTH, WIDTH))
+        self.classifier = _classifier(WIDTH, classes)
+
+    def forward(self, high: Tensor, low: Tensor) -> Tensor:
+        pooled = _resize(self.image_pool(high), high.shape[2:])
+        high = self.fuse(torch.cat([pooled, *(branch(high) for branch in self.pyramid)], 1))
+        low = self.low(low)
+        return self.classifier(self.decoder(torch.cat([_resize(high, low.shape[2:]), low], 1)))
+
+
+class Segmenter(nn.Module):
+    """A ResNet of torchvision, dilated here, under one of PROTOCOLS. 14 classes: background and 13 organs.
+
+    What to train is what requires gradients. "linear-frozen" means what it does in mmseg: the backbone's
+    parameters require none, and it stays in evaluation mode whatever `train` is told, so its BN uses the
+    running statistics of pre-training. Raises ValueError for another protocol or a dilated backbone.
+    """
+
+    def __init__(self, backbone: nn.Module, protocol: str, classes: int = 14):
+        super().__init__()
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+        self.frozen = protocol == "linear-frozen"
+        self.backbone = dilate(backbone).requires_grad_(not self.frozen)
+        self.backbone.fc = nn.Identity()  # unused: its weights would only be decayed
+        low, _, middle, high = (getattr(stage[-1], "conv3", stage[-1].conv2).out_channels for stage in
+                                (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4))
+        decoder = protocol == "deeplabv3plus"
+        self.head = DeepLabV3PlusHead(high, low, classes) if decoder else LinearHead(high, classes)
+        self.auxiliary = FCNHead(middle, classes) if decoder else None
+        self.train()
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images (N, 3, H, W) -> the outputs of layer1 at stride 4 and of layer2 to layer4 at stride 8."""
+        net = self.backbone
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+            layer1 = net.layer1(x)
+            layer2 = net.layer2(layer1)
+            layer3 = net.layer3(layer2)
+            return layer1, layer2, layer3, net.layer4(layer3)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images (N, 3, H, W) -> logits (N, classes, H, W), float32 also under autocast.
+
+        With labels, `loss(images, labels)` instead: DistributedDataParallel sees only calls of `forward`.
+        """
+        if labels is not None:
+            return self.loss(images, labels)
+        return self._logits(self.features(images), images.shape[2:])
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Images (N, 3, H, W) and labels (N, H, W) int64, 255 to ignore -> the loss, a scalar.
+
+        Cross entropy at the labels' size, for DeepLabv3+ plus AUX_WEIGHT times that of the auxiliary head.
+        """
+        features = self.features(images)
+        loss = _cross_entropy(self._logits(features, labels.shape[1:]), labels)
+        if self.auxiliary is not None:
+            auxiliary = _resize(self.auxiliary(features[2]).float(), labels.shape[1:])
+            loss = loss + AUX_WEIGHT * _cross_entropy(auxiliary, labels)
+        return loss
+
+    def _logits(self, features: tuple[Tensor, ...], size: torch.Size) -> Tensor:
+        layer1, _, _, layer4 = features
+        logits = self.head(layer4) if self.auxiliary is None else self.head(layer4, layer1)
+        return _resize(logits.float(), size)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over all pixels, an ignored one counting as zero: mmseg's default (`avg_non_ignore=False`).
+
+    So a pixel weighs the same in every crop and every process, and a batch without labels gives 0, not NaN.
+    """
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none").mean()

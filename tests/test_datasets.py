@@ -1,0 +1,212 @@
+"""datasets.py: layouts, stores, splits; what changed is prepared again, what is bad is named."""
+
+import json
+import os
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import datasets
+from datasets import BadInput, prepare
+
+AFFINE = np.diag([-1.5, -1.5, 5.0, 1.0])  # LPS
+
+
+def write(path, data, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data, affine), path)
+
+
+def ct(seed, shape=(20, 16, 4)):
+    return np.random.default_rng(seed).integers(-1000, 1000, shape).astype(np.int16)
+
+
+@pytest.fixture
+def abdomen(tmp_path):
+    for i in (1, 2, 3):
+        write(tmp_path / "A" / f"part{i % 2}" / f"Case_0000{i}_0000.nii.gz", ct(i, (20, 16, 3 + i)))
+    return tmp_path / "A"
+
+
+@pytest.fixture
+def btcv(tmp_path):
+    for case in (1, 2, 35):
+        write(tmp_path / "B" / "RawData" / "Training" / "img" / f"img{case:04d}.nii.gz", ct(case))
+        write(tmp_path / "B" / "RawData" / "Training" / "label" / f"label{case:04d}.nii.gz",
+              np.random.default_rng(case).integers(0, 14, (20, 16, 4)).astype(np.uint8))
+    return tmp_path / "B"
+
+
+def test_splits_are_those_drawn_with_the_stated_seed():
+    train = [f"{i:04d}" for i in [*range(1, 11), *range(21, 35)]]
+    assert datasets.cases("100") == train and datasets.cases("val") == [f"{i:04d}" for i in range(35, 41)]
+    rng = np.random.default_rng(0)
+    for split, volumes in (("12.5", 3), ("25", 6)):
+        for draw in range(3):
+            assert datasets.cases(split, draw) == sorted(rng.choice(train, volumes, replace=False))
+    with pytest.raises(BadInput, match="btcv_12.5_3.txt: no such split"):
+        datasets.cases("12.5", 3)
+
+
+def test_windowing_is_a_rounded_linear_map():
+    hu = np.linspace(-400, 400, 5001, dtype=np.float32)
+    expected = np.rint(np.clip((hu.astype(np.float64) + 175) / 425, 0, 1) * 255)
+    assert np.abs(datasets.window_to_uint8(hu, (-175, 250)) - expected).max() <= 1  # ties only
+    assert (datasets.window_to_uint8(hu, (-175, 250)) == expected).mean() > 0.999
+
+
+def test_pretraining_slices_are_padded_with_air_and_resampled(abdomen, tmp_path):
+    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    assert len(store) == 4 + 5 + 6 and [v["id"] for v in store.volumes] == ["Case_00001", "Case_00002", "Case_00003"]
+    data = ct(1, (20, 16, 4))  # LPS: x runs to the patient's left, y to posterior: rows are y, columns x
+    expected = np.zeros((20, 20), np.uint8)
+    expected[2:18] = datasets.window_to_uint8(data[:, :, 3].T.astype(np.float32), (-175, 250))
+    np.testing.assert_array_equal(store.slice(3), expected)
+    np.testing.assert_array_equal(store.batch(np.array([4, 3]))[1], expected)
+    mapped = np.load(store.folder / "Case_00001.npy", mmap_mode="r")  # any NumPy can map a volume
+    np.testing.assert_array_equal(mapped[3], expected)
+    half = prepare(abdomen, tmp_path / "s", "pretrain", size=10).slice(3)
+    assert half.shape == (10, 10) and abs(half.mean() - expected.mean()) < 3
+
+
+def test_segmentation_keeps_sizes_and_labels(btcv, tmp_path):
+    store = prepare(btcv, tmp_path / "s", "segment")
+    labels = np.asarray(nib.load(btcv / "RawData/Training/label/label0002.nii.gz").dataobj)
+    np.testing.assert_array_equal(store.slice(5, label=True), labels[:, :, 1].T)
+    np.testing.assert_array_equal(store.of(["0002"]), [4, 5, 6, 7])
+    assert store.where(*store.place(5)) == "0002 slice 1"
+    with pytest.raises(BadInput, match="0007"):
+        store.of(["0001", "0007"])
+
+
+def test_any_folder_of_nifti_and_btcv_images_serve_pretraining(btcv, tmp_path):
+    write(tmp_path / "own" / "a b" / "Ünal.nii", ct(0))
+    write(tmp_path / "own" / "scan.nii.gz", ct(1))
+    assert [v["id"] for v in datasets.find_volumes(tmp_path / "own", "pretrain")[0]] == ["a b__Ünal", "scan"]
+    assert len(prepare(tmp_path / "own", tmp_path / "s", "pretrain", size=16)) == 8
+    assert len(datasets.find_volumes(btcv, "pretrain")[0]) == 3
+
+
+def test_masks_of_abdomenct_are_not_taken_for_images(abdomen):
+    write(abdomen / "Mask" / "Case_00001.nii.gz", ct(9))
+    volumes, skipped = datasets.find_volumes(abdomen, "pretrain")
+    assert len(volumes) == 3 and "Mask" in skipped[0]["file"]
+
+
+def test_only_what_changed_is_prepared_again(abdomen, tmp_path, monkeypatch):
+    done = []
+    real = datasets._in_processes
+
+    def watch(work, items, *rest):
+        done.append([v["id"] for v in items])
+        return real(work, items, *rest)
+
+    monkeypatch.setattr(datasets, "_in_processes", watch)
+    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    path = abdomen / "part0" / "Case_00002_0000.nii.gz"
+    os.utime(path, ns=(1, 1))  # another time, the same content
+    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    write(path, ct(7, (20, 16, 5)))
+    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    (store.folder / "Case_00003.npy").unlink()
+    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    prepare(abdomen, tmp_path / "s", "pretrain", (-100, 200), 20)
+    assert done == [["Case_00001", "Case_00002", "Case_00003"], [], [], ["Case_00002"], ["Case_00003"],
+                    ["Case_00001", "Case_00002", "Case_00003"]]
+
+
+def test_a_killed_preparation_leaves_no_half_volume(abdomen, tmp_path, monkeypatch):
+    """Dying before the record is written leaves nothing that counts; the next call makes it good."""
+    monkeypatch.setattr(datasets, "_write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(BaseException):  # noqa: B017 (the pool may report its own end)
+        prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    monkeypatch.undo()
+    assert not (tmp_path / "s" / "pretrain-20" / "index.json").exists()
+    assert len(prepare(abdomen, tmp_path / "s", "pretrain", size=20)) == 15
+
+
+def test_bad_volumes_are_named_and_may_be_left_out(abdomen, tmp_path):
+    bad = abdomen / "part0" / "Case_00002_0000.nii.gz"
+    bad.write_bytes(bad.read_bytes()[:-20])
+    with pytest.raises(BadInput, match="Case_00002_0000.nii.gz: damaged"):
+        prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20, skip_bad=True)
+    assert len(store.volumes) == 2 and str(bad) in store.skipped[0]["file"]
+    again = prepare(abdomen, tmp_path / "s", "pretrain", size=20)  # training, later: the choice holds
+    assert len(again.volumes) == 2 and len(again.skipped) == 1
+    write(bad, ct(2, (20, 16, 5)))
+    assert len(prepare(abdomen, tmp_path / "s", "pretrain", size=20).volumes) == 3
+
+
+def test_damaged_stores_are_found_at_load(abdomen, tmp_path):
+    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    index = json.loads((store.folder / "index.json").read_text())
+    with open(store.folder / "Case_00003.npy", "r+b") as f:
+        f.truncate(500)
+    with pytest.raises(BadInput, match="Case_00003"):
+        datasets.Store(store.folder, index)
+
+
+@pytest.mark.parametrize("what,match", [
+    ("missing", "no such folder"), ("empty", "no .nii or .nii.gz"), ("window", "--window"), ("label", "has no label"),
+    ("shape", "one grid"), ("id", "unknown label id 14"), ("blank", "empty label"), ("layout", "RawData.zip")])
+def test_bad_folders_are_refused_in_one_line(btcv, tmp_path, what, match):
+    data, kind, window = btcv, "segment", (-175, 250)
+    label = btcv / "RawData" / "Training" / "label" / "label0002.nii.gz"
+    if what == "missing":
+        data = tmp_path / "nowhere"
+    if what == "empty":
+        (tmp_path / "empty").mkdir()
+        data, kind = tmp_path / "empty", "pretrain"
+    if what == "layout":
+        write(tmp_path / "own" / "scan.nii.gz", ct(1))
+        data = tmp_path / "own"
+    if what == "window":
+        window = (250, -175)
+    if what == "label":
+        label.unlink()
+    if what == "shape":
+        write(label, np.ones((20, 16, 5), np.uint8))
+    if what == "id":
+        write(label, np.full((20, 16, 4), 14, np.uint8))
+    if what == "blank":
+        write(label, np.zeros((20, 16, 4), np.uint8))
+    with pytest.raises(BadInput, match=match) as caught:
+        prepare(data, tmp_path / "s", kind, window)
+    assert "\n" not in str(caught.value)
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on():
+    assert list(datasets.prefetch(lambda t: t * t, range(3, 20), 3)) == [(t, t * t) for t in range(3, 20)]
+    with pytest.raises(ZeroDivisionError):
+        list(datasets.prefetch(lambda t: 1 // t, range(-2, 2), 2))
+
+
+def test_audit_names_duplicates_and_odd_volumes(btcv, abdomen, capsys):
+    shutil.copy(abdomen / "part1" / "Case_00001_0000.nii.gz", abdomen / "part0" / "Case_00007_0000.nii.gz")
+    write(abdomen / "part0" / "Case_00008_0000.nii.gz", ct(8), np.eye(4))
+    datasets.main(["audit", "--data", str(abdomen)])
+    out = capsys.readouterr().out
+    assert "5 volumes, 23 slices" in out and "1,062 volumes, 215,325 slices" in out
+    assert "Case_00007: the same image as Case_00001" in out and "spacing (1, 1, 1)" in out
+    datasets.main(["audit", "--data", str(btcv)])
+    out = capsys.readouterr().out
+    total = sum(int((np.asarray(nib.load(p).dataobj) == 6).sum()) for p in btcv.rglob("label*.gz"))
+    assert "3,779 slices" in out and "train: 2 volumes, 8 slices" in out and f"{total:,d} voxels in 3 volumes" in out
+
+
+def test_audit_fails_on_an_unreadable_volume(abdomen, capsys):
+    (abdomen / "part0" / "Case_00009_0000.nii.gz").write_text("no volume")
+    with pytest.raises(SystemExit) as caught:
+        datasets.main(["audit", "--data", str(abdomen)])
+    assert caught.value.code == 1 and "unusable: 1" in capsys.readouterr().out
+
+
+def test_real_ct_folders(real_ct, tmp_path):
+    store = prepare(real_ct / "AbdomenCT-1K", tmp_path / "a", "pretrain", size=256)
+    assert len(store.volumes) == 78 and len(store) == 309
+    store = prepare(real_ct / "BTCV", tmp_path / "b", "segment")
+    assert len(store.volumes) == 30 and len(store) == 231 and len(store.of(datasets.cases("val"))) > 0

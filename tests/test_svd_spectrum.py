@@ -1,0 +1,41 @@
+"""metrics' spectrum and svd_spectrum.py's features against independent computations."""
+
+import math
+
+import numpy as np
+import torch
+import torchvision
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from metrics import effective_rank, singular_values
+from svd_spectrum import features
+
+
+def test_effective_rank_of_known_spectra():
+    assert math.isclose(effective_rank(np.ones(7)), 7)
+    assert math.isclose(effective_rank(np.array([1.0, 0, 0])), 1)
+    p = np.array([0.5, 0.25, 0.25])
+    assert math.isclose(effective_rank(10 * p), 2**1.5)  # entropy 1.5 bits
+
+
+def test_singular_values_are_those_of_the_covariance_matrix():
+    x = np.random.default_rng(0).normal(size=(40, 6)) @ np.diag([5, 4, 3, 2, 1, 0.1]) + 3
+    expected = np.linalg.svd(np.cov(x.T), compute_uv=False)
+    np.testing.assert_allclose(singular_values(x), expected, rtol=1e-9)
+    few = singular_values(x[:4])
+    assert len(few) == 6 and (few[3:] < 1e-12).all()  # 4 vectors span 3 dimensions at most
+
+
+def test_features_are_torchvisions_pooled_features():
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(weights=None).eval()
+    slices = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    images = (slices[:, None].expand(-1, 3, -1, -1) / 255 - mean[:, None, None]) / std[:, None, None]
+    stock = create_feature_extractor(net, {"avgpool": "a", "layer4": "b"})
+    with torch.no_grad():
+        out = stock(images)
+    device = torch.device("cpu")
+    np.testing.assert_allclose(features(net, slices, 64, False, device), out["a"].flatten(1), rtol=1e-4, atol=1e-5)
+    positions = features(net, slices, 64, True, device)
+    np.testing.assert_allclose(positions, out["b"].movedim(1, -1).reshape(-1, 512), rtol=1e-4, atol=1e-5)

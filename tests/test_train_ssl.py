@@ -1,0 +1,192 @@
+"""train_ssl.py through its own command: files, exact continuing, independence of the number of processes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import datasets
+import runtime
+import train_ssl
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def flags(small_phantom, tmp_path_factory):
+    """Flags for a pre-training of seconds; all tests share one store."""
+    store = small_phantom.parent / "store"
+
+    def make(out, *more):
+        return [str(a) for a in ("--data", small_phantom / "AbdomenCT-1K", "--store", store, "--out", out, "--amp",
+                                 "off", "--image-size", 64, "--batch-size", 8, "--bn-group", 4, "--queue", 32,
+                                 "--zca-group", 16, *more)]
+
+    return make
+
+
+def outcome(folder):
+    records = runtime.read_log(folder / "log.jsonl")
+    for r in records:
+        del r["images_per_s"], r["data_share"]
+    return records, torch.load(folder / "checkpoint.pt", weights_only=True), torch.load(folder / "backbone.pth",
+                                                                                         weights_only=True)
+
+
+def flat(value, name=""):
+    if isinstance(value, dict):
+        for k, v in value.items():
+            yield from flat(v, f"{name}.{k}")
+    elif isinstance(value, list | tuple):
+        for i, v in enumerate(value):
+            yield from flat(v, f"{name}.{i}")
+    else:
+        yield name, value
+
+
+def test_a_run_leaves_its_files_and_a_torchvision_backbone(flags, tmp_path, capsys):
+    train_ssl.main(flags(tmp_path, "--local", "--zca", "--steps", 2))
+    printed = capsys.readouterr().out
+    assert "PHANTOM" in printed
+    folder = tmp_path / "phantom-moco-local-zca"
+    assert {"config.json", "log.jsonl", "checkpoint.pt", "backbone.pth"} <= {p.name for p in folder.iterdir()}
+    assert json.loads((folder / "config.json").read_text())["data"] == "phantom"
+    records, checkpoint, backbone = outcome(folder)
+    assert [r["step"] for r in records] == [1, 2]
+    for r in records:
+        assert math.isclose(r["loss"], r["loss_global"] + r["loss_local"], rel_tol=1e-5)
+        assert 0 < r["loss_local"] < 2 * math.log(20) and 0 <= r["accuracy"] <= 1
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(backbone, strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
+    assert checkpoint["model"]["pointer"] == 16 and checkpoint["step"] == 2
+
+
+def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys):
+    for more in (["--steps", 2], ["--steps", 3], ["--steps", 4]):
+        train_ssl.main(flags(tmp_path / "a", "--local", "--zca", *more))
+    train_ssl.main(flags(tmp_path / "b", "--local", "--zca", "--steps", 4))
+    a, b = (outcome(tmp_path / x / "phantom-moco-local-zca") for x in "ab")
+    assert a[0] == b[0] and len(a[0]) == 4
+    for x, y in ((a[1], b[1]), (a[2], b[2])):
+        for (name, v), (_, w) in zip(flat(x), flat(y), strict=True):
+            assert torch.equal(v, w) if isinstance(v, torch.Tensor) else v == w, name
+    capsys.readouterr()
+    train_ssl.main(flags(tmp_path / "b", "--local", "--zca", "--steps", 4))
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_one_process_with_two_groups_equals_two_processes(flags, tmp_path):
+    """Every loss and every tensor of backbone.pth, buffers included, in float32 on gloo."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for world in (1, 2):
+        # "--": without it argparse of Python before 3.12.7 takes --local for an option of torchrun
+        subprocess.run([*command, "--nproc-per-node", str(world), "--", "train_ssl.py",
+                        *flags(tmp_path / str(world), "--local", "--zca", "--steps", 3)],
+                       cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+    (log1, _, one), (log2, _, two) = (outcome(tmp_path / w / "phantom-moco-local-zca") for w in "12")
+    for r1, r2 in zip(log1, log2, strict=True):
+        assert r1 == pytest.approx(r2, abs=1e-5)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_step_t_is_a_function_of_seed_and_t(flags, tmp_path):
+    args = train_ssl.parse(flags(tmp_path, "--local"))
+    train_ssl.settle(args, True)
+    whole = train_ssl.Batches(args, 37, runtime.Processes(0, 1, torch.device("cpu")))
+    halves = [train_ssl.Batches(args, 37, runtime.Processes(r, 2, torch.device("cpu"))) for r in (0, 1)]
+    assert whole.steps_per_epoch == 4
+    epoch = np.concatenate([whole.indices(t) for t in range(4)])
+    assert len(set(epoch)) == 32 and not np.array_equal(np.sort(epoch), epoch)  # without replacement, shuffled
+    for t in (9, 2):  # any order of asking
+        np.testing.assert_array_equal(np.concatenate([h.indices(t)[h.local] for h in halves]), whole.indices(t))
+        patches = whole.patches(t)
+        assert torch.equal(torch.cat([h.patches(t) for h in halves]), patches)
+        assert patches.shape == (8, 20) and all(len(set(p)) == 20 and max(p) < 49 for p in patches.tolist())
+        views = whole.views(t, runtime.VIEW_Q)
+        for key in views:
+            np.testing.assert_array_equal(np.concatenate([h.views(t, runtime.VIEW_Q)[key] for h in halves]), views[key])
+        assert not np.array_equal(views["contrast"], whole.views(t, runtime.VIEW_K)["contrast"])
+        assert sorted(whole.permutation(t).tolist()) == list(range(8))
+
+
+def test_schedule_is_torchs_cosine(flags, tmp_path):
+    args = train_ssl.parse(flags(tmp_path, "--epochs", 2))
+    train_ssl.settle(args, True)
+    processes = runtime.Processes(0, 1, torch.device("cpu"))
+    batches = train_ssl.Batches(args, 40, processes)
+    trainer = train_ssl.Trainer(args, train_ssl.build(args), batches, processes, "off")
+    reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], args.lr)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(reference, 10)
+    for t in range(10):
+        assert trainer.lr(t) == pytest.approx(cosine.get_last_lr()[0])
+        reference.step()
+        cosine.step()
+
+
+def test_names_and_defaults_are_the_papers(tmp_path):
+    expected = {(): "moco", ("--local",): "moco-local", ("--zca",): "moco-zca", ("--local", "--zca"): "moco-local-zca",
+                ("--no-geometric",): "moco-nogeo", ("--zca", "--no-geometric"): "moco-zca-nogeo"}
+    for more, name in expected.items():
+        for phantom in (False, True):
+            args = train_ssl.parse(list(more))
+            train_ssl.settle(args, phantom)
+            assert args.name == "phantom-" * phantom + name and args.geometric == (not more or more == ("--zca",))
+    args = train_ssl.parse(["--local", "--zca"])
+    train_ssl.settle(args, False)
+    assert (args.arch, args.init, args.batch_size, args.bn_group, args.queue, args.epochs, args.lr, args.ema,
+            args.temperature, args.patches) == ("resnet50", "imagenet", 256, 32, 65536, 200, 0.03, 0.999, 0.2, 20)
+
+
+def test_bad_flags_end_in_one_line(flags, tmp_path, refusal):
+    def line(*more):
+        return refusal(train_ssl.main, flags(tmp_path, *more))
+
+    assert "multiple of 1 processes x --bn-group 3" in line("--bn-group", 3)
+    assert "--queue 36" in line("--queue", 36)
+    assert "--geometric" in line("--local", "--geometric")
+    assert "--patches 50" in line("--local", "--patches", 50)
+    assert "fewer than one batch" in line("--batch-size", 4096, "--queue", 4096)
+    assert "--arch resnet19" in line("--arch", "resnet19")
+    assert "nothing.pth: no such file" in line("--init", tmp_path / "nothing.pth")
+    assert "divide the 512 channels" in line("--zca", "--zca-group", 48)
+    assert "no such folder" in line("--data", tmp_path / "nowhere")
+    assert "unrecognized arguments: --lokal" in line("--lokal")
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "r34.pth")
+    assert "r34.pth: not a backbone of architecture resnet18" in line("--init", tmp_path / "r34.pth")
+
+
+def test_another_config_is_refused_with_the_difference(flags, tmp_path, refusal):
+    train_ssl.main(flags(tmp_path, "--steps", 1))
+    assert "lr: 0.03 there, 0.01 here" in refusal(train_ssl.main, flags(tmp_path, "--steps", 1, "--lr", 0.01))
+
+
+def test_bad_volumes_stop_the_run_before_it_starts(tmp_path, flags, refusal):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "scan.nii.gz").write_text("no volume at all")
+    line = refusal(train_ssl.main, [*flags(tmp_path / "out"), "--data", data, "--store", tmp_path / "store"])
+    assert "scan.nii.gz: not a NIfTI file" in line and not (tmp_path / "out").exists()
+
+
+def test_one_group_warns_and_a_long_queue_is_noted(flags, tmp_path, capsys):
+    with pytest.warns(UserWarning, match="one group only"):
+        train_ssl.main(flags(tmp_path, "--bn-group", 8, "--steps", 1, "--queue", 80))
+    assert "the queue of 80 is longer" in capsys.readouterr().err
+
+
+def test_real_ct_trains(real_ct, tmp_path):
+    train_ssl.main(["--data", str(real_ct / "AbdomenCT-1K"), "--store", str(tmp_path / "s"), "--out", str(tmp_path),
+                    "--arch", "resnet18", "--init", "random", "--image-size", "64", "--batch-size", "8", "--bn-group",
+                    "4", "--queue", "64", "--steps", "2", "--local", "--zca"])
+    assert (tmp_path / "moco-local-zca" / "backbone.pth").exists()
+    assert datasets.is_phantom(real_ct / "AbdomenCT-1K") is False
