@@ -8,28 +8,35 @@ it that says what it was made from, and index.json. Two kinds:
     python datasets.py prepare --data data/AbdomenCT-1K
     python datasets.py prepare --data data/BTCV --kind segment
     python datasets.py audit --data data/BTCV
+    python datasets.py audit --data data/BTCV --verify          is what was prepared still what was written?
+
+Both commands end with a list of everything skipped or odd, and with exit code 0 only if nothing was skipped;
+--skip-bad accepts what was.
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 import phantom
-from volumes import SUFFIXES, BadInput, read_labels, read_volume, stem
+import volumes
+from volumes import SUFFIXES, BadInput, Volume, read_labels, read_volume, stem
 
 ORGANS = ("background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach",
           "aorta", "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland",
@@ -37,7 +44,7 @@ ORGANS = ("background", "spleen", "right kidney", "left kidney", "gallbladder", 
 WINDOW = (-175.0, 250.0)  # HU
 SIZE = 512  # side of the slices kept for pre-training
 SPLITS = Path(__file__).parent / "splits"
-FORMAT = 1  # of the store; another number means: prepare again
+FORMAT = 2  # of the store; another number means: prepare again
 PAPER = {"pretrain": (1062, 215_325), "segment": (30, 3017 + 762)}  # volumes, slices
 
 
@@ -45,11 +52,12 @@ PAPER = {"pretrain": (1062, 215_325), "segment": (30, 3017 + 762)}  # volumes, s
 
 
 def find_volumes(data: Path, kind: str) -> tuple[list[dict], list[dict]]:
-    """What a folder holds: ({id, image, label or None} sorted by id, skipped {file, reason}).
+    """What a folder holds: ({id, image, label or None} sorted by id, skipped {file, reason, no_image}).
 
     Known layouts: BTCV's RawData/Training/{img,label}, AbdomenCT-1K's Case_00001_0000.nii.gz in one folder or
-    in part folders, and for pre-training any folder of NIfTI volumes. Raises BadInput for a missing or empty
-    folder, and for segmentation without BTCV's layout or with an image that has no label.
+    in part folders, and for pre-training any folder of NIfTI volumes. no_image: the file's name says that it is
+    none, so nothing is missed. Raises BadInput for a missing or empty folder, and for segmentation without
+    BTCV's layout.
     """
     if not data.is_dir():
         raise BadInput(f"{data}: no such folder; give --data the folder of the CT volumes")
@@ -59,26 +67,44 @@ def find_volumes(data: Path, kind: str) -> tuple[list[dict], list[dict]]:
     if kind == "segment":
         raise BadInput(f"{data}: no RawData/Training/img there; unpack BTCV's RawData.zip into it")
     files, skipped = [], []
-    for path in sorted(p for p in data.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()):
+    for path in _nifti_files(data):
         if path.name.startswith("."):
-            skipped.append({"file": str(path), "reason": "hidden file"})
+            skipped.append(_skip(path, "hidden file", no_image=True))
+        elif not path.is_file():
+            skipped.append(_skip(path, "a broken link, or no file"))
         else:
             files.append(path)
     if any(_is_case(p) and p.name.count("_") == 2 for p in files):  # AbdomenCT-1K: masks lack the _0000
-        skipped += [{"file": str(p), "reason": "a label map by its name"} for p in files
+        skipped += [_skip(p, "a label map by its name", no_image=True) for p in files
                     if not stem(p).endswith("_0000")]
         files = [p for p in files if stem(p).endswith("_0000")]
     if not files:
         raise BadInput(f"{data}: no .nii or .nii.gz volumes in this folder or below it")
-    volumes = [{"id": stem(p).removesuffix("_0000") if _is_case(p) else
-                "__".join([*p.relative_to(data).parts[:-1], stem(p)]), "image": p, "label": None} for p in files]
-    first = {}
-    for v in list(volumes):
-        if v["id"] in first:
-            volumes.remove(v)
-            skipped.append({"file": str(v["image"]), "reason": f"same case as {first[v['id']]}"})
-        first.setdefault(v["id"], v["image"])
-    return sorted(volumes, key=lambda v: v["id"]), skipped
+    found: dict[str, dict] = {}
+    for p in files:
+        name = (stem(p).removesuffix("_0000") if _is_case(p) else
+                "__".join([*p.relative_to(data).parts[:-1], stem(p)]))
+        if name in found:
+            skipped.append(_skip(p, f"same case as {found[name]['image']}"))
+        else:
+            found[name] = {"id": name, "image": p, "label": None}
+    return [found[name] for name in sorted(found)], skipped
+
+
+def _skip(path: Path, reason: str, no_image: bool = False) -> dict:
+    return {"file": str(path), "reason": reason, "no_image": no_image}
+
+
+def _nifti_files(folder: Path) -> list[Path]:
+    """All files named as NIfTI in a folder and below it, in linked folders too, each folder once; sorted."""
+    files, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # a link back up
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(root, name) for name in names if name.endswith(SUFFIXES)]
+    return sorted(files)
 
 
 def _is_case(path: Path) -> bool:
@@ -86,18 +112,15 @@ def _is_case(path: Path) -> bool:
 
 
 def _find_btcv(root: Path, kind: str) -> tuple[list[dict], list[dict]]:
-    volumes = []
-    for image in sorted((root / "img").glob("img*")):
-        if not image.name.endswith(SUFFIXES):
-            continue
-        case = stem(image).removeprefix("img")
-        label = next((p for s in SUFFIXES if (p := root / "label" / f"label{case}{s}").exists()), None)
-        if kind == "segment" and label is None:
-            raise BadInput(f"{image}: has no label {root / 'label' / f'label{case}.nii.gz'}")
-        volumes.append({"id": case, "image": image, "label": label if kind == "segment" else None})
-    if not volumes:
+    def numbered(part: str, name: str) -> dict[str, Path]:
+        found = sorted(p for p in (root / part).glob(f"{name}*") if p.name.endswith(SUFFIXES))
+        return {stem(p).removeprefix(name): p for p in found}
+
+    images, labels = numbered("img", "img"), numbered("label", "label") if kind == "segment" else {}
+    if not images:
         raise BadInput(f"{root / 'img'}: no img0001.nii.gz and so on in it")
-    return volumes, []
+    return ([{"id": case, "image": image, "label": labels.get(case)} for case, image in sorted(images.items())],
+            [_skip(label, "a label without its image") for case, label in labels.items() if case not in images])
 
 
 def locate(data: Path | None, name: str) -> tuple[Path, bool]:
@@ -114,11 +137,7 @@ def locate(data: Path | None, name: str) -> tuple[Path, bool]:
 
 def is_phantom(data: Path) -> bool:
     """True when the folder's first volume was generated by phantom.py (its header says so)."""
-    try:
-        header = nib.load(find_volumes(data, "pretrain")[0][0]["image"]).header
-        return bytes(header["descrip"]).strip(b"\0 ") == b"phantom"
-    except (OSError, KeyError, nib.filebasedimages.ImageFileError):
-        return False  # read_volume will say what is wrong with it
+    return volumes.is_phantom(find_volumes(data, "pretrain")[0][0]["image"])
 
 
 def cases(split: str, draw: int = 0) -> list[str]:
@@ -171,83 +190,117 @@ def _stamp(path: Path | None) -> dict | None:
     return {"file": str(path), "bytes": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
 
 
-def _same_source(record: dict, volume: dict) -> bool:
-    """Is the record's source still the file it was? Size and time decide; where the time differs, the checksum."""
+def _unchanged(source: dict, volume: dict) -> dict | None:
+    """The record's source with today's times if the files are still the same, else None.
+
+    Size and time decide; where the time differs, the checksum.
+    """
+    now = {}
     for part in ("image", "label"):
-        old, path = record["source"][part], volume[part]
-        if (old is None) != (path is None):
-            return False
-        if path is not None:
-            now = _stamp(path)
-            if old["bytes"] != now["bytes"] or (old["mtime"] != now["mtime"] and old["checksum"] != _checksum(path)):
-                return False
-    return True
+        old, new = source[part], _stamp(volume[part])
+        if old is None or new is None:
+            if old is not new:
+                return None
+            now[part] = None
+            continue
+        if old["bytes"] != new["bytes"] or (old["mtime"] != new["mtime"]
+                                            and old["checksum"] != _checksum(volume[part])):
+            return None
+        now[part] = new | {"checksum": old["checksum"]}
+    return now
+
+
+def _describe(volume: dict, kind: str) -> tuple[dict, Volume, np.ndarray | None]:
+    """(what there is to say about a volume, the volume, its labels for segmentation). Raises BadInput."""
+    read = read_volume(volume["image"])
+    low, high = float(read.hu.min()), float(read.hu.max())
+    record = {"id": volume["id"], "file": str(volume["image"]), "phantom": read.is_phantom, "spacing": read.spacing,
+              "shape": list(read.hu.shape), "slices": len(read.hu), "hu": [low, high],
+              "content": hashlib.blake2b(read.hu, digest_size=16).hexdigest(), "odd": []}
+    if read.spacing == (1.0, 1.0, 1.0):
+        record["odd"].append("spacing (1, 1, 1) mm, most likely a placeholder")
+    if low > -200 or high < 200:
+        record["odd"].append(f"HU from {low:.0f} to {high:.0f} only")
+    if not int(read.header["sform_code"]) and not int(read.header["qform_code"]):
+        record["odd"].append("no orientation in its header; NIfTI's default was assumed")
+    if kind == "pretrain":
+        return record, read, None
+    if volume["label"] is None:
+        raise BadInput(f"{volume['image']}: has no label {Path('label', volume['image'].name.replace('img', 'label'))}")
+    labels = read_labels(volume["label"], read, len(ORGANS))
+    if not labels.any():
+        raise BadInput(f"{volume['label']}: an empty label, all background; it would train nothing")
+    record["voxels"] = np.bincount(labels.ravel(), minlength=len(ORGANS)).tolist()
+    return record, read, labels
 
 
 def _prepare_volume(volume: dict, store: Path, kind: str, window: tuple[float, float], size: int) -> dict:
     """One volume into the store. Returns its record; raises BadInput. The .json is written last: no half volume."""
-    read = read_volume(volume["image"])
+    source = {part: _stamp(volume[part]) and _stamp(volume[part]) | {"checksum": _checksum(volume[part])}
+              for part in ("image", "label")}  # before it is read: a file that changes meanwhile is read again
+    record, read, labels = _describe(volume, kind)
     slices = window_to_uint8(read.hu, window)
-    source = {"image": _stamp(volume["image"]) | {"checksum": _checksum(volume["image"])}, "label": None}
-    record = {"id": volume["id"], "source": source, "phantom": read.is_phantom, "spacing": read.spacing,
-              "shape": list(read.hu.shape), "hu": [float(read.hu.min()), float(read.hu.max())],
-              "content": hashlib.blake2b(read.hu, digest_size=16).hexdigest()}
-    arrays = {"": slices}
-    if kind == "segment":
-        labels = read_labels(volume["label"], read, len(ORGANS))
-        if not labels.any():
-            raise BadInput(f"{volume['label']}: an empty label, all background; it would train nothing")
-        source["label"] = _stamp(volume["label"]) | {"checksum": _checksum(volume["label"])}
-        record["voxels"] = np.bincount(labels.ravel(), minlength=len(ORGANS)).tolist()
-        arrays["label-"] = labels
-    else:
-        arrays[""] = square(slices, size)
-    for prefix, array in arrays.items():
-        part = store / f".{os.getpid()}.{prefix}{volume['id']}.npy"
-        try:
-            np.save(part, array)
-            os.replace(part, store / f"{prefix}{volume['id']}.npy")
-        finally:
-            part.unlink(missing_ok=True)
+    arrays = {"": slices, "label-": labels} if kind == "segment" else {"": square(slices, size)}
     record["slices"], record["height"], record["width"] = arrays[""].shape
-    _write_json(store / f"{volume['id']}.json", {"format": FORMAT, "window": list(window), "size": size, **record})
+    record |= {"format": FORMAT, "window": list(window), "size": size, "source": source, "checksums": {}}
+    done = store / f"{volume['id']}.json"
+    done.unlink(missing_ok=True)  # from here to the last line there is no such volume
+    for prefix, array in arrays.items():
+        path = store / f"{prefix}{volume['id']}.npy"
+        with _part(path) as part:
+            np.save(part, array)
+            record["checksums"][path.name] = _checksum(part)
+    _write_json(done, record)
     return record
 
 
-def _write_json(path: Path, value: object) -> None:
+@contextlib.contextmanager
+def _part(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, of this process alone, that is renamed to it in the end."""
     part = path.with_name(f".{os.getpid()}.{path.name}")
-    part.write_text(json.dumps(value, indent=1))
-    os.replace(part, path)
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, value: object) -> None:
+    with _part(path) as part:
+        part.write_text(json.dumps(value, indent=1))
 
 
 def _kept(volume: dict, store: Path, window: tuple[float, float], size: int) -> dict | None:
     """The record of a volume that an earlier preparation finished and that is still right, else None."""
+    path = store / f"{volume['id']}.json"
     try:
-        record = json.loads((store / f"{volume['id']}.json").read_text())
+        record = json.loads(path.read_text())
+        source = _unchanged(record["source"], volume)
         right = (record["format"] == FORMAT and record["window"] == list(window) and record["size"] == size
-                 and _same_source(record, volume) and all(_sizes_agree(store, record)))
-    except (OSError, ValueError, KeyError):
+                 and source and all(_sizes_agree(store, record)))
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    if right and source != record["source"]:  # copied or touched: spare the next start the checksum
+        record["source"] = source
+        _write_json(path, record)
     return record if right else None
 
 
 def _accepted(store: Path) -> dict[str, dict]:
-    """Volumes that `prepare --skip-bad` left out before and whose files have not changed since, by image."""
+    """What `prepare --skip-bad` left out before, by image."""
     try:
-        entries = json.loads((store / "index.json").read_text())["skipped"]
+        return {e["file"]: e for e in json.loads((store / "index.json").read_text())["skipped"] if "stamps" in e}
     except (OSError, ValueError, KeyError):
         return {}
-    return {e["file"]: e for e in entries if "stamp" in e and all(
-        Path(s["file"]).exists() and _stamp(Path(s["file"])) == s for s in e["stamp"])}
 
 
-def _stamps(volume: dict) -> list[dict]:
-    return [_stamp(path) for part in ("image", "label") if (path := volume[part]) is not None]
+def _stamps(volume: dict) -> list:
+    return [_stamp(volume["image"]), _stamp(volume["label"])]
 
 
 def _sizes_agree(store: Path, record: dict) -> Iterator[bool]:
-    for prefix in ("", "label-") if record["source"]["label"] else ("",):
-        path = store / f"{prefix}{record['id']}.npy"
+    for name in record["checksums"]:
+        path = store / name
         voxels = record["slices"] * record["height"] * record["width"]
         yield path.exists() and 0 < path.stat().st_size - voxels <= 1024  # one .npy header
 
@@ -260,43 +313,64 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
     unchanged. A second process waits for the first. Raises BadInput when volumes cannot be
     used, all named on stderr, unless `skip_bad`: then they are left out, by later calls too, and listed.
     """
+    window = tuple(float(w) for w in window)
     if not window[0] < window[1]:
         raise BadInput(f"--window {window[0]} {window[1]}: the lower HU must come first")
     size = size if kind == "pretrain" else 0
-    volumes, skipped = find_volumes(data, kind)
-    folder = store / (f"pretrain-{size}" if kind == "pretrain" else "segment")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"{folder}: waiting for another process that prepares it", file=sys.stderr)
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-        records = {v["id"]: r for v in volumes if (r := _kept(v, folder, window, size))}
-        accepted = _accepted(folder)
-        skipped += [s for v in volumes if (s := accepted.get(str(v["image"])))]
-        todo = [v for v in volumes if v["id"] not in records and str(v["image"]) not in accepted]
-        changed = sum((folder / f"{v['id']}.json").exists() for v in todo)
-        if changed:
-            print(f"{folder}: {changed} volumes or settings changed since; preparing these again", file=sys.stderr)
-        bad = []
-        work = partial(_prepare_volume, store=folder, kind=kind, window=tuple(window), size=size)
-        for volume, outcome in _in_processes(work, todo, workers, f"preparing {folder}"):
-            if isinstance(outcome, BadInput):
-                bad.append({"file": str(volume["image"]), "reason": str(outcome), "stamp": _stamps(volume)})
-            else:
-                records[volume["id"]] = outcome
-        if bad and not skip_bad:
-            for b in bad[1:]:
-                print(b["reason"], file=sys.stderr)
-            raise BadInput(bad[0]["reason"] + (f" ({len(bad)} such volumes, all named here)" if len(bad) > 1 else ""))
-        skipped += bad
-        if not records:
-            raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
-        index = {"format": FORMAT, "kind": kind, "data": str(data.resolve()), "window": list(window), "size": size,
-                 "volumes": [records[k] for k in sorted(records)], "skipped": skipped}
-        _write_json(folder / "index.json", index)
-        return Store(folder, index)
+    name = f"pretrain-{size}" if kind == "pretrain" else "segment"
+    # a folder of its own for another window: a run that reads this one must not find its slices exchanged
+    folder = store / (name if window == WINDOW else f"{name}-{window[0]:g}-{window[1]:g}")
+    found, skipped = find_volumes(data, kind)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{folder}: waiting for another process that prepares it", file=sys.stderr)
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            records, left_out = _complete(found, folder, kind, window, size, workers, skip_bad)
+            if not records:
+                raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
+            index = {"format": FORMAT, "kind": kind, "data": str(data.resolve()), "window": list(window), "size": size,
+                     "volumes": [records[k] for k in sorted(records)], "skipped": skipped + left_out}
+            if not (folder / "index.json").exists() or json.loads((folder / "index.json").read_text()) != index:
+                _write_json(folder / "index.json", index)
+    except OSError as e:
+        raise BadInput(f"{e.filename or folder}: {e.strerror or e} (while preparing {folder}); run the same command "
+                       "again when that is mended") from None
+    except (BrokenProcessPool, MemoryError):
+        raise BadInput(f"{folder}: a process that prepares it ran out of memory or was killed; run the same command "
+                       "again, with fewer --workers") from None
+    return Store(folder, index)
+
+
+def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, float], size: int, workers: int,
+              skip_bad: bool) -> tuple[dict[str, dict], list[dict]]:
+    """Prepare what is missing in a store that this process has locked: (records by id, left out)."""
+    for part in folder.glob(".[0-9]*.*"):  # of a process that was killed while it wrote
+        part.unlink(missing_ok=True)
+    records = {v["id"]: r for v in found if (r := _kept(v, folder, window, size))}
+    accepted = _accepted(folder)
+    left_out = [e for v in found if v["id"] not in records and (e := accepted.get(str(v["image"])))
+                and e["stamps"] == _stamps(v)]
+    known = {e["file"] for e in left_out}
+    todo = [v for v in found if v["id"] not in records and str(v["image"]) not in known]
+    if changed := [v["id"] for v in todo if (folder / f"{v['id']}.json").exists()]:
+        print(f"{folder}: {len(changed)} volumes changed since, or are damaged there; preparing them again: "
+              f"{', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}", file=sys.stderr)
+    bad = []
+    work = partial(_prepare_volume, store=folder, kind=kind, window=window, size=size)
+    for volume, outcome in _in_processes(work, todo, workers, f"preparing {folder}"):
+        if isinstance(outcome, BadInput):
+            bad.append(_skip(volume["image"], str(outcome)) | {"stamps": _stamps(volume)})
+        else:
+            records[volume["id"]] = outcome
+    if bad and not skip_bad:
+        for b in bad[1:]:
+            print(b["reason"], file=sys.stderr)
+        raise BadInput(bad[0]["reason"] + (f" ({len(bad)} such volumes, all named here)" if len(bad) > 1 else ""))
+    return records, left_out + bad
 
 
 def _in_processes(work: Callable, items: list, workers: int, title: str) -> Iterator[tuple[dict, object]]:
@@ -305,7 +379,7 @@ def _in_processes(work: Callable, items: list, workers: int, title: str) -> Iter
         return
     # fork: a spawned process would import the calling script, and with it PyTorch, for nothing
     context = get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(max(1, min(workers, len(items))), context) as pool:
+    with ProcessPoolExecutor(max(1, min(workers, len(items))), context, _end_with_parent) as pool:
         futures = {pool.submit(work, item): item for item in items}
         try:
             for future in tqdm(as_completed(futures), title, len(items), unit="volume", disable=None):
@@ -315,6 +389,15 @@ def _in_processes(work: Callable, items: list, workers: int, title: str) -> Iter
                     yield futures[future], e
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever: let it end."""
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -358,10 +441,14 @@ class Store:
         v = self.volumes[volume]
         out = np.empty((v["height"], v["width"]), np.uint8) if out is None else out
         path = self.folder / f"{'label-' if label else ''}{v['id']}.npy"
-        with open(path, "rb", buffering=0) as f:
-            f.seek(path.stat().st_size - (v["slices"] - z) * out.size)
-            if f.readinto(out) != out.size:
-                raise BadInput(f"{path}: ends too early; delete its folder and prepare it again")
+        try:
+            with open(path, "rb", buffering=0) as f:
+                f.seek(-(v["slices"] - z) * out.size, os.SEEK_END)
+                whole = f.readinto(out) == out.size
+        except OSError as e:
+            raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
+        if not whole:
+            raise BadInput(f"{path}: ends too early; delete its folder and prepare it again")
         return out
 
     def batch(self, indices: np.ndarray) -> np.ndarray:
@@ -391,20 +478,17 @@ def prefetch(fetch: Callable, steps: range, workers: int) -> Iterator[tuple]:
 
 
 def audit(data: Path, kind: str, workers: int = 2) -> int:
-    """Print what a data folder holds against the paper's counts. Returns the number of unusable files."""
-    volumes, skipped = find_volumes(data, kind)
-    good, bad, odd = [], [], []
-    for volume, outcome in _in_processes(_inspect, volumes, workers, f"reading {data}"):
+    """Print what a data folder holds against the paper's counts. Returns the number of files it cannot use."""
+    found, skipped = find_volumes(data, kind)
+    good, bad = [], []
+    for volume, outcome in _in_processes(partial(_inspect, kind=kind), found, workers, f"reading {data}"):
         if isinstance(outcome, BadInput):
-            bad.append(str(outcome))
+            bad.append(_skip(volume["image"], str(outcome)))
         else:
             good.append(outcome)
-            odd += [f"{volume['image']}: {reason}" for reason in outcome["odd"]]
     good.sort(key=lambda r: r["id"])
-    slices = sum(r["slices"] for r in good)
-    wanted_volumes, wanted_slices = PAPER[kind]
-    name = {"pretrain": "AbdomenCT-1K", "segment": "BTCV"}[kind]
-    print(f"{data}: {len(good)} volumes, {slices:,} slices   (the paper's {name}: "
+    name, (wanted_volumes, wanted_slices) = {"pretrain": "AbdomenCT-1K", "segment": "BTCV"}[kind], PAPER[kind]
+    print(f"{data}: {len(good)} volumes, {sum(r['slices'] for r in good):,} slices   (the paper's {name}: "
           f"{wanted_volumes:,} volumes, {wanted_slices:,} slices)")
     if good and all(r["phantom"] for r in good):
         print("every volume is generated: this is the phantom")
@@ -412,46 +496,55 @@ def audit(data: Path, kind: str, workers: int = 2) -> int:
         print(f"HU {min(r['hu'][0] for r in good):.0f} to {max(r['hu'][1] for r in good):.0f}, slices per volume "
               f"{min(r['slices'] for r in good)} to {max(r['slices'] for r in good)}")
     if kind == "segment":
-        found = {r["id"]: r["slices"] for r in good}
-        for split, paper in (("100", (24, 3017)), ("val", (6, 762))):
-            present = [found[c] for c in cases(split) if c in found]
-            print(f"  {'train' if split == '100' else 'val'}: {len(present)} volumes, {sum(present):,} slices   "
-                  f"(the paper's: {paper[0]}, {paper[1]:,})")
-        total = np.sum([r["voxels"] for r in good], axis=0)
-        for organ, voxels in zip(ORGANS, total, strict=True):
-            holding = sum(r["voxels"][ORGANS.index(organ)] > 0 for r in good)
-            print(f"  {ORGANS.index(organ):2d} {organ:26s} {voxels:14,d} voxels in {holding} volumes")
+        _tell_organs(good)
+    return _tell_skipped(good, skipped + bad)
+
+
+def _inspect(volume: dict, kind: str) -> dict:
+    return _describe(volume, kind)[0]
+
+
+def _tell_organs(good: list[dict]) -> None:
+    found = {r["id"]: r["slices"] for r in good}
+    for split, paper in (("100", (24, 3017)), ("val", (6, 762))):
+        present = [found[c] for c in cases(split) if c in found]
+        print(f"  {'train' if split == '100' else 'val'}: {len(present)} volumes, {sum(present):,} slices   "
+              f"(the paper's: {paper[0]}, {paper[1]:,})")
+    for organ, voxels in zip(ORGANS, np.reshape([r["voxels"] for r in good], (-1, len(ORGANS))).T, strict=True):
+        print(f"  {ORGANS.index(organ):2d} {organ:26s} {voxels.sum():14,d} voxels in {(voxels > 0).sum()} volumes")
+
+
+def _tell_skipped(records: list[dict], skipped: list[dict]) -> int:
+    """The list that ends both commands: unusable, odd, no image. Returns the number of the unusable."""
+    odd = [f"{r['file']}: {reason}" for r in records for reason in r["odd"]]
     first: dict[str, str] = {}
-    for r in good:
+    for r in records:
         if r["content"] in first:
             known = " (a known one)" if {r["id"], first[r["content"]]} == {"Case_00297", "Case_00928"} else ""
             odd.append(f"{r['id']}: the same image as {first[r['content']]}{known}")
         first.setdefault(r["content"], r["id"])
-    for title, lines in (("unusable", sorted(bad)), ("odd", sorted(odd)),
-                         ("skipped", [f"{s['file']}: {s['reason']}" for s in skipped])):
-        print(f"{title}: {len(lines)}")
-        for line in lines:
+    # a reason that comes from reading begins with the file's name
+    lines = {kind: [s["reason"] if s["file"] in s["reason"] else f"{s['file']}: {s['reason']}" for s in skipped
+                    if s["no_image"] == kind] for kind in (False, True)}
+    for title, named in (("unusable", lines[False]), ("odd", odd), ("no image by its name", lines[True])):
+        print(f"{title}: {len(named)}")
+        for line in sorted(named):
             print(f"  {line}")
-    return len(bad)
+    return len(lines[False])
 
 
-def _inspect(volume: dict) -> dict:
-    read = read_volume(volume["image"])
-    record = {"id": volume["id"], "slices": len(read.hu), "phantom": read.is_phantom, "odd": [],
-              "hu": [float(read.hu.min()), float(read.hu.max())],
-              "content": hashlib.blake2b(read.hu, digest_size=16).hexdigest()}
-    if volume["label"]:
-        labels = read_labels(volume["label"], read, len(ORGANS))
-        record["voxels"] = np.bincount(labels.ravel(), minlength=len(ORGANS)).tolist()
-        if not labels.any():
-            record["odd"].append("its label is empty")
-    if read.spacing == (1.0, 1.0, 1.0):
-        record["odd"].append("spacing (1, 1, 1) mm, most likely a placeholder")
-    if record["hu"][0] > -200 or record["hu"][1] < 200:
-        record["odd"].append(f"HU from {record['hu'][0]:.0f} to {record['hu'][1]:.0f} only")
-    if not int(read.header["sform_code"]) and not int(read.header["qform_code"]):
-        record["odd"].append("no orientation in its header; NIfTI's default was assumed")
-    return record
+def verify(store: Path) -> int:
+    """Compare every array below a store's folder with the checksum it was written with; returns the damaged ones."""
+    indices = sorted(store.glob("*/index.json"))
+    if not indices:
+        raise BadInput(f"{store}: nothing was prepared there; give --store")
+    damaged = [path for index in indices for record in json.loads(index.read_text())["volumes"]
+               for name, checksum in record["checksums"].items()
+               if not (path := index.parent / name).exists() or _checksum(path) != checksum]
+    for path in damaged:
+        print(f"{path}: damaged; delete it, and it will be prepared again")
+    print(f"{store}: {len(damaged)} damaged arrays")
+    return len(damaged)
 
 
 def default_store(data: Path) -> Path:
@@ -466,26 +559,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the CT volumes")
     parser.add_argument("--kind", choices=("pretrain", "segment"),
                         help="default: segment for BTCV's layout, else pretrain")
-    parser.add_argument("--store", type=Path, help="prepare: folder of the slices (default stores/NAME_OF_DATA)")
+    parser.add_argument("--store", type=Path, help="folder of the slices (default stores/NAME_OF_DATA)")
     parser.add_argument("--size", type=int, default=SIZE, help="prepare: side of the pre-training slices")
     parser.add_argument("--window", type=float, nargs=2, default=WINDOW, metavar=("LOW", "HIGH"), help="HU window")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--skip-bad", action="store_true", help="prepare: leave out and list unusable volumes")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out unusable volumes: listed, but no failure")
+    parser.add_argument("--verify", action="store_true", help="audit: compare the store with its checksums instead")
     args = parser.parse_args(argv)
     btcv = any((args.data / p / "img").is_dir() for p in ("RawData/Training", "Training", "."))
     kind = args.kind or ("segment" if btcv else "pretrain")
+    folder = args.store or default_store(args.data)
     try:
+        if args.command == "audit" and args.verify:
+            raise SystemExit(1 if verify(folder) else 0)
         if args.command == "audit":
-            if audit(args.data, kind, args.workers):
-                raise SystemExit(1)
-            return
-        store = prepare(args.data, args.store or default_store(args.data), kind, tuple(args.window), args.size,
-                        args.workers, skip_bad=args.skip_bad)
+            skipped = audit(args.data, kind, args.workers)
+        else:
+            store = prepare(args.data, folder, kind, args.window, args.size, args.workers, args.skip_bad)
+            print(f"{store.folder}: {len(store.volumes)} volumes, {len(store):,} slices")
+            skipped = _tell_skipped(store.volumes, store.skipped)
     except BadInput as e:
         raise SystemExit(f"datasets.py: {e}") from None
-    print(f"{store.folder}: {len(store.volumes)} volumes, {len(store):,} slices")
-    for s in store.skipped:
-        print(f"  skipped {s['file']}: {s['reason']}")
+    if skipped and not args.skip_bad:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

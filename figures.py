@@ -1,16 +1,25 @@
-"""Every picture. matplotlib is needed here and nowhere else."""
+"""Every picture. matplotlib is needed here and nowhere else; it draws without a display.
 
-from collections.abc import Sequence
+Colours are few and always doubled by a line style, a marker or a label, so that a grey print can be read too.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from volumes import BadInput
 
-INK = "#222222"
-# distinct in colour and, through the line styles, in grey
+INK, PALE = "#222222", "#b5b5b5"
+# distinct in colour and, through the line styles or markers, in grey
 STYLES = (("#222222", "-"), ("#c0392b", "--"), ("#1f618d", "-."), ("#1e8449", (0, (6, 1))), ("#b9770e", ":"),
-          ("#6c3483", (0, (3, 1, 1, 1))))
+          ("#6c3483", (0, (3, 1, 1, 1))), ("#7f8c8d", (0, (1, 2))), ("#17a2b8", (0, (8, 2, 2, 2, 2, 2))))
+MARKERS = "osD^vPX*"
+# BTCV's organs 1 to 13, the same in every picture: warm left, cold right, vessels red and blue
+ORGAN_COLOURS = ("#8e44ad", "#f1c40f", "#e67e22", "#27ae60", "#f5b7b1", "#a0522d", "#76d7c4", "#e74c3c", "#3498db",
+                 "#1a5fb4", "#d4e157", "#ff5fb0", "#00e5ff")
 
 
 def pyplot():
@@ -24,8 +33,37 @@ def pyplot():
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False,
-                         "legend.frameon": False, "figure.dpi": 150, "savefig.bbox": "tight"})
+                         "axes.titlesize": 9, "axes.titlelocation": "left", "legend.frameon": False,
+                         "legend.fontsize": 8, "lines.linewidth": 1.3, "figure.dpi": 150, "savefig.bbox": "tight"})
     return plt
+
+
+def attempt(draw: Callable[..., None], *args) -> bool:
+    """draw(*args), one of the pictures below; without matplotlib one line says so and all else goes on."""
+    try:
+        draw(*args)
+    except BadInput as e:
+        _tell_once(str(e))
+        return False
+    return True
+
+
+@functools.cache
+def _tell_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _save(plt, figure, path: Path) -> None:
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _style(i: int) -> dict:
+    colour, line = STYLES[i % len(STYLES)]
+    return {"color": colour, "linestyle": line}
+
+
+# ------------------------------------------------------------------------------------------------- pre-training
 
 
 def spectrum(path: Path, runs: Sequence[tuple[str, np.ndarray, float]], title: str) -> None:
@@ -35,15 +73,188 @@ def spectrum(path: Path, runs: Sequence[tuple[str, np.ndarray, float]], title: s
     """
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(5.6, 3.8))
-    for (name, values, rank), (colour, line) in zip(runs, STYLES * (1 + len(runs) // len(STYLES)), strict=False):
+    for i, (name, values, rank) in enumerate(runs):
         shown = values[values > values[0] * 1e-12]
-        axes.plot(np.arange(1, len(shown) + 1), shown, color=colour, linestyle=line, linewidth=1.4,
+        apart = max(1, len(shown) // 8)  # markers, where many curves of one grey would be too much for line styles
+        axes.plot(np.arange(1, len(shown) + 1), shown, **_style(i), marker=MARKERS[i % len(MARKERS)], markersize=4,
+                  fillstyle="none" if i % 2 else "full", markevery=(apart * (2 * i + 1) // (2 * len(runs)), apart),
                   label=f"{name}  (effective rank {rank:.1f})")
     axes.set_yscale("log")
     axes.set_xlim(left=0)
     axes.set_xlabel("singular value rank index")
     axes.set_ylabel("singular value of the covariance")
-    axes.set_title(title, fontsize=9, loc="left")
-    axes.legend(fontsize=8)
-    figure.savefig(path)
-    plt.close(figure)
+    axes.set_title(title)
+    axes.legend()
+    _save(plt, figure, path)
+
+
+def curves(path: Path, log_records: Sequence[dict], chance: float) -> None:
+    """A pre-training run from the records of its log.jsonl; `chance` is the level of Eq. 1 for random features.
+
+    Panels for what the log holds: the losses, accuracy, similarities, effective ranks, the queue, learning rate.
+    """
+    plt = pyplot()
+    panels = [("loss", {"loss_global": "global (Eq. 1)", "loss_local": "local (Eq. 2)"}),
+              ("accuracy: the own key ranks first", {"accuracy": "accuracy"}),
+              ("mean cosine similarity", {"similarity_positive": "positives", "similarity_negative": "negatives"}),
+              ("effective rank", {"effective_rank": "backbone's features", "effective_rank_embedding": "embeddings"}),
+              ("share of the queue filled", {"queue_filled": "queue"}),
+              ("learning rate", {"lr": "learning rate"})]
+    series = {key: np.array([(r["step"], r[key]) for r in log_records if r.get(key) is not None], float).reshape(-1, 2)
+              for _, keys in panels for key in keys}
+    if not series["loss_local"][:, 1].any():
+        series["loss_local"] = series["loss_local"][:0]
+    panels = [(title, keys) for title, keys in panels if any(len(series[k]) for k in keys)]
+    rows = -(-len(panels) // 3)
+    figure, grid = plt.subplots(rows, 3, figsize=(9.6, 2.5 * rows), squeeze=False, sharex=True, layout="constrained")
+    for axes, (title, keys) in zip(grid.flat, panels, strict=False):
+        for i, (key, label) in enumerate(k for k in keys.items() if len(series[k[0]])):
+            _curve(axes, *series[key].T, label, _style(i))
+        if title not in ("loss", "mean cosine similarity"):  # what cannot be negative starts at zero
+            axes.set_ylim(bottom=0)
+        if title == "loss":
+            axes.axhline(chance, color=PALE, linewidth=1, zorder=0)
+            axes.annotate(f"chance {chance:.2f}", (1, chance), xycoords=("axes fraction", "data"), ha="right",
+                          va="bottom", fontsize=7, color="#777777")
+        axes.set_title(title)
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend()
+        axes.set_xlabel("step")
+    for axes in list(grid.flat)[len(panels):]:
+        axes.remove()
+    _save(plt, figure, path)
+
+
+def _curve(axes, steps: np.ndarray, values: np.ndarray, label: str, style: dict) -> None:
+    """One curve; a dense and noisy one is pale, with its running mean over a fiftieth of the run on top."""
+    half = len(steps) // 100
+    if half and label != "learning rate":
+        axes.plot(steps, values, color=style["color"], alpha=0.25, linewidth=0.6)
+        total = np.cumsum(np.insert(values, 0, 0.0))
+        first = np.maximum(np.arange(len(steps)) - half, 0)
+        last = np.minimum(np.arange(len(steps)) + half + 1, len(steps))
+        values = (total[last] - total[first]) / (last - first)
+    axes.plot(steps, values, marker="o" if len(steps) < 40 else None, markersize=3, label=label, **style)
+
+
+def contact_sheet(path: Path, slices: Sequence[np.ndarray], titles: Sequence[str]) -> None:
+    """Slices (H, W) uint8 of any sizes, each under its title, in the order given: what a store holds, at a glance."""
+    plt = pyplot()
+    columns = min(8, max(1, len(slices)))
+    rows = -(-len(slices) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.52 * rows), squeeze=False,
+                                layout="constrained")
+    for axes, image, title in zip(grid.flat, slices, titles, strict=False):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axes.set_title(title, fontsize=6, loc="center", pad=2)
+    for axes in grid.flat:
+        axes.axis("off")
+    _save(plt, figure, path)
+
+
+# ------------------------------------------------------------------------------------------------- segmentation
+
+
+def overlays(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], title: str,
+             names: Sequence[str]) -> None:
+    """Validation slices, two a line: image, truth, prediction, the organs in their fixed colours.
+
+    rows: (caption, image, truth, prediction), the latter three (H, W) uint8; names: of the labels 0, 1, ...
+    """
+    plt = pyplot()
+    from matplotlib.patches import Patch
+
+    lines = -(-len(rows) // 2)
+    figure, grid = plt.subplots(lines, 7, figsize=(10.6, 1.83 * lines + 0.75), squeeze=False, layout="constrained",
+                                width_ratios=[1, 1, 1, 0.06, 1, 1, 1])  # a gap between the two of a line
+    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.02, wspace=0, hspace=0.01)
+    for axes in grid.flat:
+        axes.axis("off")
+    for i, (caption, image, truth, prediction) in enumerate(rows):
+        three, box = grid[i // 2, 4 * (i % 2):][:3], _body(image)
+        for axes, labels, name in zip(three, (None, truth, prediction), (caption, "truth", "prediction"), strict=True):
+            axes.imshow(_coloured(image, labels)[box])
+            axes.set_title(name, fontsize=7, pad=2)
+    seen = sorted({int(c) for _, _, truth, prediction in rows for c in np.union1d(truth, prediction)} - {0, 255})
+    figure.legend(handles=[Patch(color=ORGAN_COLOURS[c - 1], label=names[c]) for c in seen],
+                  loc="outside lower center", ncols=7, handlelength=1, handleheight=1)
+    figure.suptitle(title + "\n", fontsize=9, x=0.01, ha="left")
+    _save(plt, figure, path)
+
+
+def _body(image: np.ndarray) -> tuple[slice, slice]:
+    """The part of a slice to show: the square around what is no air, with a little of the air."""
+    shown = image > int(image.min()) + 30
+    if not shown.any():
+        return slice(None), slice(None)
+    (top, bottom), (left, right) = (np.flatnonzero(shown.any(axis))[[0, -1]] for axis in (1, 0))
+    half = 0.52 * max(bottom - top, right - left) + 2
+    return tuple(slice(max(0, int(middle - half)), int(middle + half) + 1)
+                 for middle in ((top + bottom) / 2, (left + right) / 2))
+
+
+def _coloured(image: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+    """(H, W) uint8 and its labels -> (H, W, 3) in [0, 1]: organs tinted, their borders in full colour."""
+    grey = np.repeat(image[..., None] / 255, 3, 2)
+    if labels is None:
+        return grey
+    colours = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in ("#000000", *ORGAN_COLOURS)])
+    organ = (labels > 0) & (labels < len(colours))
+    tint = colours[np.where(organ, labels, 0)]
+    edge = np.zeros_like(organ)
+    for axis in (0, 1):
+        for step in (-1, 1):
+            edge |= np.roll(labels, step, axis) != labels
+    share = np.where(organ, np.where(edge, 1.0, 0.45), 0.0)[..., None]
+    return grey * (1 - share) + tint * share
+
+
+def validation(path: Path, records: Sequence[dict], title: str) -> None:
+    """mDS on the validation set over training, from the records of validation.jsonl; the last is what is reported."""
+    plt = pyplot()
+    steps = [r["step"] for r in records]
+    figure, axes = plt.subplots(figsize=(4.8, 2.9))
+    for i, (key, label) in enumerate((("mDS", "mDS: 13 organs"), ("mDice_with_background", "with background"))):
+        values = [np.nan if r[key] is None else 100 * r[key] for r in records]
+        axes.plot(steps, values, marker="o", markersize=3, label=label, **_style(i))
+        axes.annotate(f"{values[-1]:.2f}", (steps[-1], values[-1]), (4, 0), textcoords="offset points", va="center",
+                      fontsize=8)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("iteration (the last is the one reported)")
+    axes.set_ylabel("Dice in %, pooled")
+    axes.set_title(title)
+    axes.legend()
+    _save(plt, figure, path)
+
+
+def report(path: Path, cells: Sequence[dict], organs: Sequence[str]) -> None:
+    """Dice of each organ by method, from `metrics.cells`: a row for each data set and split, a column a protocol."""
+    plt = pyplot()
+    cells = [c for c in cells if c["values"]]
+    rows = list(dict.fromkeys((c["data"], c["split"]) for c in cells))
+    protocols = list(dict.fromkeys(c["protocol"] for c in cells))
+    methods = list(dict.fromkeys(c["method"] for c in cells))
+    places = np.arange(len(organs))
+    looks = {m: {"marker": MARKERS[i % len(MARKERS)], "color": STYLES[i % len(STYLES)][0], "linestyle": "none",
+                 "markersize": 4.5, "fillstyle": "none" if i % 2 else "full"} for i, m in enumerate(methods)}
+    step = min(0.22, 0.66 / len(methods))  # aside, so that equal values stay visible
+    aside = {m: step * (i - (len(methods) - 1) / 2) for i, m in enumerate(methods)}
+    figure, grid = plt.subplots(len(rows), len(protocols), figsize=(1.6 + 2.7 * len(protocols), 0.6 + 3.0 * len(rows)),
+                                squeeze=False, sharex=True, sharey=True, layout="constrained")
+    for (data, split), line in zip(rows, grid, strict=True):
+        where = "generated phantom" if data == "phantom" else data
+        for protocol, axes in zip(protocols, line, strict=True):
+            for c in cells:
+                if (c["data"], c["split"], c["protocol"]) == (data, split, protocol):
+                    axes.plot(100 * np.array(c["organs"], float), places + aside[c["method"]], **looks[c["method"]])
+            axes.set_title(f"{protocol}, {split} % of {where}", fontsize=8)
+            axes.hlines(places, 0, 100, color="#e8e8e8", linewidth=0.8, zorder=0)
+            axes.set_xlim(-2, 102)
+    grid[0, 0].set_yticks(places, organs)
+    grid[0, 0].invert_yaxis()
+    for axes in grid[-1]:
+        axes.set_xlabel("Dice in %, pooled; mean over draws")
+    handles = [plt.Line2D([], [], label=m, **look) for m, look in looks.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)))
+    _save(plt, figure, path)

@@ -1,4 +1,4 @@
-"""Every Dice from one table of counts, the 95th percentile of the surface distance, the effective rank.
+"""Every Dice from one table of counts, surface distances, the effective rank, and Tables 1 and 2.
 
 The table is int64 (slices, classes, 3): of each slice and class the pixels of the intersection, of the
 prediction and of the truth; class 0 is background. "Mean Dice" differs between toolboxes by as much as the
@@ -7,14 +7,38 @@ differ in the unit (the whole set, or a volume), in whether background is averag
 absent from a volume's truth is worth. All Dice lie in [0, 1]; NaN is "undefined".
 """
 
+import csv
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
 IGNORE = 255  # the label of pixels that count nowhere
+CASE_COLUMNS = ("case", "organ id", "organ", "intersection", "prediction", "truth", "dice", "hd95_mm")
+ROWS = {"No SSL": "imagenet", "MoCo v2": "moco", "Ours: local": "moco-local", "Ours: decorrelation": "moco-zca",
+        "Ours: both": "moco-local-zca"}  # Table 2's rows and the backbones they are
+TABLE_1 = ("No SSL", "MoCo v2", "Ours: both")
+DRAWS = {"12.5": 3, "25": 3, "100": 1}  # random choices of training volumes of each split
+BTCV = 3779  # slices of its 30 volumes: a data set that counts another number is not the paper's
+# mean Dice in %, as printed in the paper: (split, row) -> linear frozen, linear fine-tuned, DeepLabv3+
+PRINTED = {
+    ("12.5", "No SSL"): ("", "42.55 ± 2.41", "53.17 ± 3.86"),
+    ("12.5", "MoCo v2"): ("", "46.04 ± 4.37", "54.55 ± 6.33"),
+    ("12.5", "Ours: both"): ("", "52.32 ± 4.75", "56.47 ± 4.41"),
+    ("25", "No SSL"): ("", "62.95 ± 7.17", "67.78 ± 6.00"),
+    ("25", "MoCo v2"): ("", "66.17 ± 6.16", "68.56 ± 6.5"),
+    ("25", "Ours: both"): ("", "67.72 ± 5.39", "68.82 ± 4.67"),
+    ("100", "No SSL"): ("32.61", "63.31", "78.79"),
+    ("100", "MoCo v2"): ("44.30", "78.21", "81.09"),
+    ("100", "Ours: local"): ("44.17", "78.98", "79.67"),
+    ("100", "Ours: decorrelation"): ("45.27", "74.36", "81.02"),
+    ("100", "Ours: both"): ("51.86", "79.38", "81.22"),
+}
+
+# -------------------------------------------------------------------------------------------------------- counts
 
 
 def counts(prediction: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
@@ -37,6 +61,11 @@ def counts(prediction: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarra
     return np.stack([confusion.diagonal(), confusion.sum(0), confusion.sum(1)])
 
 
+def count_slices(prediction: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
+    """Labels (Z, H, W) of a volume -> its rows of the table, (Z, classes, 3). Raises as `counts`."""
+    return np.stack([counts(p, t, classes).T for p, t in zip(prediction, truth, strict=True)])
+
+
 def dice(intersection: np.ndarray, prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """2 I / (P + T), elementwise, float64 of the arguments' shape; NaN where P + T is zero."""
     total = np.asarray(prediction) + np.asarray(truth)
@@ -55,6 +84,11 @@ def volume_counts(table: np.ndarray, volumes: Sequence) -> np.ndarray:
     summed = np.zeros((len(ids), *table.shape[1:]), np.int64)
     np.add.at(summed, index, table)
     return summed
+
+
+def join(tables: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Volume id -> its rows, (Z, classes, 3) each -> the table of them all and, in the same order, each slice's id."""
+    return np.concatenate(list(tables.values())), np.repeat(list(tables), [len(t) for t in tables.values()])
 
 
 def pooled_dice(table: np.ndarray) -> np.ndarray:
@@ -127,6 +161,23 @@ def summarise(table: np.ndarray, volumes: Sequence) -> dict[str, float | list[fl
     return {**{name: _plain(mean) for name, mean in means.items()}, "organs": [_plain(d) for d in pooled[1:]]}
 
 
+def spread(table: np.ndarray, number: int) -> list[tuple[int, float]]:
+    """Rows of the table to look at, with their mean Dice over organs: worst, best, and evenly spaced ranks between.
+
+    Of the slices that truly hold at least half as many organs as the fullest one, so that a slice with the tip of
+    one organ is not "the worst"; fewer than `number` where there are fewer.
+    """
+    organs = (table[:, 1:, 2] > 0).sum(1)
+    score = _nan_mean(dice(*np.moveaxis(table[:, 1:], -1, 0)), 1)
+    full = np.flatnonzero((organs > 0) & (2 * organs >= organs.max()))
+    ranked = full[np.argsort(score[full], kind="stable")]
+    places = np.unique(np.linspace(0, len(ranked) - 1, number).round().astype(int)) if len(ranked) else []
+    return [(int(ranked[i]), float(score[ranked[i]])) for i in places]
+
+
+# ------------------------------------------------------------------------------------------------------ distances
+
+
 def hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
     """95th percentile of the surface distance, in mm, of two masks (Z, Y, X), spacing (z, y, x) in mm.
 
@@ -146,6 +197,41 @@ def hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) ->
     return float(np.percentile(np.concatenate(distances), 95))
 
 
+def hd95_organs(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float], classes: int) -> list[float]:
+    """`hd95` in mm of the organs 1..classes-1 of one volume's labels (Z, H, W), spacing (z, y, x) in mm."""
+    return [hd95(prediction == c, truth == c, spacing) for c in range(1, classes)]
+
+
+def summarise_hd95(distances: np.ndarray) -> dict[str, float | list | None]:
+    """(V, organs) in mm, NaN where undefined -> means over volumes, and how many volumes each of them has.
+
+    `hd95_mm`: the mean over organs of `hd95_mm_organs`. An organ that is not predicted at all has no surface: its
+    volume is left out, so a distance is to be read together with `hd95_volumes` and with the Dice.
+    """
+    distances = np.asarray(distances, float)
+    organs = _nan_mean(distances, 0)
+    return {"hd95_mm": _plain(_nan_mean(organs)), "hd95_mm_organs": [_plain(d) for d in organs],
+            "hd95_volumes": (~np.isnan(distances)).sum(0).tolist()}
+
+
+def per_case(table: np.ndarray, volumes: Sequence, distances: dict[object, Sequence[float]],
+             names: Sequence[str]) -> list[list]:
+    """A row of CASE_COLUMNS for each volume and class, from which every convention can be computed again.
+
+    distances: volume id -> `hd95_organs`. Background (id 0) is listed for its counts; undefined values are "".
+    """
+    rows = []
+    for volume, counted in zip(np.unique(np.asarray(volumes)).tolist(), volume_counts(table, volumes), strict=True):
+        scores, millimetres = dice(*counted.T), [math.nan, *distances[volume]]
+        for c, name in enumerate(names):
+            told = ("" if math.isnan(x) else f"{x:.{digits}f}" for x, digits in ((scores[c], 6), (millimetres[c], 3)))
+            rows.append([volume, c, name, *counted[c].tolist(), *told])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- spectrum
+
+
 def singular_values(vectors: np.ndarray) -> np.ndarray:
     """Descending singular values of the centred covariance (1 / (n - 1)) of vectors (n, d): (d,) float64.
 
@@ -162,12 +248,120 @@ def effective_rank(values: np.ndarray) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
+# --------------------------------------------------------------------------------------------------------- tables
+
+
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and standard deviation with n - 1, as over the draws of Table 1; None for a single value.
 
     Raises ValueError for no value.
     """
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def cells(results: Sequence[dict], protocols: Sequence[str]) -> list[dict]:
+    """Results (a dict a run, oldest first) -> every cell of Tables 1 and 2, run or not, a table for each data set.
+
+    A cell: table, data, split, method, protocol, `paper` (as printed; "" for other data than BTCV), `values` (mDS
+    in % of the draws run; of equal runs the newest), `organs` (their mean Dice of each organ), `settings`. BTCV
+    comes first and is always there; data sets and methods that the paper lacks follow.
+    """
+    newest = {(data_of(r), r["split"], method_of(r), r["protocol"], r["draw"]): r for r in results}
+    groups: dict[tuple, list[dict]] = {}
+    for key, r in newest.items():
+        groups.setdefault(key[:4], []).append(r)
+    out = []
+    for data in ("BTCV", *sorted({k[0] for k in groups} - {"BTCV"})):
+        rows = [("Table 1", *k) for k in PRINTED if k[1] in TABLE_1]
+        rows += [("Table 2", *k) for k in PRINTED if k[0] == "100"]
+        rows += [("Others", *k) for k in sorted({k[1:3] for k in groups if k[0] == data} - set(PRINTED))]
+        for table, split, method in rows:
+            printed = PRINTED.get((split, method), ("",) * 3) if data == "BTCV" else ("",) * 3
+            for protocol, paper in zip(protocols, printed, strict=True):
+                found = groups.get((data, split, method, protocol), [])
+                organs = _nan_mean(np.array([r["organs"] for r in found], float), 0).tolist() if found else []
+                out.append({"table": table, "data": data, "split": split, "method": method, "protocol": protocol,
+                            "paper": paper, "values": [100 * r["mDS"] for r in found], "organs": organs,
+                            "settings": " / ".join(sorted({settings_of(r) for r in found}))})
+    return out
+
+
+def data_of(result: dict) -> str:
+    """The data set in words: "BTCV" only with all the slices of the paper's, whatever its folder is called."""
+    if result["data"] == "phantom":
+        return "phantom"
+    return "BTCV" if result["slices"] == BTCV else f"{result['data']} of {result['slices']:,} slices"
+
+
+def method_of(result: dict) -> str:
+    """The row of Table 2 that a result belongs to, else its backbone's own name."""
+    phantom = result["data"] == "phantom"
+    for row, backbone in ROWS.items():
+        if result["backbone"] == (("random" if row == "No SSL" else f"phantom-{backbone}") if phantom else backbone):
+            return row
+    return result["backbone"]
+
+
+def settings_of(result: dict) -> str:
+    """What runs of one table must have in common to be compared."""
+    arch, iterations, batch, crop, lr, seed = (result.get(k, "?") for k in (
+        "arch", "iterations", "batch_size", "crop_size", "lr", "seed"))
+    folded = ", whitening folded" * (result.get("whitening") == "fold" and result["protocol"] != "linear-frozen")
+    return f"{arch}, {iterations} iterations of {batch} crops of {crop} px, lr {lr}, seed {seed}{folded}"
+
+
+def markdown(report: Sequence[dict]) -> str:
+    """Cells as Markdown: the paper's figures and ours in columns of their own, mean ± deviation (n) over draws.
+
+    Of data sets that the paper does not know, the rows of which something has been run.
+    """
+    run = {(c["data"], c["split"], c["method"]) for c in report if c["values"]}
+    report = [c for c in report if c["data"] == "BTCV" or (c["data"], c["split"], c["method"]) in run]
+    text = []
+    for table, data in dict.fromkeys((c["table"], c["data"]) for c in report):
+        own = [c for c in report if (c["table"], c["data"]) == (table, data)]
+        protocols = list(dict.fromkeys(c["protocol"] for c in own))
+        beside = data == "BTCV" and table != "Others"
+        settings = sorted({c["settings"] for c in own} - {""})
+        where = "the generated phantom: these are not BTCV results" if data == "phantom" else data
+        columns = [f"{p}, paper | {p}, ours" if beside else p for p in protocols]
+        text += [f"{table}, ours on {where}. Mean Dice over 13 organs in %, pooled over the validation set; "
+                 "± standard deviation over draws (n - 1), n the number of draws.",
+                 *[f"Settings: {settings[0]}." if len(settings) == 1 else
+                   f"**The settings differ:** {'; '.join(settings)}."] * bool(settings), "",
+                 "| split | method | " + " | ".join(columns) + " |",
+                 "|---" * (2 + len(protocols) * (1 + beside)) + "|"]
+        for split, method in dict.fromkeys((c["split"], c["method"]) for c in own):
+            line = [f"{split} %", method]
+            for c in own:
+                if (c["split"], c["method"]) == (split, method):
+                    line += [c["paper"], _told(c["values"])] if beside else [_told(c["values"])]
+            text.append("| " + " | ".join(line) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+def _told(values: list[float]) -> str:
+    if not values:
+        return "not run"
+    mean, deviation = mean_std(values)
+    return f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "") + f" (n = {len(values)})"
+
+
+def write_csv(path: Path, rows: Sequence[Sequence]) -> None:
+    with open(path, "w", newline="") as f:
+        csv.writer(f).writerows(rows)
+
+
+def csv_rows(report: Sequence[dict]) -> list[list]:
+    """Cells as rows under a header; a cell that was not run is empty."""
+    rows = [["table", "data", "split", "method", "protocol", "paper mDS", "paper sd", "mDS", "sd", "n", "settings"]]
+    for c in report:
+        mean, _, deviation = c["paper"].partition(" ± ")
+        ours = mean_std(c["values"]) if c["values"] else (None, None)
+        rows.append([c["table"], c["data"], c["split"], c["method"], c["protocol"], mean, deviation,
+                     *("" if x is None else f"{x:.2f}" for x in ours), len(c["values"]) or "", c["settings"]])
+    return rows
 
 
 def _nan_mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:

@@ -31,11 +31,15 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 3, S, S) -> first-stage features (B, C, S/4, S/4), embeddings (B, dim), not normalised."""
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, 3, S, S) -> first-stage features (B, C, S/4, S/4), the backbone's pooled output (B, width)."""
         b = self.backbone
         first = b.layer1(b.maxpool(b.relu(b.bn1(b.conv1(images)))))
-        pooled = b.avgpool(b.layer4(b.layer3(b.layer2(first)))).flatten(1)
+        return first, b.avgpool(b.layer4(b.layer3(b.layer2(first)))).flatten(1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, 3, S, S) -> first-stage features (B, C, S/4, S/4), embeddings (B, dim), not normalised."""
+        first, pooled = self.features(images)
         return first, self.projector(pooled)
 
 

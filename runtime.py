@@ -1,5 +1,10 @@
 """Processes, precision, seeds, checkpoints, the run folder, backbones from files: what every script needs around
-its loop."""
+its loop.
+
+Exit codes of the scripts: 0 done; 1 data, files or disk are at fault, as one line on stderr says; 2 wrong flags;
+143 and 130 (128 + signal) stopped by SIGTERM or SIGINT after saving. torchrun reports any of these but 0 as 1.
+After 1, once its cause is gone, and after a signal, SIGKILL too, the same command continues where it was.
+"""
 
 import argparse
 import contextlib
@@ -9,6 +14,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
@@ -24,7 +32,8 @@ from volumes import BadInput
 from whitening import fold, to_batch_norm, whiten_last_norm
 
 # Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
-INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, HELD_OUT = range(9)
+INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, SIGNS = range(9)
+MAKE_ROOM = "make room there and run the same command again"
 IMAGENET = "IMAGENET1K_V1"  # torchvision's first weights, the ones mmselfsup and mmsegmentation start from
 
 
@@ -50,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main):
-    """Wrap a script's main(argv): BadInput becomes one line on stderr and exit code 1."""
+    """Wrap a script's main(argv): BadInput becomes one line on stderr and exit code 1, Ctrl-C one line and 130."""
 
     @wraps(main)
     def wrapped(argv=None):
@@ -60,6 +69,9 @@ def command(main):
             if int(os.environ.get("RANK", 0)) == 0:  # every process found the same; one line is enough
                 print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
             raise SystemExit(1) from None
+        except KeyboardInterrupt:  # outside the training loop, where StopRequest is not at work
+            print(f"{Path(sys.argv[0]).name}: interrupted; the same command continues", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
         finally:
             if dist.is_available() and dist.is_initialized():
                 dist.destroy_process_group()
@@ -84,13 +96,13 @@ class Processes:
         """True on every process if it is true on one."""
         if self.world == 1:
             return flag
-        votes = torch.tensor(float(flag), device=self.device)
+        votes = torch.tensor(float(flag))  # on the CPU: a GPU's steps in flight need not be waited for
         dist.all_reduce(votes)
         return votes.item() > 0
 
 
 def start() -> Processes:
-    """Join the processes that torchrun started, or be the only one: NCCL on GPUs, gloo on CPUs."""
+    """Join the processes that torchrun started, or be the only one: NCCL between GPUs, gloo between CPUs."""
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local >= torch.cuda.device_count():
@@ -100,9 +112,26 @@ def start() -> Processes:
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
         return Processes(dist.get_rank(), dist.get_world_size(), device)
     return Processes(0, 1, device)
+
+
+def on_main(main: bool, work):
+    """work() by the main process alone: its result, or the BadInput it raised, on every process."""
+    result = error = None
+    if main:
+        try:
+            result = work()
+        except BadInput as e:
+            error = str(e)
+    if dist.is_available() and dist.is_initialized():
+        told = [(result, error)]
+        dist.broadcast_object_list(told)
+        result, error = told[0]
+    if error is not None:
+        raise BadInput(error)
+    return result
 
 
 def precision(amp: str, device: torch.device) -> str:
@@ -159,60 +188,126 @@ def commit() -> str:
 # ------------------------------------------------------------------------------------------------ the run folder
 
 
-def save(value: object, path: Path) -> None:
-    """torch.save that appears whole or not at all: temporary file, flushed to disk, renamed."""
+@contextlib.contextmanager
+def _whole(path: Path):
+    """A file that appears at `path` whole or not at all: written beside it, flushed to disk, renamed."""
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as f:
-            torch.save(value, f)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch's zip writer reports a full disk as RuntimeError
-        raise BadInput(f"{path}: cannot be written ({e.strerror if isinstance(e, OSError) else 'disk full?'}); "
-                       "make room and run the same command again") from None
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__  # torch's zip writer hides it in a RuntimeError
+        if not isinstance(cause, OSError):
+            raise
+        raise BadInput(f"{path}: cannot be written ({cause.strerror}); {MAKE_ROOM}") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-def load(path: Path, device: str | torch.device = "cpu"):
-    """torch.load of tensors and plain values only. Raises BadInput for a damaged file or one that holds code."""
+def save(value: object, path: Path) -> None:
+    """torch.save, whole or not at all. Raises BadInput when the disk is full or not writable."""
+    with _whole(path) as f:
+        torch.save(value, f)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all. Raises BadInput when the disk is full or not writable."""
+    with _whole(path) as f:
+        f.write(text.encode())
+
+
+def append(path: Path, records: list[dict]) -> None:
+    """Add JSON lines to a file, on disk when this returns. Raises BadInput when the disk is full or not writable."""
     try:
+        with open(path, "ab+") as f:
+            if f.tell():
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n":
+                    f.write(b"\n")  # a line that a crash cut short stays alone
+            f.write("".join(json.dumps(r) + "\n" for r in records).encode())
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({e.strerror}); {MAKE_ROOM}") from None
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a .jsonl file; what a crash cut short is left out."""
+    records = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [r for r in records if isinstance(r, dict)]
+
+
+def load(path: Path, device: str | torch.device = "cpu"):
+    """torch.load of tensors and plain values only.
+
+    Raises BadInput for a file that is missing, unreadable, damaged (its checksums are verified, which torch.load
+    alone does not do) or holds code.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # what torch.save writes since 1.6
+            with zipfile.ZipFile(path) as z:
+                if z.testzip():
+                    raise BadInput(f"{path}: cannot be loaded (damaged: a checksum differs)")
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror or e})") from None
+    except (BadInput, MemoryError):
+        raise
     except Exception as e:  # zip, pickle and unpickling errors have no common base
         why = "it holds more than tensors" if "weights_only" in str(e).lower() else "damaged or no PyTorch file"
         raise BadInput(f"{path}: cannot be loaded ({why})") from None
 
 
 class Run:
-    """One run folder: config.json, log.jsonl, checkpoint.pt. Only the main process writes.
+    """One run folder: config.json, log.jsonl, checkpoint.pt and the one before it. Only the main process writes.
 
     The same command continues it; a differing config is refused with the difference. While it is open, a
-    second run on the folder is refused (the lock goes with the process, however it ends).
+    second run on the folder is refused (the lock goes with the process, however it ends). Constructor and
+    methods are called by all processes together: what one raises, all raise.
     """
 
     def __init__(self, folder: Path, config: dict, overwrite: bool, main: bool):
         self.folder, self.main = folder, main
         self.path, self.previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
-        if main:
+        self.next, self.damaged = folder / "checkpoint.next.pt", folder / "checkpoint.damaged.pt"
+        on_main(main, lambda: self._open(config, overwrite))
+
+    def _open(self, config: dict, overwrite: bool) -> None:
+        folder = self.folder
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "w")  # noqa: SIM115 (held as long as the run)
-            try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise BadInput(f"{folder}: another run is at work there; wait for it or give --name") from None
-            if overwrite:
-                for name in ("config.json", "log.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "backbone.pth",
-                             "result.json", "model.pth"):
-                    (folder / name).unlink(missing_ok=True)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            if e.filename:
+                raise BadInput(f"{e.filename}: cannot be written ({e.strerror}); give another --out") from None
+            raise BadInput(f"{folder}: another run is at work there; wait for it or give --name") from None
+        except OSError as e:
+            raise BadInput(f"{folder}: cannot be written or locked ({e.strerror}); give another --out") from None
+        for part in folder.glob(".*.part"):  # of a run that was killed while it wrote
+            part.unlink()
+        if overwrite:
+            for path in (folder / "config.json", folder / "log.jsonl", self.next, self.path, self.previous,
+                         self.damaged, folder / "backbone.pth", folder / "result.json", folder / "model.pth"):
+                path.unlink(missing_ok=True)
         if (folder / "config.json").exists():
-            self._compare(json.loads((folder / "config.json").read_text()), config)
-        elif main:
+            self._compare(config)
+        else:
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def _compare(self, old: dict, new: dict) -> None:
+    def _compare(self, new: dict) -> None:
+        try:
+            old = json.loads((self.folder / "config.json").read_text())
+        except ValueError:
+            raise BadInput(f"{self.folder / 'config.json'}: damaged; start over with --overwrite") from None
         new = json.loads(json.dumps(new))
         differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new})
                      if old.get(k) != new.get(k)]
@@ -221,7 +316,11 @@ class Run:
                            "give the same ones, another --name, or --overwrite")
 
     def resume(self) -> dict | None:
-        """The newest whole checkpoint, or None; the log is cut back to its step."""
+        """The newest whole checkpoint, or None, on every process; the log is cut back to its step."""
+        return on_main(self.main, self._resume)
+
+    def _resume(self) -> dict | None:
+        self._rotate()
         state = None
         for path in (self.path, self.previous):
             if not path.exists():
@@ -230,46 +329,49 @@ class Run:
                 state = load(path)
                 break
             except BadInput as e:
-                if self.main:
-                    print(f"{e}; going back to the checkpoint before it", file=sys.stderr)
-        if self.main and state is None and (self.path.exists() or self.previous.exists()):
+                print(f"{e}; going back to the checkpoint before it", file=sys.stderr)
+        if state is None and (self.path.exists() or self.previous.exists()):
             raise BadInput(f"{self.folder}: no checkpoint there can be loaded; start over with --overwrite")
+        if state and path == self.previous and self.path.exists():
+            os.replace(self.path, self.damaged)  # out of the way: it must not take the good one's place
         log = self.folder / "log.jsonl"
-        if self.main and log.exists():
+        if log.exists():
             kept = [r for r in read_log(log) if state and r["step"] <= state["step"]]
             write_text(log, "".join(json.dumps(r) + "\n" for r in kept))
         return state
 
     def checkpoint(self, state: dict) -> None:
-        """Save; the checkpoint before stays as checkpoint.previous.pt."""
-        if self.main:
+        """Save; the one before stays as checkpoint.previous.pt. Raises BadInput: full disk, weights not finite."""
+        on_main(self.main, lambda: self._checkpoint(state))
+
+    def _checkpoint(self, state: dict) -> None:
+        if not all(t.isfinite().all() for t in _tensors(state)):
+            raise BadInput(f"step {state['step']}: weights that are not finite; {self.last_good()}")
+        save(state, self.next)
+        self._rotate()
+
+    def _rotate(self) -> None:
+        """checkpoint.next.pt, which is whole, becomes checkpoint.pt; after a kill in between, at the next start."""
+        if self.next.exists():
             if self.path.exists():
-                with contextlib.suppress(FileNotFoundError):
-                    self.previous.unlink()
-                os.link(self.path, self.previous)
-            save(state, self.path)
+                os.replace(self.path, self.previous)
+            os.replace(self.next, self.path)
+
+    def last_good(self) -> str:
+        return f"the last good checkpoint is {self.path}" if self.path.exists() else "no checkpoint was saved yet"
 
     def log(self, records: list[dict]) -> None:
-        if self.main and records:
-            with open(self.folder / "log.jsonl", "a") as f:
-                f.write("".join(json.dumps(r) + "\n" for r in records))
+        if records:
+            on_main(self.main, lambda: append(self.folder / "log.jsonl", records))
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl; a last line that a crash cut short is dropped."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def write_text(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
+def _tensors(value: object) -> Iterator[Tensor]:
+    """All tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(v)
 
 
 def mean_over_processes(values: Tensor, processes: Processes) -> Tensor:
@@ -279,17 +381,27 @@ def mean_over_processes(values: Tensor, processes: Processes) -> Tensor:
     return values
 
 
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm of all gradients: one pass over them on their device, nothing to wait for. Not finite if one is not."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return torch.stack(torch._foreach_norm(grads)).norm()
+
+
 def refuse_non_finite(records: list[dict], slices_of, run: Run) -> None:
-    """Raise BadInput at the first step whose loss is NaN or infinite, with its slices."""
+    """Raise BadInput at the first step whose loss or grad_norm is NaN or infinite, with its slices.
+
+    A grad_norm of None is passed over: a step that fp16's scaler has skipped.
+    """
     for r in records:
-        if not np.isfinite(r["loss"]):
-            kept = f"the last good checkpoint is {run.path}" if run.path.exists() else "no checkpoint was saved yet"
-            raise BadInput(f"step {r['step']}: the loss is {r['loss']}; its slices: {', '.join(slices_of(r['step']))}; "
-                           f"{kept}; lower --lr or try --amp off")
+        for key, name in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+            value = r.get(key)
+            if value is not None and not np.isfinite(value):
+                raise BadInput(f"step {r['step']}: the {name} is {value}; its slices: "
+                               f"{', '.join(slices_of(r['step']))}; {run.last_good()}; lower --lr or try --amp off")
 
 
 def announce_changes(saved: dict | None, amp: str, processes: Processes) -> None:
-    """Continue with the checkpoint's number of threads; say where precision differs: both move the last digits."""
+    """Say where the precision or the number of threads is not the checkpoint's: both move the last digits."""
     if saved and saved["amp"] != amp and processes.is_main:
         print(f"note: precision was {saved['amp']} and is {amp} from here on", file=sys.stderr)
     if saved and saved["threads"] != torch.get_num_threads() and processes.is_main and processes.device.type == "cpu":
@@ -308,10 +420,16 @@ def duration(seconds: float) -> str:
 
 
 class StopRequest:
-    """SIGTERM and SIGINT ask the loop to save and stop at the end of its step; a second one stops at once."""
+    """SIGTERM and SIGINT ask the loop to save and stop at the end of its step; a second one ends at once.
+
+    torchrun passes on to its workers what a cluster may have sent them already; under it, what comes within
+    REPEAT seconds of the first is taken for a repetition.
+    """
+
+    REPEAT = 5.0
 
     def __enter__(self):
-        self.signal = 0
+        self.signal, self.since = 0, 0.0
         self.before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -320,12 +438,20 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        under_torchrun = dist.is_available() and dist.is_torchelastic_launched()
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+            if not under_torchrun:
+                for n in self.before:
+                    signal.signal(n, signal.SIG_DFL)
+        elif time.monotonic() - self.since > self.REPEAT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     @property
     def exit_code(self) -> int:
-        return 128 + self.signal
+        """128 + signal; where only another process got it, 128 + SIGTERM."""
+        return 128 + (self.signal or signal.SIGTERM)
 
 
 # ---------------------------------------------------------------------------------------------------- backbones

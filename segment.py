@@ -5,6 +5,8 @@ of DeepLabv3+ fine-tuned. Their layers follow the toolbox the paper used, mmsegm
 `deeplabv3plus_r50-d8` ("mmseg" below), and, for the linear head, VICRegL's segmentation protocol.
 """
 
+import hashlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -176,3 +178,12 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     So a pixel weighs the same in every crop and every process, and a batch without labels gives 0, not NaN.
     """
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none").mean()
+
+
+def checksum(module: nn.Module) -> str:
+    """blake2b of the names and bytes of all parameters and buffers, 32 hex digits: equal if nothing has changed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

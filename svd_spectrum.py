@@ -10,7 +10,6 @@ n vectors cannot span more than n - 1 dimensions: the 762 slices of BTCV's valid
 2048 values at 761.
 """
 
-import csv
 import json
 from pathlib import Path
 
@@ -59,7 +58,6 @@ def main(argv: list[str] | None = None) -> None:
         if name not in ("imagenet", "random") and not (args.out / name / "checkpoint.pt").exists() \
                 and not Path(name).is_file():
             raise BadInput(f"{args.out / name}: no such run and no such file; pre-train it first (train_ssl.py)")
-    figures.pyplot()  # a missing matplotlib is said before the work, not after
     store = datasets.prepare(data, args.store or datasets.default_store(data), "segment", tuple(args.window),
                              workers=args.workers)
     device = runtime.start().device
@@ -80,14 +78,12 @@ def main(argv: list[str] | None = None) -> None:
     where = "the phantom's validation slices" if phantom else f"{data.name}, validation slices"
     path = args.out / ("spectrum-positions" if args.positions else "spectrum")
     args.out.mkdir(parents=True, exist_ok=True)
-    figures.spectrum(path.with_suffix(".png"), runs, f"{where}; {what}")
-    with open(path.with_suffix(".csv"), "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["backbone", "data", "vectors", "effective_rank", *range(1, 1 + max(len(r[1]) for r in runs))])
-        for name, values, rank in runs:
-            writer.writerow([name, "phantom" if phantom else data.name, len(vectors), f"{rank:.4f}",
-                             *(f"{v:.6e}" for v in values)])
-    print(f"{path.with_suffix('.png')}, {path.with_suffix('.csv')}: {what}")
+    header = ["backbone", "data", "vectors", "effective_rank", *range(1, 1 + max(len(r[1]) for r in runs))]
+    metrics.write_csv(path.with_suffix(".csv"), [header, *(
+        [name, "phantom" if phantom else data.name, len(vectors), f"{rank:.4f}", *(f"{v:.6e}" for v in values)]
+        for name, values, rank in runs)])
+    drawn = figures.attempt(figures.spectrum, path.with_suffix(".png"), runs, f"{where}; {what}")
+    print(f"{', '.join(str(path.with_suffix(x)) for x in ['.png'] * drawn + ['.csv'])}: {what}")
 
 
 def runs_in(out: Path, phantom: bool) -> list[str]:

@@ -3,54 +3,46 @@
     python train_seg.py --split 12.5                       the paper's method, three protocols, three draws
     python train_seg.py --split 100 --backbone all         all rows of Table 2
     python train_seg.py --split 25 --backbone my_backbone.pth --protocol linear-frozen --draw 0
-    python train_seg.py --report                           both tables from what has been run so far
+    python train_seg.py --report                           both tables and a figure of what has been run so far
+    python train_seg.py --predict my_ct --run RUN          the organs of anyone's CT, by one of the runs above
     torchrun --nproc-per-node 4 train_seg.py --split 100   several GPUs, with synchronised batch statistics
 
-What is done is skipped; what stopped continues. The reported model is the last iteration's.
+What is done is skipped; what stopped continues. The reported model is the last iteration's: the validation curve
+chooses nothing.
 """
 
 import functools
+import hashlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import augment
 import datasets
+import figures
 import metrics
+import predict
 import runtime
+import volumes
+from datasets import ORGANS
+from metrics import DRAWS, ROWS
 from runtime import BadInput
-from segment import PROTOCOLS, Segmenter
+from segment import PROTOCOLS, Segmenter, checksum
 
 MOMENTUM, WEIGHT_DECAY, LR_END, POWER = 0.9, 5e-4, 1e-4, 0.9  # mmsegmentation's schedule_40k
 PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, lr=0.01)
 PHANTOM = dict(arch="resnet18", iterations=300, crop_size=128, batch_size=4, lr=0.05)
-CHECKPOINT = 4000  # iterations between two checkpoints and evaluations
+CHECKPOINT = 4000  # iterations between two checkpoints and evaluations; a third of a run that is shorter than three
 FLUSH = 10  # iterations between two looks at the loss
-SPLITS = {"12.5": 3, "25": 3, "100": 1}  # draws of each
-ROWS = {"No SSL": "imagenet", "MoCo v2": "moco", "Ours: local": "moco-local", "Ours: decorrelation": "moco-zca",
-        "Ours: both": "moco-local-zca"}  # Table 2's rows and the backbones they are
-# mean Dice in %, as printed in the paper: (split, row) -> linear frozen, linear fine-tuned, DeepLabv3+
-PRINTED = {
-    ("12.5", "No SSL"): ("", "42.55 ± 2.41", "53.17 ± 3.86"),
-    ("12.5", "MoCo v2"): ("", "46.04 ± 4.37", "54.55 ± 6.33"),
-    ("12.5", "Ours: both"): ("", "52.32 ± 4.75", "56.47 ± 4.41"),
-    ("25", "No SSL"): ("", "62.95 ± 7.17", "67.78 ± 6.00"),
-    ("25", "MoCo v2"): ("", "66.17 ± 6.16", "68.56 ± 6.5"),
-    ("25", "Ours: both"): ("", "67.72 ± 5.39", "68.82 ± 4.67"),
-    ("100", "No SSL"): ("32.61", "63.31", "78.79"),
-    ("100", "MoCo v2"): ("44.30", "78.21", "81.09"),
-    ("100", "Ours: local"): ("44.17", "78.98", "79.67"),
-    ("100", "Ours: decorrelation"): ("45.27", "74.36", "81.02"),
-    ("100", "Ours: both"): ("51.86", "79.38", "81.22"),
-}
+SHOWN = 6  # slices in overlays.png
 
 
 def parse(argv: list[str] | None):
@@ -69,7 +61,10 @@ def parse(argv: list[str] | None):
     add("--crop-size", type=int, help="pixels of a training crop's side (512) [128]")
     add("--batch-size", type=int, help="crops an iteration, over all processes (16) [4]")
     add("--overwrite", action="store_true", help="start over what has been run")
-    add("--report", action="store_true", help="print Tables 1 and 2 of what has been run, beside the paper's")
+    add("--save-predictions", action="store_true", help="keep those of the validation set as NIfTI, on its own grid")
+    add("--report", action="store_true", help="print Tables 1 and 2 of what has been run; report.{md,csv,png} of --out")
+    add("--predict", type=Path, metavar="VOLUME|FOLDER", help="write the organs of these CT volumes; no training")
+    add("--run", help="with --predict: a run of --out, or its folder")
     return parser.parse_args(argv)
 
 
@@ -79,16 +74,17 @@ def settle(args, phantom: bool) -> None:
             setattr(args, key, value)
     if args.split is None:
         raise BadInput("--split is missing: give --split 12.5, 25 or 100 (or --report)")
-    if args.split not in SPLITS:
-        raise BadInput(f"--split {args.split}: no such split; there are {', '.join(SPLITS)}")
+    if args.split not in DRAWS:
+        raise BadInput(f"--split {args.split}: no such split; there are {', '.join(DRAWS)}")
     for key, least in (("iterations", 1), ("crop_size", 32), ("batch_size", 2)):
         if getattr(args, key) < least:
             raise BadInput(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
-    args.draws = range(SPLITS[args.split]) if args.draw is None else [args.draw]
+    args.draws = range(DRAWS[args.split]) if args.draw is None else [args.draw]
     for draw in args.draws:
-        if draw not in range(SPLITS[args.split]):
-            raise BadInput(f"--draw {draw}: split {args.split} has draws 0 to {SPLITS[args.split] - 1}")
+        if draw not in range(DRAWS[args.split]):
+            raise BadInput(f"--draw {draw}: split {args.split} has draws 0 to {DRAWS[args.split] - 1}")
     args.protocols = PROTOCOLS if args.protocol is None else (args.protocol,)
+    args.every = min(CHECKPOINT, -(-args.iterations // 3))
 
 
 # ----------------------------------------------------------------------------------------------------- backbones
@@ -152,175 +148,232 @@ def lr(t: int, args) -> float:
     return (args.lr - LR_END) * (1 - t / args.iterations) ** POWER + LR_END
 
 
+class Trainer:
+    """Model, optimizer and one iteration; its state is what continuing, and with config.json predicting, needs."""
+
+    def __init__(self, args, model: Segmenter, crops: Crops, processes: runtime.Processes, amp: str):
+        self.args, self.crops, self.store, self.amp = args, crops, crops.store, amp
+        self.processes, self.device = processes, processes.device
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.net: nn.Module = model
+        if processes.world > 1:
+            self.net = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self.backbone = checksum(model.backbone)  # before training
+        self.started = time.time()
+
+    def step(self, t: int, pairs: list) -> torch.Tensor:
+        """One optimizer step on this process's slices and labels -> its loss, a scalar on the device."""
+        runtime.seed_torch(self.args.seed, runtime.DROPOUT, t)
+        images, labels = self.crops.apply(t, pairs, self.device)
+        with runtime.autocast(self.amp, self.device):
+            loss = self.net(images, labels)
+        self.scaler.scale(loss).backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr(t, self.args)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def predictions(self) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
+        """Of each validation volume: its record in the store, truth and prediction, (Z, H, W) uint8."""
+        records = {v["id"]: v for v in self.store.volumes}
+        for case in tqdm(datasets.cases("val"), "evaluating", unit="volume", disable=None, leave=False):
+            levels, truth = (np.stack([self.store.slice(int(i), label) for i in self.store.of([case])])
+                             for label in (False, True))
+            yield records[case], truth, predict.volume(self.model, levels, self.args.crop_size, self.amp, self.device)
+
+    def state(self, done: int) -> dict:
+        return {"step": done, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "amp": self.amp, "threads": torch.get_num_threads(),
+                "backbone": self.backbone, "wall_s": time.time() - self.started}
+
+    def load(self, state: dict) -> int:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.backbone, self.started = state["backbone"], time.time() - state["wall_s"]
+        return state["step"]
+
+
 def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phantom: bool,
           processes: runtime.Processes) -> None:
     """One run: one backbone, protocol, split and draw, from the start or its checkpoint to its result."""
     title = f"{Path(name).stem if Path(name).is_file() else name}-{protocol}-{args.split}-{draw}"
-    whitening = "fold" if protocol == "linear-frozen" else args.whitening
-    config = {"backbone": name, "protocol": protocol, "split": args.split, "draw": draw, "whitening": whitening,
-              "iterations": args.iterations, "crop_size": args.crop_size, "batch_size": args.batch_size,
-              "lr": args.lr, "seed": args.seed, "window": args.window,
-              "data": "phantom" if phantom else Path(store.data).name, "cases": datasets.cases(args.split, draw),
-              "slices": len(store)}
-    model = None
-    if args.overwrite or not (args.out / "seg" / title / "result.json").exists():
-        # before the run folder: a backbone that does not fit leaves nothing behind
-        model = Segmenter(runtime.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom), protocol,
-                          len(datasets.ORGANS))
-    run = runtime.Run(args.out / "seg" / title, config, args.overwrite, processes.is_main)
-    if model is None:
+    folder = args.out / "seg" / title
+    done = (folder / "result.json").exists() and not args.overwrite
+    config = configure(args, name, protocol, draw, store, phantom)
+    if not done:  # before the run folder: a backbone that does not fit leaves nothing behind
+        model = Segmenter(runtime.open_backbone(name, args.out, args.arch, args.seed, config["whitening"], phantom),
+                          protocol, len(ORGANS))
+    run = runtime.Run(folder, config, args.overwrite, processes.is_main)
+    if done:
         if processes.is_main:
-            result = json.loads((run.folder / "result.json").read_text())
+            result = json.loads((folder / "result.json").read_text())
             print(f"{title}: done before, mDS {100 * result['mDS']:.2f} %")
+            if args.save_predictions:
+                predict.files(validation_files(store), folder, args.amp, processes.device)
         return
-    started = time.time()
     saved = run.resume()
     amp = runtime.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], processes.device)
     runtime.announce_changes(saved, amp, processes)
-    model = model.to(processes.device, memory_format=torch.channels_last)
-    net = model
-    if processes.world > 1:
-        net = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
-    scaler = torch.amp.GradScaler(processes.device.type, enabled=amp == "fp16")
-    first = 0
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        first = saved["step"]
-    crops = Crops(args, store, store.of(datasets.cases(args.split, draw)), processes)
-    steps = range(first, args.iterations)
+    crops = Crops(args, store, store.of(config["cases"]), processes)
+    trainer = Trainer(args, model, crops, processes, amp)
+    first = trainer.load(saved) if saved else 0
+    curve = folder / "validation.jsonl"
+    if processes.is_main and curve.exists():  # as the log: cut back to the checkpoint
+        kept = [r for r in runtime.read_log(curve) if r["step"] <= min(first, args.iterations - 1)]
+        runtime.write_text(curve, "".join(json.dumps(r) + "\n" for r in kept))
+    fit(trainer, run, first)
+    runtime.on_main(processes.is_main, lambda: finish(trainer, run, config))
+
+
+def configure(args, name: str, protocol: str, draw: int, store: datasets.Store, phantom: bool) -> dict:
+    """What decides a run's result, and what its model is: config.json."""
+    pretrained = args.out / name / "config.json"
+    arch = json.loads(pretrained.read_text())["arch"] if pretrained.exists() else args.arch
+    split = datasets.SPLITS / f"btcv_{'train' if args.split == '100' else f'{args.split}_{draw}'}.txt"
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (split, datasets.SPLITS / "btcv_val.txt")]
+    return {"backbone": name, "arch": arch, "protocol": protocol, "split": args.split, "draw": draw,
+            "whitening": "fold" if protocol == "linear-frozen" else args.whitening, "iterations": args.iterations,
+            "crop_size": args.crop_size, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
+            "window": list(args.window), "data": "phantom" if phantom else Path(store.data).name,
+            "slices": len(store), "cases": datasets.cases(args.split, draw), "split_sha256": sums[0],
+            "validation_sha256": sums[1]}
+
+
+def fit(trainer: Trainer, run: runtime.Run, first: int) -> None:
+    """Iterations `first` to the last, with log, checkpoints and validation curve; a stop request saves and exits."""
+    args, crops, processes, title = trainer.args, trainer.crops, trainer.processes, run.folder.name
     bar = tqdm(desc=title, total=args.iterations, initial=first, unit="it", disable=None if processes.is_main else True)
-    pending = []
+    pending, started = [], time.perf_counter()
     with runtime.StopRequest() as stop:
-        for t, pairs in datasets.prefetch(crops.fetch, steps, args.workers):
-            runtime.seed_torch(args.seed, runtime.DROPOUT, t)
-            images, labels = crops.apply(t, pairs, processes.device)
-            with runtime.autocast(amp, processes.device):
-                loss = net(images, labels)
-            scaler.scale(loss).backward()
-            for group in optimizer.param_groups:
-                group["lr"] = lr(t, args)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            pending.append(loss.detach())
+        for t, pairs in datasets.prefetch(crops.fetch, range(first, args.iterations), args.workers):
+            pending.append(trainer.step(t, pairs))
             done = t + 1
-            stopping = processes.any(stop.signal != 0)
-            if len(pending) == FLUSH or done == args.iterations or stopping:
+            stopping, due = processes.any(stop.signal != 0), done % args.every == 0 or done == args.iterations
+            if len(pending) == FLUSH or due or stopping:
                 values = runtime.mean_over_processes(torch.stack(pending), processes).tolist()
                 records = [{"step": done - len(values) + i + 1, "loss": v, "lr": lr(done - len(values) + i, args)}
                            for i, v in enumerate(values)]
-                runtime.refuse_non_finite(records, lambda step: [store.where(*store.place(i))
+                runtime.refuse_non_finite(records, lambda step: [trainer.store.where(*trainer.store.place(i))
                                                                  for i in crops.indices(step - 1)], run)
                 run.log(records)
                 bar.set_postfix_str(f"loss {values[-1]:.3f}")
                 bar.update(len(values))
                 pending = []
-            if done % CHECKPOINT == 0 or done == args.iterations or stopping:
-                run.checkpoint({"step": done, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                "scaler": scaler.state_dict(), "amp": amp, "threads": torch.get_num_threads()})
+            if processes.is_main and done == first + FLUSH < args.iterations:
+                left = (time.perf_counter() - started) / FLUSH * (args.iterations - done)
+                tqdm.write(f"{title}: about {runtime.duration(left)} to go")
+            if due and done < args.iterations:
+                runtime.on_main(processes.is_main, functools.partial(validate, trainer, run, done))
+            if due or stopping:
+                run.checkpoint(trainer.state(done))
             if stopping and done < args.iterations:
                 raise SystemExit(stop.exit_code)
     bar.close()
-    if processes.is_main:
-        table, volumes = evaluate(model, store, store.of(datasets.cases("val")), args.crop_size, amp, processes.device)
-        result = {**config, **metrics.summarise(table, volumes), "wall_s": round(time.time() - started, 1),
-                  "amp": amp, "hardware": runtime.hardware(), "commit": runtime.commit(),
-                  "date": time.strftime("%Y-%m-%d")}
-        runtime.write_text(run.folder / "result.json", json.dumps(result) + "\n")
-        with open(args.out / "results.jsonl", "a") as f:
-            f.write(json.dumps(result) + "\n")
-        print(f"{title}: mDS {100 * result['mDS']:.2f} % (13 organs, pooled over the validation set), with background "
-              f"{100 * result['mDice_with_background']:.2f} %, {runtime.duration(result['wall_s'])}")
 
 
-@torch.no_grad()
-def predict(model: Segmenter, images: torch.Tensor, side: int, amp: str) -> torch.Tensor:
-    """Slices (B, H, W) uint8 -> labels (B, H, W) uint8: shorter side resized to `side`, logits resized back."""
-    height, width = images.shape[1:]
-    scale = side / min(height, width)
-    resized = F.interpolate(images[:, None].float() / 255, (round(height * scale), round(width * scale)),
-                            mode="bilinear", antialias=True)
-    with runtime.autocast(amp, images.device):
-        logits = model(augment.normalise(resized).contiguous(memory_format=torch.channels_last))
-    return F.interpolate(logits, (height, width), mode="bilinear").argmax(1).to(torch.uint8)
+def validate(trainer: Trainer, run: runtime.Run, done: int) -> None:
+    """A point of the validation curve: it is recorded and drawn, and decides nothing."""
+    told = {record["id"]: metrics.count_slices(labels, truth, len(ORGANS))
+            for record, truth, labels in trainer.predictions()}
+    mds = note(run, done, *metrics.join(told))["mDS"]
+    tqdm.write(f"{run.folder.name}: iteration {done:,}/{trainer.args.iterations:,}, validation mDS {100 * mds:.2f} %")
 
 
-def evaluate(model: Segmenter, store: datasets.Store, slices: np.ndarray, side: int, amp: str,
-             device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """The table of counts of `slices`, at the masks' own resolution: (slices, classes, 3), and their volumes."""
-    was_training = model.training
-    model.eval()
-    table, volumes = [], np.array([store.place(int(i))[0] for i in slices])
-    for volume in tqdm(np.unique(volumes), "evaluating", unit="volume", disable=None, leave=False):
-        for part in np.array_split(slices[volumes == volume], max(1, (volumes == volume).sum() // 8)):
-            images = torch.from_numpy(np.stack([store.slice(int(i)) for i in part])).to(device)
-            predicted = predict(model, images, side, amp).cpu().numpy()
-            for i, p in zip(part, predicted, strict=True):
-                table.append(metrics.counts(p, store.slice(int(i), label=True), len(datasets.ORGANS)).T)
-    model.train(was_training)
-    return np.stack(table), volumes
+def note(run: runtime.Run, done: int, table: np.ndarray, ids: np.ndarray) -> dict:
+    """Append every convention's mean of a table to validation.jsonl; returns them."""
+    summary = metrics.summarise(table, ids)
+    runtime.append(run.folder / "validation.jsonl", [{"step": done, **summary}])
+    return summary
+
+
+def finish(trainer: Trainer, run: runtime.Run, config: dict) -> None:
+    """Evaluate the last iteration's model: result.json, a line of results.jsonl, dice.csv, predictions, pictures."""
+    args, folder, title = trainer.args, run.folder, run.folder.name
+    after = checksum(trainer.model.backbone)
+    if trainer.model.frozen and after != trainer.backbone:
+        raise RuntimeError(f"{title}: the frozen backbone changed during training (checksum {trainer.backbone} before, "
+                           f"{after} after); its result would not be what it says")
+    told, distances, predicted = {}, {}, {}
+    for record, truth, labels in trainer.predictions():
+        case = record["id"]
+        told[case], predicted[case] = metrics.count_slices(labels, truth, len(ORGANS)), labels
+        distances[case] = metrics.hd95_organs(labels, truth, record["spacing"], len(ORGANS))
+    table, ids = metrics.join(told)
+    result = {**config, **note(run, args.iterations, table, ids), **metrics.summarise_hd95(list(distances.values())),
+              "backbone_before": trainer.backbone, "backbone_after": after,
+              "wall_s": round(time.time() - trainer.started, 1), "amp": trainer.amp,
+              "processes": trainer.processes.world, "hardware": runtime.hardware(), "commit": runtime.commit(),
+              "date": time.strftime("%Y-%m-%d")}
+    metrics.write_csv(folder / "dice.csv", [metrics.CASE_COLUMNS, *metrics.per_case(table, ids, distances, ORGANS)])
+    runtime.write_text(folder / "result.json", json.dumps(result) + "\n")
+    runtime.append(args.out / "results.jsonl", [result])
+    print(f"{title}: mDS {100 * result['mDS']:.2f} % (13 organs, pooled over the validation set), with background "
+          f"{100 * result['mDice_with_background']:.2f} %, {runtime.duration(result['wall_s'])}")
+    if args.save_predictions:
+        for name, path in validation_files(trainer.store).items():
+            predict.write(folder, name, predicted[name.removeprefix("img")], volumes.read_volume(path))
+    pictures(trainer.store, folder, title + ", on the generated phantom" * (config["data"] == "phantom"), table, ids,
+         predicted)
+
+
+def pictures(store: datasets.Store, folder: Path, title: str, table: np.ndarray, ids: np.ndarray,
+         predicted: dict[str, np.ndarray]) -> None:
+    """validation.png and overlays.png of a run."""
+    rows, shown = [], metrics.spread(table, SHOWN)
+    for i, (row, score) in enumerate(shown):
+        case, z = str(ids[row]), row - int(np.argmax(ids == ids[row]))
+        place = int(store.of([case])[z])
+        rank = "worst: " if i == 0 else "best: " if i == len(shown) - 1 else ""
+        rows.append((f"{rank}{case} slice {z}, Dice {100 * score:.0f} %", store.slice(place),
+                     store.slice(place, label=True), predicted[case][z]))
+    curve = runtime.read_log(folder / "validation.jsonl")
+    figures.attempt(figures.validation, folder / "validation.png", curve, title)
+    figures.attempt(figures.overlays, folder / "overlays.png", rows,
+                    f"{title}: validation slices, from the worst to the best mean Dice of their organs", ORGANS)
+
+
+def validation_files(store: datasets.Store) -> dict[str, Path]:
+    """{name of its prediction: file} of each validation volume."""
+    files = {v["id"]: Path(v["source"]["image"]["file"]) for v in store.volumes}
+    return {f"img{case}": files[case] for case in datasets.cases("val")}
 
 
 # -------------------------------------------------------------------------------------------------------- report
 
 
-def report(out: Path) -> str:
-    """Tables 1 and 2 in Markdown: the paper's figures and ours in columns of their own, a table per data set."""
+def report(out: Path) -> list[dict]:
+    """The cells of Tables 1 and 2 of all results in `out`. Raises BadInput when there are none."""
     path = out / "results.jsonl"
     if not path.exists():
         raise BadInput(f"{path}: no results yet; run python train_seg.py --split 12.5 first")
-    newest = {(r["data"], r["split"], r["backbone"], r["protocol"], r["draw"]): r
-              for r in map(json.loads, path.read_text().splitlines())}
-    text = []
-    for data in sorted({k[0] for k in newest}):
-        results = [r for k, r in newest.items() if k[0] == data]
-        where = "the generated phantom: these are not BTCV results" if data == "phantom" else data
-        for title, cells in (("Table 1", [k for k in PRINTED if k[1] in ("No SSL", "MoCo v2", "Ours: both")]),
-                             ("Table 2", [k for k in PRINTED if k[0] == "100"])):
-            text += [f"\n{title}, ours on {where}. Mean Dice over 13 organs in %, pooled over the validation set; "
-                     "± standard deviation over draws (n - 1).", "",
-                     "| split | method | " + " | ".join(f"{p}, paper | {p}, ours" for p in PROTOCOLS) + " |",
-                     "|---" * (2 + 2 * len(PROTOCOLS)) + "|"]
-            for split, row in cells:
-                line = [f"{split} %", row]
-                for protocol, printed in zip(PROTOCOLS, PRINTED[split, row], strict=True):
-                    line += [printed, _cell(results, split, _names(row, data), protocol)]
-                text.append("| " + " | ".join(line) + " |")
-        known = {n for row in ROWS for n in _names(row, data)}
-        others = [f"- {r['backbone']}, {r['protocol']}, {r['split']} %, draw {r['draw']}: {100 * r['mDS']:.2f}"
-                  for r in results if r["backbone"] not in known]
-        if others:
-            text += ["", "Other backbones:", "", *others]
-    return "\n".join(text)
+    return metrics.cells(runtime.read_log(path), PROTOCOLS)
 
 
-def _names(row: str, data: str) -> tuple[str, ...]:
-    if data == "phantom":
-        return ("random",) if row == "No SSL" else (f"phantom-{ROWS[row]}",)
-    return (ROWS[row],)
-
-
-def _cell(results: list[dict], split: str, backbones: tuple[str, ...], protocol: str) -> str:
-    values = [100 * r["mDS"] for r in results
-              if r["split"] == split and r["backbone"] in backbones and r["protocol"] == protocol]
-    if not values:
-        return "not run"
-    mean, deviation = metrics.mean_std(values)
-    if SPLITS[split] == 1:
-        return f"{mean:.2f}"
-    return f"{mean:.2f} ± {deviation:.2f}" if len(values) == SPLITS[split] else f"{mean:.2f} (n = {len(values)})"
+def write_report(out: Path) -> None:
+    cells = report(out)
+    text = metrics.markdown(cells)
+    runtime.write_text(out / "report.md", text)
+    metrics.write_csv(out / "report.csv", metrics.csv_rows(cells))
+    drawn = figures.attempt(figures.report, out / "report.png", cells, ORGANS[1:])
+    print(text + f"written: {', '.join(str(out / f'report.{x}') for x in ('md', 'csv', *['png'] * drawn))}")
 
 
 @runtime.command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.report:
-        print(report(args.out))
-        return
+        return write_report(args.out)
+    if args.predict or args.run:
+        if not (args.predict and args.run):
+            raise BadInput("--predict VOLUME_OR_FOLDER and --run RUN: give both")
+        return predict.files(predict.find_volumes(args.predict), predict.find_run(args.run, args.out), args.amp,
+                             runtime.start().device)
     data, phantom = datasets.locate(args.data, "BTCV")
     settle(args, phantom)
     names = choose_backbones(args, phantom)
@@ -346,7 +399,8 @@ def main(argv: list[str] | None = None) -> None:
             for protocol in args.protocols:
                 train(args, name, protocol, draw, store, phantom, processes)
     if processes.is_main:
-        print(report(args.out))
+        here = metrics.data_of({"data": "phantom" if phantom else Path(store.data).name, "slices": len(store)})
+        print(metrics.markdown([c for c in report(args.out) if c["data"] == here]))
 
 
 if __name__ == "__main__":

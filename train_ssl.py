@@ -2,7 +2,7 @@
 
     torchrun train_ssl.py --local --zca                                the paper's method, one GPU or the CPU
     torchrun --nproc-per-node 8 train_ssl.py --local --zca             eight GPUs, the same result
-    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_ssl.py --local --zca
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_ssl.py --local --zca
     python train_ssl.py --data my_ct --name mine                       plain MoCo v2 on a folder of NIfTI volumes
 
 The same command again continues a run that stopped. Every random number of step t comes from (seed, purpose, t)
@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 import augment
 import datasets
+import figures
+import metrics
 import runtime
 from local_loss import CELLS
 from moco import GroupStatistics, MoCo
@@ -35,6 +37,7 @@ PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, b
              queue=65536, ema=0.999, zca_group=64, size=datasets.SIZE)
 PHANTOM = dict(arch="resnet18", init="random", image_size=128, batch_size=64, bn_group=16, epochs=3, lr=0.03,
                queue=1024, ema=0.99, zca_group=32, size=192)
+SIGNS = 128  # slices on which the signs of collapse are looked at
 FLUSH = 10  # steps between two looks at the losses; each look waits for the device
 
 
@@ -50,6 +53,7 @@ def parse(argv: list[str] | None):
     add("--init", help="imagenet, random or a FILE of weights (imagenet) [random]")
     add("--name", help="of the run (default moco[-local][-zca])")
     add("--overwrite", action="store_true", help="start over where a run of this name exists")
+    add("--size", type=int, help="pixels of a stored slice's side (512) [192]")
     add("--image-size", type=int, help="pixels of a view's side (224) [128]")
     add("--batch-size", type=int, help="slices a step, over all processes (256) [64]")
     add("--bn-group", type=int, help="slices that share batch statistics (32) [16]")
@@ -78,7 +82,8 @@ def settle(args, phantom: bool) -> None:
     if args.local and args.geometric:
         raise BadInput("--local with --geometric: locations of the two views would no longer correspond; drop one")
     args.lr = 0.03 * args.batch_size / 256 if args.lr is None else args.lr
-    for key in ("image_size", "batch_size", "bn_group", "epochs", "queue", "patches", "zca_group", "zca_iterations"):
+    for key in ("size", "image_size", "batch_size", "bn_group", "epochs", "queue", "patches", "zca_group",
+                "zca_iterations"):
         if getattr(args, key) < 1:
             raise BadInput(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least 1")
     if args.local and args.patches > CELLS**2:
@@ -157,16 +162,20 @@ class Trainer:
         if processes.world > 1:
             self.model = DistributedDataParallel(self.moco, broadcast_buffers=False)
         self.statistics = GroupStatistics(self.moco.encoder_q)
-        trained = [p for p in self.moco.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
+        self.trained = [p for p in self.moco.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(self.trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self.skipped = 0  # steps that fp16's scaler left out
         self.horizon = args.epochs * batches.steps_per_epoch
 
     def lr(self, t: int) -> float:
         return self.args.lr * 0.5 * (1 + math.cos(math.pi * t / self.horizon))
 
     def step(self, t: int, slices: torch.Tensor) -> torch.Tensor:
-        """One optimizer step on this process's slices (B, H, W) uint8 -> its mean (L, L_global, L_local, accuracy)."""
+        """One optimizer step on this process's slices (B, H, W) uint8.
+
+        Returns its mean (L, L_global, L_local, accuracy) and the norm of the step's gradient.
+        """
         args, moco = self.args, self.moco
         slices = slices.to(self.device, non_blocking=True)
         view_q = augment.apply(slices, self.batches.views(t, runtime.VIEW_Q), args.image_size)
@@ -192,21 +201,32 @@ class Trainer:
         self.statistics.finish()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(t)
+        self.scaler.unscale_(self.optimizer)
+        norm = runtime.gradient_norm(self.trained)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         moco.enqueue(keys)
-        return torch.stack(records).mean(0)
+        return torch.cat([torch.stack(records).mean(0), norm[None]])
+
+    def count_skipped(self, records: list[dict]) -> None:
+        """Under fp16 a gradient that is not finite ends no run: the scaler leaves its step out, counted here."""
+        for r in records if self.amp == "fp16" else ():
+            if not math.isfinite(r["grad_norm"]):
+                self.skipped, r["grad_norm"] = self.skipped + 1, None
+            r["skipped"] = self.skipped
 
     def state(self, step: int) -> dict:
         return {"step": step, "model": self.moco.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "amp": self.amp, "threads": torch.get_num_threads(),
-                "arch": self.args.arch, "zca": [self.args.zca_group, self.args.zca_iterations] if self.args.zca else []}
+                "scaler": self.scaler.state_dict(), "skipped": self.skipped, "amp": self.amp,
+                "threads": torch.get_num_threads(), "arch": self.args.arch,
+                "zca": [self.args.zca_group, self.args.zca_iterations] if self.args.zca else []}
 
     def load(self, state: dict) -> int:
         self.moco.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
         return state["step"]
 
 
@@ -223,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     if not batches.steps_per_epoch:
         raise BadInput(f"{data}: {len(store)} slices are fewer than one batch of {args.batch_size}; "
                        "lower --batch-size")
-    kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile")
+    kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp")
     config = {k: v for k, v in vars(args).items() if k not in kept}
     moco = build(args)  # before the run folder: weights that do not fit leave nothing behind
     config |= {"data": "phantom" if phantom else data.name, "volumes": len(store.volumes), "slices": len(store)}
@@ -241,6 +261,8 @@ def main(argv: list[str] | None = None) -> None:
     if processes.is_main:
         runtime.save(runtime.export(trainer.moco.encoder_q.backbone), run.folder / "backbone.pth")
         print(f"{run.folder / 'backbone.pth'}: the backbone, whitening folded, under torchvision's names")
+        figures.attempt(figures.curves, run.folder / "curves.png", runtime.read_log(run.folder / "log.jsonl"),
+                        math.log(1 + args.queue))
 
 
 def introduce(args, store, phantom, processes, amp, first, last, trainer) -> None:
@@ -260,52 +282,120 @@ def introduce(args, store, phantom, processes, amp, first, last, trainer) -> Non
         print("finished before; nothing left to train" if first >= last else f"continuing after step {first:,}")
 
 
+class Signs:
+    """Is it collapsing? Looked at each epoch on a fixed batch of slices; the training is not touched by it."""
+
+    def __init__(self, trainer: Trainer, store: datasets.Store):
+        args, self.trainer = trainer.args, trainer
+        number = min(SIGNS, len(store))
+        chosen = runtime.rng(args.seed, runtime.SIGNS).choice(len(store), number, replace=False)
+        self.slices = torch.from_numpy(store.batch(chosen))
+        self.views = [augment.draw(runtime.rng(args.seed, runtime.SIGNS, i), number, args.geometric) for i in (1, 2)]
+
+    @torch.no_grad()
+    def look(self, step: int) -> dict[str, float]:
+        """Effective ranks of the query encoder's pooled features and embeddings, mean cosine of pairs and of others."""
+        moco, args, device = self.trainer.moco.eval(), self.trainer.args, self.trainer.device
+        found: tuple[list, list, list] = ([], [], [])
+        for start in range(0, len(self.slices), args.bn_group):
+            part = slice(start, start + args.bn_group)
+            view_q, view_k = (augment.apply(self.slices[part].to(device), {k: v[part] for k, v in drawn.items()},
+                                            args.image_size) for drawn in self.views)
+            with runtime.autocast(self.trainer.amp, device):
+                pooled = moco.encoder_q.features(view_q)[1]
+                outputs = pooled, moco.encoder_q.projector(pooled), moco.encoder_k(view_k)[1]
+            for kept, output in zip(found, outputs, strict=True):
+                kept.append(output.float())
+        moco.train()
+        features, query, key = (torch.cat(x) for x in found)
+        cosines = nn.functional.normalize(query) @ nn.functional.normalize(key).mT
+        others = cosines[~torch.eye(len(cosines), dtype=torch.bool, device=device)]
+        ranks = [metrics.effective_rank(metrics.singular_values(x.cpu().numpy())) for x in (features, query)]
+        return {"effective_rank": ranks[0], "effective_rank_embedding": ranks[1],
+                "similarity_positive": cosines.diagonal().mean().item(), "similarity_negative": others.mean().item(),
+                "queue_filled": min(1.0, step * args.batch_size / args.queue)}
+
+    def warning(self, signs: dict[str, float]) -> str:
+        """What the signs mean where they are bad, else ''."""
+        width = self.trainer.moco.encoder_q.projector[0].in_features
+        if signs["similarity_negative"] > 0.9:
+            return (f"warning: embeddings of different slices have a mean cosine of "
+                    f"{signs['similarity_negative']:.2f}: everything is mapped to one point (complete collapse); "
+                    "check --lr and the data")
+        if signs["effective_rank"] < width / 100:
+            return (f"warning: the {width} features have an effective rank of {signs['effective_rank']:.1f}: only so "
+                    "many directions are used (dimensional collapse, Fig. 1); see --local --zca")
+        return ""
+
+
+class Journal:
+    """What the steps gave: kept on the device, then averaged over the processes, logged and shown, FLUSH at a time."""
+
+    def __init__(self, args, store, run, trainer: Trainer, processes, first: int, last: int):
+        self.args, self.store, self.run, self.trainer, self.processes = args, store, run, trainer, processes
+        self.first, self.last, self.chance = first, last, math.log(1 + args.queue)
+        self.bar = tqdm(total=last, initial=first, unit="step", disable=None if processes.is_main else True)
+        self.signs = Signs(trainer, store) if processes.is_main else None
+        self.pending, self.waited, self.since = [], 0.0, time.perf_counter()
+
+    def flush(self, done: int, tell: bool, look: bool) -> None:
+        """Log what is pending up to step `done`; tell: also a line where there is no bar; look: for collapse."""
+        values = runtime.mean_over_processes(torch.stack(self.pending), self.processes).tolist()
+        now, trainer = time.perf_counter(), self.trainer
+        spent = now - self.since
+        rate = len(values) * self.args.batch_size / spent
+        records = [{"step": step, "loss": v[0], "loss_global": v[1], "loss_local": v[2], "accuracy": v[3],
+                    "grad_norm": v[4], "lr": trainer.lr(step - 1), "images_per_s": round(rate, 2),
+                    "data_share": round(self.waited / spent, 4)}
+                   for step, v in enumerate(values, done - len(values) + 1)]
+        trainer.count_skipped(records)
+        runtime.refuse_non_finite(records, lambda step: [self.store.where(*self.store.place(i))
+                                                         for i in trainer.batches.indices(step - 1)], self.run)
+        told, warning = records[-1], ""
+        text = (f"loss {told['loss_global']:.2f} (chance {self.chance:.2f})"
+                + (f" local {told['loss_local']:.2f}" if self.args.local else "")
+                + f" accuracy {told['accuracy']:.2f}, {rate:.1f} images/s"
+                + (f", {trainer.skipped} steps skipped" if trainer.skipped else ""))
+        if look and self.signs:
+            told |= self.signs.look(done)
+            warning = self.signs.warning(told)
+            text += f", effective rank {told['effective_rank']:.1f}"
+        self.run.log(records)
+        self.bar.set_postfix_str(text)
+        self.bar.update(len(values))
+        if self.processes.is_main and self.first + FLUSH == done:
+            tqdm.write(f"about {runtime.duration((self.last - done) * self.args.batch_size / rate)} to go")
+        if self.processes.is_main and self.bar.disable and tell:
+            print(f"step {done}/{self.last}: {text}", flush=True)
+        if warning:
+            tqdm.write(warning, file=sys.stderr)
+        self.pending, self.waited, self.since = [], 0.0, time.perf_counter()
+
+
 def train(args, store, processes, run, trainer, first, last) -> None:
-    batches, chance = trainer.batches, math.log(1 + args.queue)
+    batches, journal = trainer.batches, Journal(args, store, run, trainer, processes, first, last)
 
     def fetch(t: int) -> torch.Tensor:
         slices = torch.from_numpy(store.batch(batches.indices(t)[batches.local]))
         return slices.pin_memory() if processes.device.type == "cuda" else slices
 
-    bar = tqdm(total=last, initial=first, unit="step", disable=None if processes.is_main else True)
-    pending, step_start, flushed = [], time.perf_counter(), time.perf_counter()
-    loaded = 0.0
+    asked = time.perf_counter()
     with runtime.StopRequest() as stop:
         for t, slices in datasets.prefetch(fetch, range(first, last), args.workers):
-            loaded += time.perf_counter() - step_start
-            pending.append(trainer.step(t, slices))
-            stopping = processes.any(stop.signal != 0)
-            done = t + 1
+            journal.waited += time.perf_counter() - asked
+            journal.pending.append(trainer.step(t, slices))
+            stopping, done = processes.any(stop.signal != 0), t + 1
             epoch_ends = done % batches.steps_per_epoch == 0 or done == last
-            if len(pending) == FLUSH or epoch_ends or stopping:
-                values = runtime.mean_over_processes(torch.stack(pending), processes).tolist()
-                now = time.perf_counter()
-                rate = len(values) * args.batch_size / (now - flushed)
-                records = [{"step": done - len(values) + i + 1, "loss": v[0], "loss_global": v[1], "loss_local": v[2],
-                            "accuracy": v[3], "lr": trainer.lr(done - len(values) + i),
-                            "images_per_s": round(rate, 2), "data_share": round(loaded / (now - flushed), 4)}
-                           for i, v in enumerate(values)]
-                runtime.refuse_non_finite(records, lambda step: [store.where(*store.place(i))
-                                                                 for i in batches.indices(step - 1)], run)
-                run.log(records)
-                told = records[-1]
-                text = (f"loss {told['loss_global']:.2f} (chance {chance:.2f})" + (f" local {told['loss_local']:.2f}"
-                        if args.local else "") + f" accuracy {told['accuracy']:.2f}, {rate:.1f} images/s")
-                bar.set_postfix_str(text)
-                bar.update(len(values))
-                if processes.is_main and first + FLUSH == done:
-                    bar.write(f"about {runtime.duration((last - done) * args.batch_size / rate)} to go")
-                if processes.is_main and bar.disable and (epoch_ends or stopping):
-                    print(f"step {done}/{last}: {text}", flush=True)
-                pending, flushed, loaded = [], now, 0.0
+            if len(journal.pending) == FLUSH or epoch_ends or stopping:
+                journal.flush(done, epoch_ends or stopping, done % batches.steps_per_epoch == 0)
             if epoch_ends or stopping:
                 run.checkpoint(trainer.state(done))
             if stopping and done < last:
                 if processes.is_main:
                     print(f"stopped after step {done}; the same command continues", file=sys.stderr)
                 raise SystemExit(stop.exit_code)
-            step_start = time.perf_counter()
-    bar.close()
+            asked = time.perf_counter()
+    journal.bar.close()
 
 
 if __name__ == "__main__":

@@ -4,15 +4,20 @@ Whatever the affine says (RAS, LPS, oblique, slices stored on another axis), a v
 (Z, Y, X) with slice 0 the most inferior, row 0 anterior and column 0 the patient's right, so that a slice
 shown as a picture has the radiologist's orientation. Oblique grids are not resampled: their axes go to the
 nearest patient axes.
+
+Headers are not repaired on the way in: one that contradicts itself or the file's length is refused, because a
+guess that is wrong would show up in no number afterwards.
 """
 
+import contextlib
 import gzip
-import io
 import math
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -22,6 +27,7 @@ SUFFIXES = (".nii.gz", ".nii")
 # A file's axes in the order (x, y, z) towards Left, Posterior, Superior; transposed, that is (Z, Y, X).
 DISPLAY = axcodes2ornt(("L", "P", "S"))
 MAX_VOXELS = 2**31  # 2,147 million: 8,000 slices of 512 x 512. A header that declares more is damaged.
+MAX_RATIO = 1100  # of gzip's compression: deflate cannot do better than 1,032
 
 
 class BadInput(ValueError):
@@ -40,7 +46,7 @@ class Volume:
 
     @property
     def is_phantom(self) -> bool:
-        return bytes(self.header["descrip"]).strip(b"\0 ") == b"phantom"
+        return _marked(self.header)
 
 
 def stem(path: Path) -> str:
@@ -55,17 +61,15 @@ def read_volume(path: str | os.PathLike) -> Volume:
     Raises BadInput when the file is missing, no NIfTI, damaged, no 3-D image, or holds NaN or infinity.
     """
     path = Path(path)
-    image = _load(path)
-    raw, slope, inter = _display(image), image.dataobj.slope, image.dataobj.inter
-    if slope != 1 or inter != 0:  # in float64, where int32 times a float keeps its digits
-        raw = raw * float(slope) + float(inter)
+    data, header, affine = _load(path)
+    raw = _scaled(data, header)
     with np.errstate(over="ignore", invalid="ignore"):
-        hu = np.ascontiguousarray(raw, dtype=np.float32)
-    if (raw.dtype.kind == "f" or slope != 1 or inter != 0) and not np.isfinite(hu).all():
+        hu = np.require(_display(raw, affine), np.float32, ["C", "W"])  # its own, writable memory
+    if raw.dtype.kind == "f" and not np.isfinite(hu).all():
         bad = int((~np.isfinite(hu)).sum())
         raise BadInput(f"{path}: {bad} of {hu.size} voxels are NaN or infinite; export it again or remove it")
-    spacing = nib.affines.voxel_sizes(image.affine)[np.argsort(_to_display(image.affine)[:, 0])]
-    return Volume(hu, tuple(float(s) for s in spacing[::-1]), path, image.header, image.affine)
+    spacing = nib.affines.voxel_sizes(affine)[np.argsort(_to_display(affine)[:, 0])]
+    return Volume(hu, tuple(float(s) for s in spacing[::-1]), path, header, affine)
 
 
 def read_labels(path: str | os.PathLike, volume: Volume, classes: int) -> np.ndarray:
@@ -75,21 +79,18 @@ def read_labels(path: str | os.PathLike, volume: Volume, classes: int) -> np.nda
     moves a corner by over a tenth of a voxel), or holds anything but those ids.
     """
     path = Path(path)
-    image = _load(path)
-    shape = tuple(image.shape[:3])
+    data, header, affine = _load(path)
     # a volume's hu is the file's grid with its axes permuted and flipped: compare in the file's own order
-    own = tuple(volume.header.get_data_shape()[:3])
-    if shape != own:
-        raise BadInput(f"{path}: label of {shape} voxels for an image of {own} ({volume.path.name}); "
+    own = tuple(int(d) for d in volume.header["dim"][1:4])
+    if data.shape != own:
+        raise BadInput(f"{path}: label of {data.shape} voxels for an image of {own} ({volume.path.name}); "
                        "they must be on one grid")
     corners = np.array([[x, y, z, 1] for x in (0, own[0]) for y in (0, own[1]) for z in (0, own[2])], float)
-    shift = np.abs((corners @ (image.affine - volume.affine).T)[:, :3]).max()
+    shift = np.abs((corners @ (affine - volume.affine).T)[:, :3]).max()
     if shift > 0.1 * min(volume.spacing):
         raise BadInput(f"{path}: its affine differs from that of {volume.path.name} by up to {shift:.2f} mm; "
                        "label and image must be on one grid")
-    labels = np.ascontiguousarray(_display(image))
-    if image.dataobj.slope != 1 or image.dataobj.inter != 0:
-        labels = labels * float(image.dataobj.slope) + float(image.dataobj.inter)
+    labels = np.ascontiguousarray(_display(_scaled(data, header), affine))
     if labels.dtype.kind == "f" and not (np.isfinite(labels).all() and (labels == np.rint(labels)).all()):
         raise BadInput(f"{path}: label values are not all whole numbers; resample labels by nearest neighbour")
     low, high = labels.min(), labels.max()
@@ -97,6 +98,15 @@ def read_labels(path: str | os.PathLike, volume: Volume, classes: int) -> np.nda
         raise BadInput(f"{path}: unknown label id {int(low if low < 0 else high)}; "
                        f"expected 0 to {classes - 1} (see datasets.ORGANS)")
     return labels.astype(np.uint8)
+
+
+def is_phantom(path: Path) -> bool:
+    """Whether a file's header says that phantom.py made it; False also where it is no readable NIfTI file."""
+    try:
+        with _opened(path) as (_, header):
+            return _marked(header)
+    except BadInput:
+        return False  # read_volume will say what is wrong with it
 
 
 def write_labels(path: str | os.PathLike, labels: np.ndarray, volume: Volume) -> None:
@@ -125,62 +135,84 @@ def write_labels(path: str | os.PathLike, labels: np.ndarray, volume: Volume) ->
         part.unlink(missing_ok=True)
 
 
+def _marked(header: nib.Nifti1Header) -> bool:
+    return bytes(header["descrip"]).strip(b"\0 ") == b"phantom"
+
+
 def _to_display(affine: np.ndarray) -> np.ndarray:
     return ornt_transform(io_orientation(affine), DISPLAY)
 
 
-def _display(image: nib.Nifti1Image) -> np.ndarray:
-    """The stored numbers, unscaled, as (Z, Y, X) in display orientation (a view where possible)."""
-    data = image.dataobj.get_unscaled()
-    data = data.reshape(data.shape[:3])
-    return apply_orientation(data, _to_display(image.affine)).transpose(2, 1, 0)
+def _display(data: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """A file's (X, Y, Z) -> (Z, Y, X) in display orientation, a view."""
+    return apply_orientation(data, _to_display(affine)).transpose(2, 1, 0)
 
 
-def _load(path: Path) -> nib.Nifti1Image:
-    """The checked image of one 3-D file, its bytes read to the end. Raises BadInput."""
-    try:
-        blob = path.read_bytes()
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
+def _scaled(data: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
+    """scl_slope and scl_inter applied in float64, where int32 times a float keeps its digits; a slope of 0 is none."""
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0 or (slope, inter) == (1, 0):
+        return data
+    with np.errstate(over="ignore", invalid="ignore"):
+        return data * np.float64(slope) + np.float64(inter)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, nib.Nifti1Header]]:
+    """The file's unzipped bytes behind its header, and that header. Raises BadInput, for what fails later too."""
     if not path.name.endswith(SUFFIXES):
         raise BadInput(f"{path}: not a NIfTI name; expected {' or '.join(SUFFIXES)}")
-    if not blob:
-        raise BadInput(f"{path}: empty file (0 bytes); download it again")
-    zipped = blob[:2] == b"\x1f\x8b"  # by content: an unzipped file may have kept its .gz
-    stream = gzip.GzipFile(fileobj=io.BytesIO(blob)) if zipped else io.BytesIO(blob)
     try:
-        start = stream.read(544)  # the longer of the two headers (NIfTI-1: 348 bytes, NIfTI-2: 540) and 4 bytes
-        kind = _kind(path, start)
-        header = kind.header_class.from_fileobj(io.BytesIO(start), check=False)
-        end = _check_header(path, header)
-        # Not more than the header declares is kept; the rest is read for gzip's checksum, and dropped.
-        body = start + stream.read(max(0, end - len(start)))
-        if len(body) < end:
-            raise BadInput(f"{path}: truncated, {len(body)} of {end} bytes; download it again")
-        while stream.read(1 << 22):
-            pass
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"  # by content: an unzipped file may have kept its .gz
+            if not file.tell():
+                raise BadInput(f"{path}: empty file (0 bytes); download it again")
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file) if zipped else contextlib.nullcontext(file) as stream:
+                yield stream, _header(path, stream)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise BadInput(f"{path}: damaged gzip file ({e}); download it again") from None
-    except nib.filebasedimages.ImageFileError as e:
-        raise BadInput(f"{path}: not a readable NIfTI file ({e})") from None
-    try:
-        image = kind.from_bytes(body)
-    except (nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError, ValueError) as e:
-        raise BadInput(f"{path}: not a readable NIfTI file ({e})") from None
-    return _check_grid(path, image)
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
+    except MemoryError:
+        raise BadInput(f"{path}: too large for this machine's memory") from None
 
 
-def _kind(path: Path, start: bytes) -> type[nib.Nifti1Image]:
-    for kind, magic in ((nib.Nifti1Image, start[344:348]), (nib.Nifti2Image, start[4:8])):
-        if magic[:3] in (b"n+1", b"n+2") and kind.header_class.may_contain_header(start):
-            return kind
-    raise BadInput(f"{path}: not a NIfTI file (no n+1 or n+2 in its header); convert it to .nii.gz")
+def _header(path: Path, stream: BinaryIO) -> nib.Nifti1Header:
+    start = stream.read(348)
+    kind = nib.Nifti1Header
+    if start[4:7] == b"n+2":
+        kind, start = nib.Nifti2Header, start + stream.read(192)
+    elif start[344:347] not in (b"n+1", b"n+2"):
+        raise BadInput(f"{path}: not a NIfTI file (no n+1 or n+2 in its header); convert it to .nii.gz")
+    header = kind(start, check=False) if len(start) == kind.sizeof_hdr else None
+    if header is None or int(header["sizeof_hdr"]) != kind.sizeof_hdr:
+        raise BadInput(f"{path}: damaged header (its length or byte order)")
+    return header
 
 
-def _check_header(path: Path, header: nib.Nifti1Header) -> int:
-    """Check dimensions and type before anything is allocated; returns where the image's bytes end."""
+def _load(path: Path) -> tuple[np.ndarray, nib.Nifti1Header, np.ndarray]:
+    """(stored numbers (X, Y, Z), header, affine in mm) of one 3-D file, checked, its bytes read to the end."""
+    with _opened(path) as (stream, header):
+        shape, dtype, offset = _check_header(path, header)
+        affine = _affine(path, header)
+        size = math.prod(shape) * dtype.itemsize
+        on_disk = path.stat().st_size * (MAX_RATIO if isinstance(stream, gzip.GzipFile) else 1)
+        if size > on_disk:  # before anything of that size is allocated
+            raise BadInput(f"{path}: truncated, its header declares {size:,} bytes of voxels; download it again")
+        stream.read(offset - header.sizeof_hdr)
+        body = stream.read(size)
+        if len(body) < size:
+            raise BadInput(f"{path}: truncated, {len(body):,} of {size:,} bytes of voxels; download it again")
+        if stream.read(1):  # at its end, gzip's checksum has been verified
+            raise BadInput(f"{path}: longer than its header declares, {shape} voxels of {dtype}; one is damaged")
+    return np.frombuffer(body, dtype).reshape(shape, order="F"), header, affine
+
+
+def _check_header(path: Path, header: nib.Nifti1Header) -> tuple[tuple[int, ...], np.dtype, int]:
+    """(shape, type of the voxels, byte at which they start), before anything is allocated."""
     dim = [int(d) for d in header["dim"]]
     shape = dim[1 : 1 + dim[0]] if 0 < dim[0] < 8 else []
     if len(shape) == 4 and shape[3] == 1:
@@ -194,16 +226,36 @@ def _check_header(path: Path, header: nib.Nifti1Header) -> int:
         raise BadInput(f"{path}: unknown data type code {int(header['datatype'])} in its header") from None
     if dtype.kind not in "iuf":
         raise BadInput(f"{path}: voxels of type {dtype}; expected numbers in HU")
+    if int(header["bitpix"]) not in (0, 8 * dtype.itemsize):
+        raise BadInput(f"{path}: damaged header ({int(header['bitpix'])} bits a voxel, but of type {dtype})")
     if math.prod(shape) > MAX_VOXELS:
         raise BadInput(f"{path}: header declares {shape} voxels, too many for a CT volume; the file is damaged")
     offset = float(header["vox_offset"])
-    if not (math.isfinite(offset) and header.sizeof_hdr <= offset <= 1 << 24 and offset == int(offset)):
+    if not (math.isfinite(offset) and header.sizeof_hdr + 4 <= offset <= 1 << 24 and offset == int(offset)):
         raise BadInput(f"{path}: damaged header (image starts at byte {offset})")
-    return int(offset) + math.prod(shape) * dtype.itemsize
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope != 0 and not (math.isfinite(slope) and math.isfinite(inter)):
+        raise BadInput(f"{path}: scl_slope {slope} or scl_inter {inter} is not a number")
+    return tuple(shape), dtype, int(offset)
 
 
-def _check_grid(path: Path, image: nib.Nifti1Image) -> nib.Nifti1Image:
-    affine = image.affine
+def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
+    """Voxels -> mm: the sform where its code is set, else the qform, else the spacing alone. Raises BadInput."""
+    sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    if not 0 <= sform <= 5 or (sform == 0 and not 0 <= qform <= 5):
+        raise BadInput(f"{path}: damaged header (sform_code {sform}, qform_code {qform})")
+    if int(header["xyzt_units"]) & 7 in (1, 3):
+        raise BadInput(f"{path}: lengths in metres or micrometres; convert it to mm")
+    if sform == 0:
+        steps = header["pixdim"][1:4]
+        if not (np.isfinite(steps).all() and (steps > 0).all()):
+            raise BadInput(f"{path}: a spacing of {steps.tolist()} mm; set sform or pixdim")
+        if header["pixdim"][0] == 0:
+            header["pixdim"][0] = 1  # the standard: a handedness of 0 counts as 1
+    try:
+        affine = header.get_best_affine()
+    except (nib.spatialimages.HeaderDataError, ValueError) as e:
+        raise BadInput(f"{path}: damaged qform ({' '.join(str(e).split())})") from None
     with np.errstate(all="ignore"):
         sizes = nib.affines.voxel_sizes(affine)
         usable = (np.isfinite(affine).all() and (sizes > 1e-3).all() and (sizes < 1e3).all()
@@ -211,6 +263,4 @@ def _check_grid(path: Path, image: nib.Nifti1Image) -> nib.Nifti1Image:
     if not usable or np.isnan(io_orientation(affine)).any():
         raise BadInput(f"{path}: its affine maps voxels to no usable place {affine[:3].round(3).tolist()}; "
                        "set sform or qform")
-    if not (math.isfinite(image.dataobj.slope) and math.isfinite(image.dataobj.inter)):
-        raise BadInput(f"{path}: scl_slope or scl_inter is not a number")
-    return image
+    return affine

@@ -111,7 +111,7 @@ def fold(backbone: nn.Module) -> nn.Module:
 
 
 def to_batch_norm(backbone: nn.Module) -> nn.Module:
-    """A copy whose whitening is a plain BN with its affine and fresh statistics: the paper's fine-tuning."""
+    """A copy whose whitening is a plain BN (Eq. 4) with its affine and fresh statistics: the paper's fine-tuning."""
     backbone = copy.deepcopy(backbone)
     block, _, name = _last_norm(backbone)
     norm = getattr(block, name)

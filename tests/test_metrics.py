@@ -138,6 +138,42 @@ def test_summarise_what_is_undefined_is_none_and_perfect_is_one():
         metrics.summarise(np.zeros((0, 14, 3), np.int64), [])
 
 
+def test_join_keeps_rows_and_ids_together(toy):
+    table, ids = toy
+    joined, names = metrics.join({"c": table[1:2], "a": table[[0, 4]]})
+    np.testing.assert_array_equal(joined, table[[1, 0, 4]])
+    assert names.tolist() == ["c", "a", "a"]
+    both = np.stack([np.arange(12).reshape(2, 6)] * 2).astype(np.uint8)
+    np.testing.assert_array_equal(metrics.count_slices(both, both, 12)[1], metrics.counts(both[1], both[1], 12).T)
+
+
+def test_per_case_rows_are_sorted_and_leave_the_undefined_empty(toy):
+    distances = {v: [1.5 if v == "a" else math.nan, 2.0, math.nan] for v in "abcd"}
+    rows = metrics.per_case(*toy, distances, ("background", "x", "y", "z"))
+    assert [r[:3] for r in rows[:4]] == [["a", 0, "background"], ["a", 1, "x"], ["a", 2, "y"], ["a", 3, "z"]]
+    assert rows[0][3:] == [11, 13, 12, "0.880000", ""] and rows[1][3:] == [4, 4, 4, "1.000000", "1.500"]
+    assert rows[3][3:] == [0, 0, 0, "", ""] and rows[5][3:] == [0, 0, 2, "0.000000", ""] and len(rows) == 16
+
+
+def test_hd95_means_and_how_many_volumes_they_are_of():
+    nan = math.nan
+    told = metrics.summarise_hd95([[1.0, nan, nan], [3.0, 8.0, nan]])
+    assert told == {"hd95_mm": 5.0, "hd95_mm_organs": [2.0, 8.0, None], "hd95_volumes": [2, 1, 0]}
+    assert metrics.summarise_hd95([[nan]]) == {"hd95_mm": None, "hd95_mm_organs": [None], "hd95_volumes": [0]}
+
+
+def test_slices_to_look_at_go_from_worst_to_best():
+    """Slices of two organs; slice 3 truly holds none and slice 4 holds one, which is half: it may be shown."""
+    def row(*organs):
+        return [[0, 0, 0], *organs]
+
+    table = np.array([row([4, 5, 5], [5, 5, 5]), row([0, 2, 5], [0, 0, 3]), row([2, 4, 4], [2, 4, 4]),
+                      row([0, 9, 0], [0, 0, 0]), row([1, 1, 1], [0, 0, 0])])
+    assert metrics.spread(table, 9) == [(1, 0.0), (2, 0.5), (0, pytest.approx(0.9)), (4, 1.0)]
+    assert [i for i, _ in metrics.spread(table, 2)] == [1, 4]
+    assert metrics.spread(table[3:4], 3) == []
+
+
 def surface(mask, spacing):
     """Positions in mm of the voxels with a 6-neighbour outside the mask or the array."""
     inside = set(zip(*np.nonzero(mask), strict=True))

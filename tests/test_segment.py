@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from segment import AUX_WEIGHT, PROTOCOLS, DeepLabV3PlusHead, FCNHead, LinearHead, Segmenter, dilate
+from segment import AUX_WEIGHT, PROTOCOLS, DeepLabV3PlusHead, FCNHead, LinearHead, Segmenter, checksum, dilate
 
 CLASSES = 14
 
@@ -223,3 +223,17 @@ def test_an_unknown_protocol_is_refused():
 def test_one_image_is_refused_by_the_pooled_branch_in_training():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         Segmenter(resnet("resnet18"), "deeplabv3plus")(batch()[0][:1])
+
+
+def test_the_checksum_sees_every_parameter_and_buffer_and_nothing_else():
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    before = checksum(net)
+    assert before == checksum(copy.deepcopy(net).eval().to(memory_format=torch.channels_last)) and len(before) == 32
+    for name, value in net.state_dict().items():
+        kept = value.clone()
+        value.view(-1)[-1] += 1
+        assert checksum(net) != before, name
+        value.copy_(kept)
+    assert checksum(net) == before
+    nn.init.ones_(net[1].bias)
+    assert checksum(net) != checksum(nn.Sequential(net[0], net[3], net[2], net[1]))

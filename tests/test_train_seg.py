@@ -1,21 +1,28 @@
 """train_seg.py through its own command: the three protocols, exact continuing, results, tables."""
 
+import csv
+import hashlib
 import json
 import re
 import statistics
-from pathlib import Path
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import augment
 import datasets
+import figures
+import metrics
+import predict
 import runtime
 import svd_spectrum
 import train_seg
 import train_ssl
 from segment import Segmenter
+from whitening import whiten_last_norm
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +68,60 @@ def test_frozen_means_frozen(flags, runs):
     exported = torch.load(runs / "phantom-moco-local-zca/backbone.pth", weights_only=True)
     for name, weight in exported.items():  # parameters and buffers, the whitening folded
         assert torch.equal(state["model"][f"backbone.{name}"], weight), name
+    told = {r["protocol"]: r for r in runtime.read_log(runs / "results.jsonl")}
+    assert told["linear-frozen"]["backbone_before"] == told["linear-frozen"]["backbone_after"] == state["backbone"]
+    assert told["linear-finetune"]["backbone_before"] != told["linear-finetune"]["backbone_after"]
+
+
+def images(n=3):
+    return torch.randn(n, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+def test_backbone_opens_in_torchvision(runs):
+    """Features, not only keys: those of the query encoder in evaluation mode, whitening and all."""
+    weights = torch.load(runs / "phantom-moco-local-zca/backbone.pth", weights_only=True)
+    net = torchvision.models.resnet18(weights=None)
+    missing, unexpected = net.load_state_dict(weights, strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and not unexpected
+    state = torch.load(runs / "phantom-moco-local-zca/checkpoint.pt", weights_only=True)
+    whitened = whiten_last_norm(torchvision.models.resnet18(weights=None), group_size=16)
+    prefix = "encoder_q.backbone."
+    whitened.load_state_dict({k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)},
+                             strict=False)
+    with torch.no_grad():
+        expected, out = (torch.nn.Sequential(*list(m.eval().children())[:-2])(images()) for m in (whitened, net))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_backbone_opens_in_timm(runs):
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
+    weights = torch.load(runs / "phantom-moco-local-zca/backbone.pth", weights_only=True)
+    net, stock = timm.create_model("resnet18", num_classes=0), torchvision.models.resnet18(weights=None)
+    missing, unexpected = net.load_state_dict(weights, strict=False)
+    assert not missing and not unexpected
+    stock.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        expected = torch.nn.Sequential(*list(stock.eval().children())[:-2])(images())
+        torch.testing.assert_close(net.eval().forward_features(images()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change, why", [
+    (lambda w: {k.replace("conv1.weight", "stem.0.weight") if k == "conv1.weight" else k: v for k, v in w.items()},
+     "1 of 120 weights missing"),
+    (lambda w: w | {"conv1.weight": torch.zeros(32, 3, 3, 3)}, "1 of another shape"),
+    (lambda w: {f"encoder.{k}": v for k, v in w.items()}, "120 of 120 weights missing"),
+])
+def test_backbones_with_another_stem_or_nothing_useful_are_refused(runs, flags, tmp_path, refusal, change, why):
+    weights = torch.load(runs / "phantom-moco-local-zca/backbone.pth", weights_only=True)
+    torch.save(change(weights), tmp_path / "other.pth")
+    line = refusal(train_seg.main, flags("--split", "25", "--backbone", tmp_path / "other.pth"))
+    assert "other.pth" in line and why in line and not (runs / "seg/other-linear-frozen-25-0").exists()
 
 
 def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
     """Stopped by a signal after iteration 2 of 4, dropout and all."""
     def args(out):
-        return [*flags("--split", "25", "--draw", 1, "--protocol", "deeplabv3plus", "--backbone", "random",
+        return [*flags("--split", "25", "--draw", 1, "--protocol", "linear-finetune", "--backbone", "random",
                        "--iterations", 4), "--out", str(out)]
 
     train_seg.main(args(tmp_path / "b"))
@@ -76,13 +131,54 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         train_seg.main(args(tmp_path / "a"))
     train_seg.main(args(tmp_path / "a"))
-    a, b = (tmp_path / x / "seg" / "random-deeplabv3plus-25-1" for x in "ab")
+    a, b = (tmp_path / x / "seg" / "random-linear-finetune-25-1" for x in "ab")
     assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
+    curve = runtime.read_log(a / "validation.jsonl")
+    assert [r["step"] for r in curve] == [2, 4] and curve == runtime.read_log(b / "validation.jsonl")
     x, y = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (a, b))
     for name in x["model"]:
         assert torch.equal(x["model"][name], y["model"][name]), name
     x, y = (json.loads((f / "result.json").read_text()) for f in (a, b))
-    assert x["organs"] == y["organs"]
+    assert x["organs"] == y["organs"] == curve[-1]["organs"]
+
+
+def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags, tmp_path, monkeypatch):
+    args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
+                   "--iterations", 3), "--out", str(tmp_path)]
+    with monkeypatch.context() as m, pytest.raises(RuntimeError):
+        m.setattr(metrics, "per_case", lambda *a: (_ for _ in ()).throw(RuntimeError))
+        train_seg.main(args)
+    folder = tmp_path / "seg/random-linear-frozen-25-1"
+    assert not (folder / "result.json").exists()
+    train_seg.main(args)
+    assert [r["step"] for r in runtime.read_log(folder / "validation.jsonl")] == [1, 2, 3]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_frozen_backbone_that_changes_is_no_result(flags, tmp_path, monkeypatch):
+    """As when its BN is left in training mode: its running statistics drift."""
+    monkeypatch.setattr(Segmenter, "train", torch.nn.Module.train)
+    with pytest.raises(RuntimeError, match="frozen backbone changed"):
+        train_seg.main([*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
+                               "--iterations", 1), "--out", str(tmp_path)])
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_without_matplotlib_everything_else_goes_on(flags, runs, tmp_path, monkeypatch, capsys):
+    for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    figures._tell_once.cache_clear()
+    train_seg.main([*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
+                           "--iterations", 1), "--out", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert err.count("pictures need matplotlib") == 1 and "pip install matplotlib" in err
+    assert (tmp_path / "seg/random-linear-frozen-25-1/dice.csv").exists()
+    train_seg.main(["--report", "--out", str(tmp_path)])
+    assert {p.name for p in tmp_path.glob("report.*")} == {"report.md", "report.csv"}
+    svd_spectrum.main([*flags()[:4], "--out", str(tmp_path), "--image-size", "64", "random", "--arch", "resnet18"])
+    assert {p.name for p in tmp_path.glob("spectrum.*")} == {"spectrum.csv"}
+    assert "report.png" not in capsys.readouterr().out
 
 
 def test_poly_schedule_and_crops_of_an_iteration(flags, small_phantom):
@@ -128,7 +224,7 @@ def test_prediction_is_made_at_the_masks_own_resolution():
     torch.manual_seed(0)
     model = Segmenter(runtime.build_backbone("random", "resnet18"), "linear-finetune").eval()
     images = torch.randint(0, 256, (2, 50, 70), dtype=torch.uint8)
-    labels = train_seg.predict(model, images, 64, "off")
+    labels = predict.slices(model, images, 64, "off")
     resized = torch.nn.functional.interpolate(images[:, None] / 255, (64, round(70 * 64 / 50)), mode="bilinear",
                                               antialias=True)
     logits = model(augment.normalise(resized))
@@ -136,21 +232,42 @@ def test_prediction_is_made_at_the_masks_own_resolution():
     assert labels.dtype == torch.uint8 and torch.equal(labels.long(), expected)
 
 
-def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
-    def result(split, draw, mds, backbone="moco", data="BTCV"):
-        return {"data": data, "split": split, "draw": draw, "backbone": backbone, "protocol": "linear-finetune",
-                "mDS": mds}
+def result(split, draw, mds, backbone="moco", data="BTCV", slices=3779, **more):
+    return {"data": data, "slices": slices, "split": split, "draw": draw, "backbone": backbone, "arch": "resnet50",
+            "protocol": "linear-finetune", "mDS": mds, "organs": [mds] * 12 + [None], **more}
 
-    rows = [result("12.5", d, m) for d, m in enumerate((0.40, 0.46, 0.43))] + [result("25", 0, 0.5),
-            result("25", 0, 0.6), result("100", 0, 0.7, "mine"), result("100", 0, 0.1, "phantom-moco", "phantom")]
+
+def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
+    rows = [result("12.5", d, m) for d, m in enumerate((0.40, 0.46, 0.43))]
+    rows += [result("25", 0, 0.5), result("25", 0, 0.6), result("100", 0, 0.7, "mine"),
+             result("100", 0, 0.1, "phantom-moco", "phantom", 1193), result("100", 0, 0.2, slices=231),
+             result("12.5", 0, 0.3, "imagenet", seed=4)]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     train_seg.main(["--report", "--out", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "| 46.04 ± 4.37 | 43.00 ± 3.00 |" in out  # the paper's, ours
+    assert "| 46.04 ± 4.37 | 43.00 ± 3.00 (n = 3) |" in out  # the paper's, ours
     assert "| 66.17 ± 6.16 | 60.00 (n = 1) |" in out  # the newest of two counts
-    assert "- mine, linear-finetune, 100 %, draw 0: 70.00" in out and "not run" in out
-    assert "| 78.21 | 10.00 |" in out and "not BTCV results" in out
-    assert len(re.findall(r"^Table 1", out, re.M)) == 2  # phantom and real never share a table
+    assert "| 100 % | mine | not run | 70.00 (n = 1) | not run |" in out
+    assert "| 100 % | MoCo v2 | not run | 10.00 (n = 1) | not run |" in out and "not BTCV results" in out
+    assert "ours on BTCV of 231 slices" in out  # a folder of that name with other slices is another data set
+    assert len(re.findall(r"^Table 1", out, re.M)) == 3  # they never share a table
+    assert out.count("**The settings differ:**") == 1 and "seed 4" in out
+    assert (tmp_path / "report.md").read_text() in out
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    cells = list(csv.DictReader((tmp_path / "report.csv").open()))
+    # three data sets with 9 + 5 rows each and one other, three protocols
+    assert len(cells) == 3 * (3 * (9 + 5) + 1)
+
+    def cell(data, split, method, protocol="linear-finetune"):
+        return [c for c in cells if (c["data"], c["split"], c["method"], c["protocol"])
+                == (data, split, method, protocol)][0]
+
+    told = cell("BTCV", "12.5", "MoCo v2")
+    assert [told[k] for k in ("paper mDS", "paper sd", "mDS", "sd", "n")] == ["46.04", "4.37", "43.00", "3.00", "3"]
+    told = cell("BTCV", "100", "Ours: both", "deeplabv3plus")
+    assert [told[k] for k in ("paper mDS", "paper sd", "mDS", "sd", "n", "settings")] == ["81.22", "", "", "", "", ""]
+    told = cell("phantom", "100", "MoCo v2")
+    assert [told[k] for k in ("paper mDS", "mDS", "sd", "n")] == ["", "10.00", "", "1"]
 
 
 def test_spectrum_command(flags, runs, small_phantom, capsys):
@@ -194,5 +311,12 @@ def test_phantom_backbones_meet_only_phantom_segmentation(flags, runs, tmp_path,
 
 def test_results_name_what_they_were_made_from(runs):
     for line in (runs / "results.jsonl").read_text().splitlines():
-        assert {"seed", "commit", "hardware", "date", "wall_s", "iterations", "lr"} <= json.loads(line).keys()
-    assert Path(runs / "seg").is_dir()
+        told = json.loads(line)
+        assert {"seed", "commit", "hardware", "date", "wall_s", "iterations", "lr", "crop_size", "batch_size", "window",
+                "arch", "whitening", "amp", "hd95_mm", "processes"} <= told.keys()
+        assert len(told["hd95_mm_organs"]) == len(told["hd95_volumes"]) == 13
+        split = datasets.SPLITS / f"btcv_{told['split']}_{told['draw']}.txt"
+        assert told["split_sha256"] == hashlib.sha256(split.read_bytes()).hexdigest()
+    for folder in (runs / "seg").glob("phantom-*"):
+        assert {"config.json", "log.jsonl", "checkpoint.pt", "result.json", "dice.csv", "validation.jsonl",
+                "validation.png", "overlays.png"} <= {p.name for p in folder.iterdir()}

@@ -1,0 +1,394 @@
+"""Speed, as ratios taken in one run (A B A B, medians), since absolute times drift on shared machines.
+
+    python bench.py             every row with its target; at most 10 minutes on 2 CPU cores
+    python bench.py --quick     small networks, at most 2 minutes: is anything broken?
+    python bench.py --peers     lightly, kornia and torchvision's transforms beside ours (requirements-bench.txt)
+
+bare step: query forward and backward plus key forward of the encoder alone, same type, layout and groups.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import nn
+
+import augment
+import datasets
+import runtime
+import train_ssl
+from segment import Segmenter
+
+SIDE = 512  # of the slices on disk
+PAPER_STEPS, PAPER_BATCH = 200 * (215_325 // 256), 256
+
+
+class Table:
+    """Rows (what, target, figure, met); printed as they come."""
+
+    def __init__(self, quiet: bool):
+        self.rows, self.quiet = [], quiet
+
+    def add(self, what: str, figure: float | None, target: str = "", text: str = "", met: bool | None = None) -> None:
+        text = text or f"{figure:.3g}"
+        self.rows.append({"what": what, "target": target, "figure": figure, "text": text, "met": met})
+        if not self.quiet:
+            mark = {None: "", True: "yes", False: "NO"}[met]
+            print(f"| {what} | {target} | {text} | {mark} |", flush=True)
+
+    def skip(self, what: str, why: str) -> None:
+        self.add(what, None, text=f"skipped: {why}")
+
+
+def medians(repeats: int, **work: Callable) -> dict[str, float]:
+    """Seconds of each callable: one round to warm up, then A B A B; medians."""
+    times = {name: [] for name in work}
+    for round_ in range(repeats + 1):
+        for name, call in work.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+class Setting:
+    """What is timed: the paper's network, or a small one with --quick."""
+
+    def __init__(self, quick: bool):
+        self.quick = quick
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.processes = runtime.Processes(0, 1, self.device)
+        self.amp = runtime.precision("auto", self.device)
+        self.arch, self.size, self.batch, self.group = ("resnet18", 96, 32, 16) if quick else ("resnet50", 224, 64, 32)
+        self.queue, self.repeats = (4096, 3) if quick else (65536, 3)
+        if self.device.type == "cuda" and not quick:
+            self.batch, self.repeats = 256, 10
+
+    def trainer(self, *flags: str, amp: str | None = None, queue: int | None = None) -> train_ssl.Trainer:
+        args = train_ssl.parse(["--arch", self.arch, "--init", "random", "--image-size", str(self.size), "--batch-size",
+                                str(self.batch), "--bn-group", str(self.group), "--queue", str(queue or self.queue),
+                                *flags])
+        train_ssl.settle(args, False)
+        batches = train_ssl.Batches(args, 10 * self.batch, self.processes)
+        return train_ssl.Trainer(args, train_ssl.build(args), batches, self.processes, amp or self.amp)
+
+    def slices(self) -> torch.Tensor:
+        return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (self.batch, SIDE, SIDE), np.uint8))
+
+    def bare(self, trainer: train_ssl.Trainer, amp: str | None = None) -> Callable:
+        """Query forward and backward plus key forward of the trainer's encoders, group by group, and nothing else."""
+        views = torch.randn(self.batch, 3, self.size, self.size, device=self.device)
+        query, key = trainer.moco.encoder_q, trainer.moco.encoder_k
+
+        def step() -> None:
+            for part in views.split(self.group):
+                with torch.no_grad(), runtime.autocast(amp or self.amp, self.device):
+                    key(part)
+            for part in views.split(self.group):
+                with runtime.autocast(amp or self.amp, self.device):
+                    loss = query(part)[1].float().mean()
+                loss.backward()
+            query.zero_grad(set_to_none=True)
+
+        return step
+
+
+def steps(table: Table, s: Setting) -> None:
+    """The full step against the bare step, plain and with both contributions; the step's growth with the queue."""
+    what = f"{s.arch}, {s.size} px, batch {s.batch} as {s.batch // s.group} x {s.group}, {s.amp}"
+    slices, plain = s.slices(), s.trainer()
+    ours = s.trainer("--local", "--zca")
+    found = medians(s.repeats, bare=s.bare(plain), moco=lambda: plain.step(0, slices),
+                    both=lambda: ours.step(0, slices))
+    for name, flags, target in (("moco", "", 1.06), ("both", " --local --zca", 1.11)):
+        ratio = found[name] / found["bare"]
+        table.add(f"full step{flags} / bare step, {what}", ratio, f"at most {target}",
+                  f"{ratio:.3f} ({found[name]:.2f} s / {found['bare']:.2f} s)", ratio <= target)
+    if s.device.type == "cuda":
+        hours = PAPER_STEPS * PAPER_BATCH / s.batch * found["both"] / 3600
+        table.add("images/s, step --local --zca", s.batch / found["both"])
+        table.add("projected hours of the paper's 200 epochs, --local --zca (projection)", hours, "under 6", None,
+                  hours < 6)
+    small = Setting(True)
+    times = {str(q): small.trainer(queue=q) for q in (4096, 65536)}
+    grown = medians(3, **{q: (lambda t=t: t.step(0, small.slices())) for q, t in times.items()})
+    table.add("growth: small step with a queue of 65,536 / of 4,096", grown["65536"] / grown["4096"])
+
+
+def views(table: Table, s: Setting) -> None:
+    """Two views of a 512 slice at 224 on one thread."""
+    slices, threads = s.slices()[:32], torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def ours() -> None:
+        for purpose in (runtime.VIEW_Q, runtime.VIEW_K):
+            augment.apply(slices, augment.draw(runtime.rng(0, purpose), len(slices)), 224)
+
+    work = {"ours": ours}
+    if importlib.util.find_spec("lightly"):
+        from lightly.transforms import MoCoV2Transform
+        from PIL import Image
+
+        transform = MoCoV2Transform(input_size=224)
+        pictures = [Image.fromarray(x.numpy()).convert("RGB") for x in slices[:8]]
+        work["lightly"] = lambda: [transform(p) for p in pictures]
+    found = medians(5, **work)
+    torch.set_num_threads(threads)
+    rate = len(slices) / found["ours"]
+    table.add("two views 512 -> 224, one thread", rate, "at least 600 pairs/s", f"{rate:.0f} pairs/s", rate >= 600)
+    if "lightly" in found:
+        ratio = rate / (8 / found["lightly"])
+        table.add("the same against lightly's MoCoV2Transform", ratio, "at least 3 times", None, ratio >= 3)
+    else:
+        table.skip("the same against lightly's MoCoV2Transform", "lightly is not installed (--peers)")
+
+
+def lightly_step(table: Table, s: Setting) -> None:
+    """Our step --local --zca, views included, against lightly's MoCo step on ready-made views."""
+    if not importlib.util.find_spec("lightly"):
+        table.skip("our step --local --zca against lightly's MoCo step", "lightly is not installed (--peers)")
+        return
+    import torchvision
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import MoCoProjectionHead
+    from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad, update_momentum
+
+    def encoder() -> nn.Module:
+        net = torchvision.models.get_model(s.arch, weights=None)
+        width, net.fc = net.fc.in_features, nn.Identity()
+        return nn.Sequential(net, MoCoProjectionHead(width, width, 128))
+
+    query, key = encoder(), encoder()
+    deactivate_requires_grad(key)
+    criterion = NTXentLoss(temperature=0.2, memory_bank_size=(s.queue, 128))
+    optimizer = torch.optim.SGD(query.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+    a, b = torch.randn(2, s.batch, 3, s.size, s.size)
+
+    def peer() -> None:
+        update_momentum(query, key, m=0.999)
+        embedding = query(a)
+        with torch.no_grad():
+            shuffled, order = batch_shuffle(b)
+            keys = batch_unshuffle(key(shuffled), order)
+        loss = criterion(embedding, keys)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    slices, shipped, full = s.slices(), s.trainer("--local", "--zca"), s.trainer("--local", "--zca", amp="off")
+    found = medians(1 if not s.quick else 2, peer=peer, shipped=lambda: shipped.step(0, slices),
+                    full=lambda: full.step(0, slices))
+    for name, words, target in (("shipped", f"as both ship (ours {s.amp} channels_last, theirs float32 NCHW)", 3.3),
+                                ("full", "both in float32", 1.2)):
+        ratio = found["peer"] / found[name]
+        table.add(f"lightly's MoCo step / our step --local --zca, {words}", ratio, f"at least {target}",
+                  f"{ratio:.2f} ({found['peer']:.2f} s / {found[name]:.2f} s)", ratio >= target)
+
+
+def reading(table: Table, folder: Path, s: Setting) -> None:
+    """Random slices from a warm store; the decoding of volumes; how both grow."""
+    rng = np.random.default_rng(0)
+    data, depth = folder / "data", 64
+    data.mkdir()
+    for i in range(4):
+        noise = rng.integers(-1000, 1000, (SIDE, SIDE, depth)).astype(np.int16)
+        nib.save(nib.Nifti1Image(noise, np.diag([-0.8, -0.8, 2.5, 1])), data / f"{i}.nii.gz")
+    files = sorted(data.iterdir())
+    made = iter(range(1000))
+
+    def prepare(workers: int, count: int = 4) -> None:
+        some = folder / f"some{count}"
+        if not some.exists():
+            some.mkdir()
+            for f in files[:count]:
+                os.link(f, some / f.name)
+        datasets.prepare(some, folder / f"store{next(made)}", "pretrain", size=SIDE, workers=workers)
+
+    def decode() -> None:
+        for f in files:
+            np.asarray(nib.load(f).dataobj)
+
+    found = medians(1, decode=decode, one=lambda: prepare(1), two=lambda: prepare(2), half=lambda: prepare(1, 2))
+    for name, words, target in (("one", "prepare, one process", 0.85), ("two", "prepare, two processes", 1.8)):
+        ratio = found["decode"] / found[name]
+        table.add(f"{words}, against nibabel's bare decoding of the same files", ratio, f"at least {target}", None,
+                  ratio >= target)
+    table.add("growth: prepare of 4 volumes / of 2", found["one"] / found["half"])
+    store = datasets.prepare(data, folder / "warm", "pretrain", size=SIDE, workers=2)
+    order = rng.permutation(len(store))
+    rate = len(store) / medians(5, read=lambda: store.batch(order))["read"]
+    table.add(f"random batch of {SIDE} x {SIDE} slices from a warm store, one thread", rate, "at least 5,000 slices/s",
+              f"{rate:,.0f} slices/s", rate >= 5000)
+    args = ["--data", str(data), "--store", str(folder / "warm"), "--out", str(folder / "runs"), "--arch", "resnet18",
+            "--init", "random", "--image-size", "96" if s.quick else "224", "--batch-size", "64", "--bn-group", "32",
+            "--queue", "1024", "--epochs", "3"]
+    train_ssl.main(args)
+    log = runtime.read_log(folder / "runs" / "moco" / "log.jsonl")
+    share = statistics.fmean(r["data_share"] for r in log)
+    table.add("share of an epoch spent waiting for data", share, "under 0.02", None, share < 0.02)
+
+
+START = """
+import json, resource, sys, time
+import numpy as np, torch, torchvision, nibabel
+import datasets, train_ssl, runtime
+from pathlib import Path
+def memory():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+data, store, volumes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+start = time.perf_counter()
+args = train_ssl.parse(["--init", "random"]); train_ssl.settle(args, False)
+opened = datasets.prepare(data, store, "pretrain", size=512)
+batches = train_ssl.Batches(args, len(opened), runtime.Processes(0, 1, torch.device("cpu")))
+opened.batch(batches.indices(0))
+seconds, first = time.perf_counter() - start, memory()
+for t, _ in datasets.prefetch(lambda t: opened.batch(batches.indices(t)), range(40), 2): pass
+print(json.dumps([seconds, first, memory()]))
+"""
+
+
+def startup(table: Table, folder: Path) -> None:
+    """From imports done to the first batch on a store of the paper's size, made of sparse files."""
+    seconds = {}
+    for volumes, slices in ((106, 21_533), (1062, 215_325)):
+        data, store = folder / f"d{volumes}", folder / f"s{volumes}"
+        _sparse_store(data, store / "pretrain-512", volumes, slices)
+        out = subprocess.run([sys.executable, "-c", START, str(data), str(store), str(volumes)], text=True,
+                             capture_output=True, cwd=Path(__file__).parent)
+        if out.returncode:
+            table.skip("start-up on a store of the paper's size", out.stderr.strip().splitlines()[-1])
+            return
+        seconds[volumes], first, later = json.loads(out.stdout.splitlines()[-1])
+    table.add("imports done to first batch: 1,062 volumes, 215,325 slices", seconds[1062], "under 3 s",
+              f"{seconds[1062]:.2f} s", seconds[1062] < 3)
+    table.add("resident memory of the main process then", first, "under 1 GiB", f"{first:.2f} GiB", first < 1)
+    table.add("resident memory 40 batches later / then", later / first, "flat", None, later / first < 1.2)
+    table.add("growth: start-up with 10 times the slices", seconds[1062] / seconds[106])
+
+
+def _sparse_store(data: Path, store: Path, volumes: int, slices: int) -> None:
+    """Files of the right names and sizes without content, with the records that `prepare` would have written."""
+    data.mkdir()
+    store.mkdir(parents=True)
+    ends = np.linspace(0, slices, volumes + 1).astype(int)
+    header = np.lib.format.header_data_from_array_1_0(np.empty((1, SIDE, SIDE), np.uint8))
+    for i, depth in enumerate(np.diff(ends).tolist(), 1):
+        image = data / f"Case_{i:05d}_0000.nii.gz"
+        image.touch()
+        with open(store / f"Case_{i:05d}.npy", "wb") as f:
+            np.lib.format.write_array_header_1_0(f, header | {"shape": (depth, SIDE, SIDE)})
+            f.truncate(f.tell() + depth * SIDE * SIDE)
+        record = {"id": f"Case_{i:05d}", "phantom": False, "spacing": [1.0, 1.0, 1.0], "shape": [depth, SIDE, SIDE],
+                  "hu": [-1000.0, 1000.0], "content": "", "slices": depth, "height": SIDE, "width": SIDE,
+                  "source": {"image": datasets._stamp(image) | {"checksum": ""}, "label": None}, "odd": [],
+                  "format": datasets.FORMAT, "window": list(datasets.WINDOW), "size": SIDE, "file": str(image),
+                  "checksums": {f"Case_{i:05d}.npy": ""}}
+        (store / f"Case_{i:05d}.json").write_text(json.dumps(record))
+
+
+def segmentation(table: Table, s: Setting) -> None:
+    """One iteration of the frozen linear protocol against the bare forward of its dilated backbone."""
+    side = 96 if s.quick else 224
+    torch.manual_seed(0)
+    model = Segmenter(runtime.architecture(s.arch), "linear-frozen").to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.9)
+    rng = np.random.default_rng(0)
+    slices = [torch.from_numpy(rng.integers(0, 256, (SIDE, SIDE), np.uint8)) for _ in range(16)]
+    labels = [torch.from_numpy(rng.integers(0, 14, (SIDE, SIDE), np.uint8)) for _ in range(16)]
+
+    def iteration() -> None:
+        images, masks = augment.apply_crops(slices, labels, augment.draw_crops(runtime.rng(0, runtime.CROPS), 16), side)
+        with runtime.autocast(s.amp, torch.device("cpu")):
+            loss = model(images, masks)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ready = torch.randn(16, 3, side, side).contiguous(memory_format=torch.channels_last)
+
+    def bare() -> None:
+        with torch.no_grad(), runtime.autocast(s.amp, torch.device("cpu")):
+            model.features(ready)
+
+    found = medians(s.repeats, iteration=iteration, bare=bare)
+    ratio = found["iteration"] / found["bare"]
+    table.add(f"linear-frozen iteration, 16 crops of {side} px / bare forward, {s.arch} at stride 8", ratio,
+              "at most 1.25", f"{ratio:.3f} ({found['iteration']:.2f} s / {found['bare']:.2f} s)", ratio <= 1.25)
+
+
+MEMORY = """
+import resource, sys
+import torch
+import bench
+s = bench.Setting(False)
+s.batch = int(sys.argv[1])
+s.trainer("--local", "--zca").step(0, s.slices())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def memory(table: Table, s: Setting) -> None:
+    """Peak memory of the paper's step, batch 256 as 8 x 32, against batch 64 as 2 x 32."""
+    if s.quick or s.device.type == "cuda":
+        table.skip("peak memory, batch 256 as 8 x 32 / batch 64 as 2 x 32", "--quick" if s.quick else "measured on CPU")
+        return
+    peaks = [float(subprocess.run([sys.executable, "-c", MEMORY, batch], text=True, capture_output=True, check=True,
+                                  cwd=Path(__file__).parent).stdout) for batch in ("64", "256")]
+    ratio = peaks[1] / peaks[0]
+    table.add("peak memory, batch 256 as 8 x 32 / batch 64 as 2 x 32, --local --zca", ratio, "at most 1.3",
+              f"{ratio:.2f} ({peaks[1]:.2f} GiB / {peaks[0]:.2f} GiB)", ratio <= 1.3)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small networks, at most 2 minutes")
+    parser.add_argument("--peers", action="store_true", help="fail where a peer library is not installed")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    args = parser.parse_args(argv)
+    for peer in ("lightly", "kornia") if args.peers else ():
+        if not importlib.util.find_spec(peer):
+            raise SystemExit(f"bench.py: {peer} is not installed: pip install -r requirements-bench.txt")
+    s, table = Setting(args.quick), Table(args.json)
+    machine = {"hardware": runtime.hardware(), "commit": runtime.commit(), "date": time.strftime("%Y-%m-%d"),
+               "precision": s.amp, "flags": _cpu_flags()}
+    if not args.json:
+        print("; ".join(f"{k}: {v}" for k, v in machine.items()))
+        print("\n| what | target | figure | met |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        views(table, s)
+        reading(table, Path(folder), s)
+        startup(table, Path(folder))
+        segmentation(table, s)
+        steps(table, s)
+        lightly_step(table, s)
+        memory(table, s)
+    if s.device.type != "cuda":
+        table.skip("images/s end to end, projected hours", "no GPU here")
+    if args.json:
+        print(json.dumps({**machine, "rows": table.rows}))
+
+
+def _cpu_flags() -> str:
+    try:
+        found = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    except (OSError, IndexError):
+        return "unknown"
+    return " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,524 @@
+"""The long forms of the reliability tests, on a small phantom; ends with one table and exit code 1 on a failure.
+
+    python tests/stress.py                                            all of it: within an hour on 2 cores
+    python tests/stress.py --only kills disk --kills 6                parts of it, as the suite does
+
+Runs are forked from this process, which has imported everything and computed nothing: a start then takes no time,
+and what is left of a second is spent where kills are wanted.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: no pool of threads that a fork would lose, and no sharing of cores
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mutations  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import datasets  # noqa: E402
+import figures  # noqa: E402
+import phantom  # noqa: E402
+import runtime  # noqa: E402
+import train_seg  # noqa: E402
+import train_ssl  # noqa: E402
+
+STEPS = 5  # of pre-training, with checkpoints after 3 and 5; of segmentation, after 2, 4 and 5
+TIMES = {"images_per_s", "data_share", "wall_s"}
+
+
+class Failed(Exception):
+    pass
+
+
+def check(holds: bool, what: object) -> None:
+    if not holds:
+        raise Failed(str(what))
+
+
+# ---------------------------------------------------------------------------------------------------- the scripts
+
+
+class Bench:
+    """A folder with the phantom, its stores and the runs; how to start a script and what it leaves."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.rng = folder, np.random.default_rng(seed)
+        self.data = folder / "phantom"
+        phantom.write(self.data, unlabelled=6, shape=(4, 64, 64))
+        self.references: dict[tuple, tuple] = {}
+        figures.pyplot()  # imported before the forks
+        datasets.prepare(self.data / "AbdomenCT-1K", folder / "store", "pretrain", size=64)
+        datasets.prepare(self.data / "BTCV", folder / "seg", "segment")
+
+    def command(self, script: str, out: Path, amp: str = "off", steps: int = STEPS) -> list[str]:
+        if script == "train_ssl":
+            flags = ("--data", self.data / "AbdomenCT-1K", "--store", self.folder / "store", "--image-size", 32,
+                     "--batch-size", 8, "--bn-group", 4, "--queue", 32, "--zca-group", 16, "--size", 64, "--local",
+                     "--zca", "--epochs", 1000, "--steps", steps)
+        else:
+            flags = ("--data", self.data / "BTCV", "--store", self.folder / "seg", "--crop-size", 32, "--batch-size", 2,
+                     "--split", 25, "--draw", 1, "--protocol", "deeplabv3plus", "--backbone", "random",
+                     "--iterations", steps)
+        return [str(a) for a in (*flags, "--out", out, "--amp", amp)]
+
+    def run_folder(self, script: str, out: Path) -> Path:
+        return out / ("phantom-moco-local-zca" if script == "train_ssl" else "seg/random-deeplabv3plus-25-1")
+
+    def outcome(self, script: str, out: Path) -> dict:
+        """Every tensor and number that a finished run leaves, without the times."""
+        folder = self.run_folder(script, out)
+        kept = {"checkpoint": runtime.load(folder / "checkpoint.pt"), "log": runtime.read_log(folder / "log.jsonl")}
+        if script == "train_ssl":
+            kept["backbone"] = runtime.load(folder / "backbone.pth")
+        else:
+            kept["result"] = json.loads((folder / "result.json").read_text())
+            kept["results"] = runtime.read_log(out / "results.jsonl")[-1]  # the newest counts
+            kept["validation"] = runtime.read_log(folder / "validation.jsonl")
+        return {name: v for name, v in flat(kept) if name.rpartition(".")[2] not in TIMES}
+
+    def reference(self, script: str, amp: str = "off", world: int = 1) -> tuple[dict, Counter, float]:
+        """What a run that is left alone leaves, how it touches its folder, and how long it takes in s."""
+        key = (script, amp, world)
+        if key not in self.references:
+            out, begin = self.folder / f"reference-{script}-{amp}-{world}", time.monotonic()
+            started = Started(self, script, out, amp, world)
+            check(not any(started.wait()), f"{key}: the run left alone failed: {started.told()[-2000:]}")
+            took = time.monotonic() - begin
+            touches = Counter({tuple(k): n for k, n in json.loads((out / "touches-0.json").read_text())})
+            self.references[key] = self.outcome(script, out), touches, took
+        return self.references[key]
+
+    def check_equal(self, script: str, out: Path, amp: str = "off", world: int = 1) -> None:
+        self.check_same(self.reference(script, amp, world)[0], script, out)
+
+    def check_same(self, wanted: dict, script: str, out: Path) -> None:
+        left = self.outcome(script, out)
+        check(wanted.keys() == left.keys(), f"{out}: {sorted(wanted.keys() ^ left.keys())[:3]}")
+        for name, value in wanted.items():
+            same = torch.equal(value, left[name]) if isinstance(value, torch.Tensor) else value == left[name]
+            check(same, f"{out}: {name} differs")
+        steps = [r["step"] for r in runtime.read_log(self.run_folder(script, out) / "log.jsonl")]
+        check(steps == list(range(1, len(steps) + 1)), f"{out}: logged steps {steps}")
+        rest = [p.name for p in self.run_folder(script, out).iterdir() if "part" in p.name or "next" in p.name]
+        check(not rest, f"{out}: left behind {rest}")
+
+
+def remove(folder: Path) -> None:
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+def flat(value, name=""):
+    if isinstance(value, dict):
+        for k, v in value.items():
+            yield from flat(v, f"{name}.{k}")
+    elif isinstance(value, list | tuple):
+        for i, v in enumerate(value):
+            yield from flat(v, f"{name}.{i}")
+    else:
+        yield name, value
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Started:
+    """A script started in `world` forked processes. touch: (kind, name, n), where process 0 kills itself."""
+
+    def __init__(self, bench: Bench, script: str, out: Path, amp: str = "off", world: int = 1, touch=None, before=None,
+                 steps: int = STEPS, log: str = "output"):
+        self.out, self.log = out, log
+        out.mkdir(parents=True, exist_ok=True)
+        port, argv = free_port(), bench.command(script, out, amp, steps)
+        sys.stdout.flush()
+        self.pids, self.outputs = [], []
+        for rank in range(world):
+            with open(out / f"{log}-{rank}.txt", "wb") as f:  # by a process of its own, which no limit will touch
+                output = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=f)
+            pid = os.fork()
+            if not pid:
+                os.dup2(output.stdin.fileno(), 1), os.dup2(output.stdin.fileno(), 2)
+                self._child(bench, script, argv, rank, world, port, touch, before)
+            output.stdin.close()
+            self.pids.append(pid)
+            self.outputs.append(output)
+
+    def _child(self, bench, script, argv, rank, world, port, touch, before):
+        code = 99
+        try:
+            if world > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.chdir(bench.folder)
+            touches = watch(self.out, touch if rank == 0 else None)
+            if before:
+                before()
+            sys.argv = [f"{script}.py", *argv]
+            {"train_ssl": train_ssl, "train_seg": train_seg}[script].main(argv)
+            code = 0
+            (self.out / f"touches-{rank}.json").write_text(json.dumps(list(touches.items())))
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+    def kill(self, number: int = signal.SIGKILL, ranks: list[int] | None = None) -> None:
+        for pid in self.pids if ranks is None else [self.pids[r] for r in ranks]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """Exit codes, negative for a signal. A process that does not end within `seconds` is a failure."""
+        codes, end = {}, time.monotonic() + seconds
+        while len(codes) < len(self.pids):
+            for pid in self.pids:
+                if pid not in codes:
+                    done, status = os.waitpid(pid, os.WNOHANG)
+                    if done:
+                        codes[pid] = os.waitstatus_to_exitcode(status)
+            if time.monotonic() > end:
+                self.kill()
+                raise Failed(f"{self.out}: a process hangs")
+            time.sleep(0.01)
+        for output in self.outputs:
+            output.wait()
+        return [codes[pid] for pid in self.pids]
+
+    def told(self, rank: int = 0) -> str:
+        return (self.out / f"{self.log}-{rank}.txt").read_text(errors="replace")
+
+
+def watch(folder: Path, touch: tuple | None) -> Counter:
+    """Count how this process touches a folder, {(kind, file's name): times}; SIGKILL it in the middle of one."""
+    seen: Counter = Counter()
+
+    def note(kind: str, path: object, half=None) -> None:
+        if str(folder) not in str(path):
+            return
+        key = (kind, Path(str(path)).name)
+        seen[key] += 1
+        if touch and (*key, seen[key]) == tuple(touch):
+            if half:
+                half()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event: str, args: tuple) -> None:
+        if event in ("open", "os.remove", "os.mkdir"):
+            note(event, args[0])
+        elif event == "os.rename":
+            note(event, args[1])
+
+    class File:
+        """What open() gives, of which a write may end half-way."""
+
+        def __init__(self, path, mode):
+            self.path, self.file = path, open(path, mode)  # noqa: SIM115
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, data):
+            def half() -> None:
+                self.file.write(bytes(data)[: len(data) // 2])
+                self.file.flush()
+
+            note("write", self.path, half)
+            return self.file.write(data)
+
+    real_fsync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        note("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_fsync(descriptor)
+
+    os.fsync = fsync
+    runtime.open = lambda path, mode="r": (File if mode in ("wb", "ab+") else open)(path, mode)
+    sys.addaudithook(hook)
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------------------- runs
+
+
+def kills(bench: Bench, count: int) -> list[str]:
+    """SIGKILL at random touches of the run folder and at random times; the same command must end as if never."""
+    configurations = [("train_ssl", "off", 1), ("train_seg", "bf16", 1), ("train_ssl", "bf16", 2),
+                      ("train_seg", "off", 1), ("train_ssl", "off", 2), ("train_ssl", "bf16", 1)]
+    tried, places = Counter(), Counter()
+    while sum(tried.values()) < count:
+        key = script, amp, world = configurations[len(places) and tried.total() % len(configurations)]
+        _, touches, took = bench.reference(*key)
+        out = bench.folder / "killed"
+        remove(out)
+        for _ in range(int(bench.rng.integers(1, 3)) if count > 20 else 1):  # the continued run is killed, too
+            if bench.rng.random() < 0.6:
+                kind, name = list(touches)[bench.rng.integers(len(touches))]
+                touch = (kind, name, int(bench.rng.integers(1, touches[kind, name] + 1)))
+                codes = Started(bench, script, out, amp, world, touch).wait()
+                where = f"{kind} {name}"
+            else:
+                started = Started(bench, script, out, amp, world)
+                time.sleep(float(bench.rng.uniform(0, took)))
+                ranks = [int(bench.rng.integers(world))] if bench.rng.random() < 0.5 else None
+                started.kill(ranks=ranks)
+                codes, where = started.wait(), "any time"
+            check(99 not in codes or world > 1, f"{out}: {codes}")
+            if -signal.SIGKILL in codes:
+                tried[key] += 1
+                places[where] += 1
+        codes = Started(bench, script, out, amp, world).wait()
+        check(not any(codes), f"{out}: continuing ended with {codes} after a kill at {where}")
+        bench.check_equal(script, out, amp, world)
+    told = ", ".join(f"{n} x {s} {'float32' if a == 'off' else a} {w} process(es)" for (s, a, w), n in tried.items())
+    timed = places.pop("any time", 0)
+    return [f"| SIGKILL, the same command again | {tried.total()}: {places.total()} in {len(places)} kinds of touches "
+            f"of the run folder, {timed} at any time | all equal: {told} |"]
+
+
+def signals(bench: Bench) -> list[str]:
+    """SIGTERM and SIGINT: saved, 128 + signal, continued exactly; a second one ends at once. Two runs: one is refused."""
+    for number, amp, world, ranks in ((signal.SIGTERM, "off", 1, None), (signal.SIGINT, "bf16", 2, [1])):
+        out = bench.folder / f"signal-{number}"
+        log = bench.run_folder("train_ssl", out) / "log.jsonl"
+        started = Started(bench, "train_ssl", out, amp, world, steps=1000)
+        while not (log.exists() and log.read_text().count("\n") >= 3):
+            time.sleep(0.01)
+        second = Started(bench, "train_ssl", out, log="second")
+        check(second.wait() == [1] and "another run is at work there" in second.told(), second.told())
+        started.kill(number, ranks)
+        codes, given = started.wait(), 128 + number
+        # a process that another one's signal stopped says SIGTERM
+        check(codes == ([given] if world == 1 else [128 + signal.SIGTERM, given]), f"{out}: ended with {codes}")
+        saved = runtime.load(bench.run_folder("train_ssl", out) / "checkpoint.pt")["step"]
+        check(saved == runtime.read_log(log)[-1]["step"] and "the same command continues" in started.told(), saved)
+        reference = bench.folder / f"never-stopped-{number}"
+        for folder in (out, reference):
+            check(not any(Started(bench, "train_ssl", folder, amp, world, steps=saved + 2).wait()), f"{folder}: failed")
+        bench.check_same(bench.outcome("train_ssl", reference), "train_ssl", out)
+
+    def slow() -> None:
+        train_ssl.Trainer.step = lambda *args: time.sleep(60)
+
+    started = Started(bench, "train_ssl", bench.folder / "signal-2", before=slow)
+    handled = 1 << (signal.SIGTERM - 1)
+    for wanted in (True, False):  # the handler is there; then, after the first signal, the default is back
+        while bool(int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{started.pids[0]}/status").read_text())[1], 16)
+                   & handled) is not wanted:
+            time.sleep(0.01)
+        started.kill(signal.SIGTERM)
+    check(started.wait(5) == [-signal.SIGTERM], "a second signal did not end the run at once")
+    return ["| SIGTERM to 1 process, SIGINT to 1 of 2 | 2 | saved, codes 143 and 130, continued to equal results |",
+            "| a second signal | 1 | ended at once |", "| a second run on a folder at work | 2 | refused |"]
+
+
+def disk(bench: Bench, scripts: tuple[str, ...] = ("train_ssl", "train_seg")) -> list[str]:
+    """A limit on the size of files, in the place of a full disk: config, log, first and later checkpoint."""
+    for script in scripts:
+        out = bench.folder / f"full-{script}"
+        folder, amp = bench.run_folder(script, out), "off" if script == "train_ssl" else "bf16"
+        bench.reference(script, amp)
+        size = (bench.run_folder(script, bench.folder / f"reference-{script}-{amp}-1") / "checkpoint.pt").stat().st_size
+
+        def refused(limit: int, named: str, out=out, script=script, amp=amp) -> None:
+            started = Started(bench, script, out, amp,
+                              before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+            codes = started.wait()
+            lines = [x for x in started.told().splitlines() if "cannot be written" in x]
+            check(codes == [1] and len(lines) == 1 and named in lines[0] and "File too large" in lines[0]
+                  and "Traceback" not in started.told(), f"{out}, {named}: {codes}, {started.told()[-2000:]}")
+
+        refused(10, "config.json")
+        refused(1000, "log.jsonl")
+        refused(size - 1000, "checkpoint.next.pt")
+        Started(bench, script, out, amp, touch=("open", ".checkpoint.next.pt.part", 2)).wait()
+        kept = (folder / "checkpoint.pt").read_bytes()
+        refused(size - 1000, "checkpoint.next.pt")
+        check((folder / "checkpoint.pt").read_bytes() == kept, f"{out}: the good checkpoint did not survive")
+        check(not any(Started(bench, script, out, amp).wait()), f"{out}: did not continue")
+        bench.check_equal(script, out, amp)
+    return [f"| full disk (a limit on file sizes): config, log, first and later checkpoint | {4 * len(scripts)} | one "
+            "line, exit 1, the good checkpoint intact, continued to equal results |"]
+
+
+# ---------------------------------------------------------------------------------------------------------- torchrun
+
+
+def torchrun(bench: Bench, out: Path, *flags: object, log: str = "output.txt") -> subprocess.Popen:
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / log, "ab") as f:
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, flags), "--", "train_ssl.py",
+                                 *bench.command("train_ssl", out, "bf16")], cwd=ROOT, stdout=f, stderr=f)
+
+
+def workers_of(agent: subprocess.Popen) -> list[int]:
+    text = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text()
+    return [int(p) for p in text.split() if b"train_ssl" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+def await_steps(bench: Bench, out: Path, agent: subprocess.Popen, steps: int) -> None:
+    log = bench.run_folder("train_ssl", out) / "log.jsonl"
+    end = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= steps):
+        check(agent.poll() is None and time.monotonic() < end, f"{out}: no step {steps}, see output.txt there")
+        time.sleep(0.01)
+
+
+TWO = ("--standalone", "--nproc-per-node", 2, "--max-restarts", 1)
+
+
+def restarts(bench: Bench, ranks: tuple[int, ...] = (0, 1)) -> list[str]:
+    """A worker of two dies by SIGKILL under --max-restarts 1."""
+    for rank in ranks:
+        out = bench.folder / f"restarted-{rank}"
+        agent = torchrun(bench, out, *TWO)
+        await_steps(bench, out, agent, 3)
+        os.kill(sorted(workers_of(agent))[rank], signal.SIGKILL)
+        check(agent.wait(120) == 0, f"{out}: torchrun ended with {agent.returncode}")
+        bench.check_equal("train_ssl", out, "bf16", 2)
+    return [f"| torchrun: a worker of two killed, --max-restarts 1 | {len(ranks)} | restarted, equal results |"]
+
+
+def terminated(bench: Bench) -> list[str]:
+    """SIGTERM to torchrun itself, which passes it on; and the command again."""
+    out = bench.folder / "terminated"
+    agent = torchrun(bench, out, *TWO)
+    await_steps(bench, out, agent, 3)
+    agent.terminate()
+    code = agent.wait(60)
+    check(code != 0 and "the same command continues" in (out / "output.txt").read_text(), f"{out}: {code}")
+    check(torchrun(bench, out, *TWO).wait(120) == 0, f"{out}: did not continue")
+    bench.check_equal("train_ssl", out, "bf16", 2)
+    return [f"| torchrun: SIGTERM | 1 | saved, exit code {code}, continued to equal results |"]
+
+
+def nodes(bench: Bench) -> list[str]:
+    """Two agents on loopback, the second with an --out of its own that must stay empty: equal to one node."""
+    port, outs = free_port(), [bench.folder / f"node-{rank}" for rank in (0, 1)]
+    agents = [torchrun(bench, out, "--nnodes", 2, "--node-rank", rank, "--nproc-per-node", 1, "--master-addr",
+                       "127.0.0.1", "--master-port", port) for rank, out in enumerate(outs)]
+    check([a.wait(180) for a in agents] == [0, 0], f"{outs}: see output.txt there")
+    bench.check_equal("train_ssl", outs[0], "bf16", 2)
+    check(os.listdir(outs[1]) == ["output.txt"], f"{outs[1]}: {os.listdir(outs[1])}")
+    return ["| two nodes (two agents on loopback) | 1 | equal to one node with two processes |"]
+
+
+def soak(bench: Bench, minutes: float) -> list[str]:
+    """Pre-training for some time: file descriptors and resident memory of its last quarter as in its second."""
+    started = Started(bench, "train_ssl", bench.folder / "soak", steps=10**6)
+    process, samples, begin = Path(f"/proc/{started.pids[0]}"), [], time.monotonic()
+    while time.monotonic() - begin < 60 * minutes:
+        time.sleep(min(5.0, minutes))
+        status = (process / "status").read_text()
+        samples.append((len(os.listdir(process / "fd")), int(re.search(r"VmRSS:\s*(\d+)", status)[1]) / 1024))
+    started.kill(signal.SIGTERM)
+    check(started.wait() == [143], f"{started.out}: {started.told()[-2000:]}")
+    steps = len(runtime.read_log(bench.run_folder("train_ssl", started.out) / "log.jsonl"))
+    quarter = len(samples) // 4
+    (files, memory), (files_end, memory_end) = (np.median(part, 0) for part in (samples[quarter : 2 * quarter],
+                                                                               samples[-quarter:]))
+    result = (f"{files:.0f} file descriptors then {files_end:.0f}, {memory:.0f} MB then {memory_end:.0f} "
+              f"({100 * (memory_end / memory - 1):+.1f} %)")
+    check(files_end == files and abs(memory_end / memory - 1) < 0.02, f"soak: {result}")
+    return [f"| soak, pre-training on the phantom | {minutes:g} min, {steps:,} steps | {result} |"]
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def files(bench: Bench, count: int, seed: int = 0) -> list[str]:
+    """Mutated NIfTI files through read_volume, every tenth through prepare: right, or refused in one line."""
+    folder = bench.folder / "files"
+    folder.mkdir()
+    with tempfile.TemporaryFile("w+") as told:
+        pid = os.fork()
+        if not pid:
+            try:
+                own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (own + 2**30, own + 2**30))
+                signal.signal(signal.SIGALRM, lambda *a: (_ for _ in ()).throw(TimeoutError("a hang")))
+                for number in range(count):
+                    path = folder / f"m{number}.nii.gz"
+                    ended = mutations.try_one(path, seed, number)
+                    told.write(json.dumps((number, *ended)) + "\n")
+                    if number % 10:
+                        path.unlink()
+                told.flush()
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        told.seek(0)
+        ends = [json.loads(line) for line in told]
+    check(len(ends) == count, f"files: the reader died after {len(ends)} files")
+    table: dict[str, Counter] = {kind: Counter() for kind in mutations.KINDS}
+    for number, kind, how, message in ends:
+        check(how in ("read right", "refused"), f"file {number} of seed {seed} ({kind}): {how}: {message}")
+        table[kind][how] += 1
+    store = datasets.prepare(folder, bench.folder / "files-store", "pretrain", size=16, workers=2, skip_bad=True)
+    read = {f"m{n}" for n, _, how, _ in ends if n % 10 == 0 and how == "read right"}
+    check({v["id"] for v in store.volumes} == read, "prepare and read_volume differ")
+    return [f"| mutated files: {kind} | {c.total()} | {c['read right']} read right, {c['refused']} refused |"
+            for kind, c in table.items() if c] + [
+        f"| of these through prepare | {len(range(0, count, 10))} | {len(read)} prepared, the rest listed |"]
+
+
+# ------------------------------------------------------------------------------------------------------------ all
+
+
+def main() -> None:
+    parts = {"kills": lambda b: kills(b, args.kills), "signals": signals, "disk": disk, "restarts": restarts,
+             "terminated": terminated, "nodes": nodes, "files": lambda b: files(b, args.files, args.seed),
+             "soak": lambda b: soak(b, args.minutes)}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--minutes", type=float, default=30, help="of the soak")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rows, failures, begin = [], [], time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), args.seed)
+        for name in args.only:
+            started = time.monotonic()
+            try:
+                rows += parts[name](bench)
+            except (Failed, subprocess.TimeoutExpired) as e:
+                failures.append(name)
+                rows.append(f"| {name} | | FAILED: {' '.join(str(e).split())} |")
+                traceback.print_exc()
+            print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    print(f"\n{time.strftime('%Y-%m-%d')}, commit {runtime.commit()}, {runtime.hardware()}, seed {args.seed}, "
+          f"{(time.monotonic() - begin) / 60:.0f} min\n\n| what | tried | how it ended |\n|---|---|---|")
+    print("\n".join(rows))
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

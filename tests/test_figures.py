@@ -1,0 +1,117 @@
+"""figures.py: every picture is drawn without a display, from little or much, and says what is missing."""
+
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+import figures
+import metrics
+from datasets import ORGANS
+from volumes import BadInput
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """drawn(draw, *args) -> the pixels of the picture; the axes' titles are kept in drawn.titles."""
+    monkeypatch.delenv("DISPLAY", raising=False)
+
+    def draw(picture, *args):
+        save, draw.texts = figures._save, []
+
+        def keep(plt, figure, path):
+            draw.texts = [t.get_text() for t in figure.findobj(matplotlib.text.Text)]
+            draw.lines = [line.get_xydata() for axes in figure.axes for line in axes.lines]
+            save(plt, figure, path)
+
+        monkeypatch.setattr(figures, "_save", keep)
+        picture(tmp_path / "x.png", *args)
+        monkeypatch.setattr(figures, "_save", save)
+        assert not matplotlib.pyplot.get_fignums()  # nothing stays open
+        return np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
+
+    return draw
+
+
+def record(step, **more):
+    return {"step": step, "loss": 2.0, "loss_global": 2.0, "loss_local": 0.0, "accuracy": 0.5, "lr": 0.1, **more}
+
+
+def test_curves_show_what_the_log_holds(drawn):
+    drawn(figures.curves, [record(1)], 6.9)
+    assert "chance 6.90" in drawn.texts and "effective rank" not in drawn.texts and "local (Eq. 2)" not in drawn.texts
+    full = dict(effective_rank=9.0, effective_rank_embedding=4.0, similarity_positive=0.9, similarity_negative=0.1,
+                queue_filled=1.0)
+    drawn(figures.curves, [record(1), record(2, loss_local=1.0, **full), record(3, effective_rank=None)], 6.9)
+    assert {"effective rank", "mean cosine similarity", "local (Eq. 2)", "learning rate"} <= set(drawn.texts)
+
+
+def test_a_running_mean_is_one():
+    values = np.random.default_rng(0).normal(size=500)
+    plt = figures.pyplot()
+    axes = plt.figure().add_subplot()
+    figures._curve(axes, np.arange(500.0), values, "x", {"color": "k", "linestyle": "-"})
+    shown = axes.lines[1].get_ydata()
+    plt.close("all")
+    for i in (0, 3, 250, 499):
+        assert shown[i] == pytest.approx(values[max(0, i - 5) : i + 6].mean())
+
+
+def test_overlays_use_each_organs_colour_and_name_those_shown(drawn):
+    image = np.full((40, 30), 90, np.uint8)
+    truth = np.zeros_like(image)
+    truth[10:30, 10:20] = 6
+    rows = [("worst", image, truth, truth * 0), ("b", image, truth, truth), ("c", image, truth, truth)]
+    drawn(figures.overlays, rows, "a title", ORGANS)
+    assert {"worst", "liver", "truth", "prediction"} <= set(drawn.texts) and "spleen" not in drawn.texts
+    shown = figures._coloured(image, truth)
+    liver = [int(figures.ORGAN_COLOURS[5][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    np.testing.assert_allclose(shown[10, 15], liver)  # the border, in full
+    np.testing.assert_allclose(shown[20, 15], 0.45 * np.array(liver) + 0.55 * 90 / 255)
+    np.testing.assert_allclose(shown[0, 0], 90 / 255)
+    assert len(set(figures.ORGAN_COLOURS)) == len(ORGANS) - 1
+
+
+def test_a_slice_is_shown_without_most_of_its_air():
+    image = np.zeros((200, 200), np.uint8)
+    image[80:120, 60:140] = 100
+    rows, columns = figures._body(image)
+    assert image[rows, columns].shape == (87, 87) and image[rows, columns].sum() == image.sum()
+    assert figures._body(image * 0) == (slice(None), slice(None))
+
+
+@pytest.mark.parametrize("number", [1, 3, 20])
+def test_contact_sheet(drawn, number):
+    slices = [np.full((20 + i, 30), 5 * i, np.uint8) for i in range(number)]
+    drawn(figures.contact_sheet, slices, [f"slice {i}" for i in range(number)])
+    assert {f"slice {i}" for i in range(number)} <= set(drawn.texts)
+
+
+def test_validation_and_report(drawn):
+    drawn(figures.validation, [{"step": 1, "mDS": None, "mDice_with_background": 0.2},
+                               {"step": 2, "mDS": 0.5, "mDice_with_background": 0.6}], "title")
+    assert "50.00" in drawn.texts and "60.00" in drawn.texts
+    result = {"data": "phantom", "slices": 9, "split": "25", "draw": 0, "backbone": "random",
+              "protocol": "linear-frozen", "mDS": 0.25, "organs": [0.25] * 12 + [None]}
+    others = [result | {"backbone": f"run{i}", "draw": 0} for i in range(9)]  # more than there are markers
+    drawn(figures.report, metrics.cells([result, *others], ("linear-frozen", "a", "b")), ORGANS[1:])
+    assert {"linear-frozen, 25 % of generated phantom", "No SSL", "run8", "pancreas"} <= set(drawn.texts)
+
+
+def test_spectrum_draws_no_numerical_zeros_and_is_readable_in_grey(drawn):
+    runs = [(f"run {i}", np.array([2.0, 1.0, 1e-20]), 1.9) for i in range(len(figures.STYLES))]
+    drawn(figures.spectrum, runs, "title")
+    assert all(len(line) == 2 for line in drawn.lines) and "run 0  (effective rank 1.9)" in drawn.texts
+    assert len({str(line) for _, line in figures.STYLES}) == len(figures.STYLES)
+
+
+def test_a_missing_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    figures._tell_once.cache_clear()
+    with pytest.raises(BadInput, match="pip install"):
+        figures.pyplot()
+    for _ in range(2):
+        assert not figures.attempt(figures.validation, tmp_path / "x.png", [], "title")
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())

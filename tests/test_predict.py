@@ -1,0 +1,180 @@
+"""predict.py: the evaluation's own labels for anyone's CT, on the grid of its file; what is no CT is refused."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+
+import datasets
+import metrics
+import predict
+import runtime
+import train_seg
+import volumes
+from segment import Segmenter
+
+
+@pytest.fixture(scope="module")
+def out(small_phantom, tmp_path_factory):
+    """A folder of runs with one finished segmentation run that keeps its validation predictions, and a stub."""
+    out = tmp_path_factory.mktemp("predict")
+    train_seg.main([str(a) for a in (
+        "--data", small_phantom / "BTCV", "--store", small_phantom.parent / "seg", "--out", out, "--amp", "off",
+        "--backbone", "random", "--protocol", "linear-finetune", "--split", "25", "--draw", 0, "--crop-size", 64,
+        "--batch-size", 4, "--iterations", 6, "--save-predictions")])
+    (out / "pretrained").mkdir()
+    (out / "pretrained/config.json").write_text('{"arch": "resnet18", "data": "phantom"}')
+    return out
+
+
+RUN = "random-linear-finetune-25-0"
+
+
+def image(small_phantom, case) -> Path:
+    return small_phantom / f"BTCV/RawData/Training/img/img{case}.nii.gz"
+
+
+def go(out, source):
+    train_seg.main(["--predict", str(source), "--run", RUN, "--out", str(out)])
+
+
+def labels(path):
+    return np.asarray(nib.load(path).dataobj)
+
+
+def test_a_prediction_is_the_evaluations_own_voxel_for_voxel(small_phantom, out):
+    folder = out / "seg" / RUN / "predictions"
+    kept = {p.name: labels(p) for p in sorted(folder.glob("*"))}
+    assert list(kept) == [f"img{case}.nii.gz" for case in datasets.cases("val")]
+    assert len(np.unique(np.concatenate([x.ravel() for x in kept.values()]))) > 1  # more than background
+    shutil.rmtree(folder)
+    go(out, small_phantom / "BTCV")  # a folder in BTCV's layout: all 30
+    assert len(list(folder.glob("*"))) == 30
+    for name, expected in kept.items():
+        np.testing.assert_array_equal(labels(folder / name), expected)
+    shutil.rmtree(folder)
+    train_seg.main([str(a) for a in (  # a finished run that did not keep them
+        "--data", small_phantom / "BTCV", "--store", small_phantom.parent / "seg", "--out", out, "--amp", "off",
+        "--backbone", "random", "--protocol", "linear-finetune", "--split", "25", "--draw", 0, "--crop-size", 64,
+        "--batch-size", 4, "--iterations", 6, "--save-predictions")])
+    for name, expected in kept.items():
+        np.testing.assert_array_equal(labels(folder / name), expected)
+
+
+def test_the_csv_counts_what_the_files_hold(small_phantom, out):
+    """dice.csv against the truth and prediction files, read as any other program would."""
+    rows = list(csv.DictReader((out / "seg" / RUN / "dice.csv").open()))
+    assert len(rows) == 6 * 14 and list(rows[0]) == list(metrics.CASE_COLUMNS)
+    for row in rows:
+        c, case = int(row["organ id"]), row["case"]
+        truth_file = nib.load(str(image(small_phantom, case)).replace("img", "label"))
+        predicted, truth = labels(out / "seg" / RUN / f"predictions/img{case}.nii.gz") == c, labels(
+            truth_file.get_filename()) == c
+        assert row["organ"] == datasets.ORGANS[c]
+        counted = [int((predicted & truth).sum()), int(predicted.sum()), int(truth.sum())]
+        assert [int(row[k]) for k in ("intersection", "prediction", "truth")] == counted
+        total = counted[1] + counted[2]
+        assert row["dice"] == (f"{2 * counted[0] / total:.6f}" if total else "")
+        distance = metrics.hd95(predicted, truth, nib.affines.voxel_sizes(truth_file.affine))
+        assert (row["hd95_mm"] == "") == (c == 0 or bool(np.isnan(distance)))
+        assert row["hd95_mm"] == "" or float(row["hd95_mm"]) == pytest.approx(distance, abs=1e-3)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "SPL"])
+def test_labels_lie_on_the_grid_of_the_file(small_phantom, out, tmp_path, axes):
+    """The same patient stored along other axes, and oblique: the same label at the same place in the world."""
+    source = nib.load(image(small_phantom, "0036"))
+    data, affine = np.asarray(source.dataobj), source.affine
+    turn = ornt_transform(io_orientation(affine), axcodes2ornt(axes))
+    a = np.deg2rad(12) * (axes == "SPL")
+    tilt = np.array([[1, 0, 0, 0], [0, np.cos(a), -np.sin(a), 0], [0, np.sin(a), np.cos(a), 0], [0, 0, 0, 1]])
+    stored = nib.Nifti1Image(apply_orientation(data, turn), tilt @ affine @ inv_ornt_aff(turn, data.shape))
+    nib.save(stored, tmp_path / f"{axes}.nii.gz")
+    go(out, tmp_path / f"{axes}.nii.gz")
+    written = nib.load(out / "seg" / RUN / f"predictions/{axes}.nii.gz")
+    assert written.shape == stored.shape and written.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(written.affine, stored.affine, atol=1e-4)
+    own = labels(out / "seg" / RUN / "predictions/img0036.nii.gz")
+    assert own.any()
+    np.testing.assert_array_equal(np.asarray(written.dataobj), apply_orientation(own, turn))
+
+
+def make(kind, shape=(24, 20, 6)):
+    rng = np.random.default_rng(0)
+    kinds = {"constant": np.zeros(shape), "labels": rng.integers(0, 14, shape),
+             "many labels": rng.integers(0, 118, shape), "unit": rng.random(shape),
+             "deviation": rng.normal(size=shape), "no intercept": rng.integers(900, 1400, shape),
+             "16 bit": rng.integers(0, 65536, shape)}
+    return kinds[kind].astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["constant", "labels", "many labels", "unit", "deviation", "no intercept", "16 bit"])
+def test_what_is_no_ct_is_refused(out, tmp_path, refusal, kind):
+    nib.save(nib.Nifti1Image(make(kind), np.eye(4)), tmp_path / "x.nii.gz")
+    line = refusal(train_seg.main, ["--predict", tmp_path / "x.nii.gz", "--run", RUN, "--out", out])
+    assert "x.nii.gz: no CT by its values" in line
+    assert not (out / "seg" / RUN / "predictions/x.nii.gz").exists()
+
+
+def test_other_bad_input_ends_in_one_line(small_phantom, out, tmp_path, refusal, capsys):
+    def line(source, run):
+        return refusal(train_seg.main, ["--predict", source, "--run", run, "--out", out])
+
+    good = image(small_phantom, "0035")
+    assert "--run nothing: no such run" in line(good, "nothing")
+    assert "--run pretrained: a pre-training run" in line(good, "pretrained")
+    assert "--run " in line(good, out / "pretrained") and "pre-training" in line(good, out / "pretrained")
+    assert "none.nii.gz: no such file" in line(tmp_path / "none.nii.gz", RUN)
+    assert "text.txt: not a NIfTI name" in line(_text(tmp_path), RUN)
+    (tmp_path / "empty").mkdir()
+    assert "no .nii or .nii.gz volumes" in line(tmp_path / "empty", RUN)
+    assert "give both" in refusal(train_seg.main, ["--predict", good, "--out", out])
+    assert "give both" in refusal(train_seg.main, ["--run", RUN, "--out", out])
+    half = tmp_path / "half"
+    shutil.copytree(out / "seg" / RUN, half)
+    (half / "result.json").unlink()
+    assert "not finished yet" in line(good, half)
+
+
+def _text(tmp_path):
+    (tmp_path / "text.txt").write_text("no volume")
+    return tmp_path / "text.txt"
+
+
+def test_one_bad_volume_of_a_folder_keeps_no_other_from_being_predicted(small_phantom, out, tmp_path, refusal):
+    """By a path to the run; and two files of one name keep apart."""
+    for part, case in (("a", "0037"), ("b", "0038")):
+        (tmp_path / part).mkdir()
+        shutil.copy(image(small_phantom, case), tmp_path / part / "ct.nii.gz")
+    nib.save(nib.Nifti1Image(make("labels"), np.eye(4)), tmp_path / "label.nii.gz")
+    line = refusal(train_seg.main, ["--predict", tmp_path, "--run", out / "seg" / RUN])
+    assert "label.nii.gz: no CT" in line
+    folder = out / "seg" / RUN / "predictions"
+    for name, case in (("a__ct", "0037"), ("b__ct", "0038")):
+        np.testing.assert_array_equal(labels(folder / f"{name}.nii.gz"), labels(folder / f"img{case}.nii.gz"))
+
+
+def test_predicting_takes_no_random_number_and_leaves_the_mode():
+    model = Segmenter(runtime.architecture("resnet18"), "linear-frozen")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    modes = [m.training for m in model.modules()]
+    levels = np.random.default_rng(0).integers(0, 256, (9, 40, 33)).astype(np.uint8)
+    first = predict.volume(model, levels, 64, "off", torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before) and [m.training for m in model.modules()] == modes
+    assert first.shape == levels.shape and first.dtype == np.uint8
+    model.eval()
+    np.testing.assert_array_equal(predict.volume(model, levels, 64, "off", torch.device("cpu")), first)
+    assert not model.training
+
+
+def test_real_ct_is_accepted(real_ct, tmp_path):
+    for name in ("nifti/example_ct_sm.nii.gz", "nifti/aorta_ct.nii.gz", "BTCV/RawData/Training/img/img0035.nii.gz"):
+        assert isinstance(predict.read_ct(real_ct / name, datasets.WINDOW), volumes.Volume)
+    with pytest.raises(runtime.BadInput, match="no CT by its values"):
+        predict.read_ct(real_ct / "nifti/example_ct_sm_label.nii.gz", datasets.WINDOW)
