@@ -8,7 +8,9 @@ bare step: query forward and backward plus key forward of the encoder alone, sam
 """
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import statistics
@@ -236,7 +238,8 @@ def reading(table: Table, folder: Path, s: Setting) -> None:
     args = ["--data", str(data), "--store", str(folder / "warm"), "--out", str(folder / "runs"), "--arch", "resnet18",
             "--init", "random", "--image-size", "96" if s.quick else "224", "--batch-size", "64", "--bn-group", "32",
             "--queue", "1024", "--epochs", "3"]
-    train_ssl.main(args)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        train_ssl.main(args)
     log = runtime.read_log(folder / "runs" / "moco" / "log.jsonl")
     share = statistics.fmean(r["data_share"] for r in log)
     table.add("share of an epoch spent waiting for data", share, "under 0.02", None, share < 0.02)

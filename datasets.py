@@ -34,15 +34,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import figures
 import phantom
 import volumes
-from volumes import SUFFIXES, BadInput, Volume, read_labels, read_volume, stem
+from volumes import SUFFIXES, BadInput, read_labels, read_volume, stem
 
 ORGANS = ("background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach",
           "aorta", "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland",
           "left adrenal gland")  # BTCV's label ids 0 to 13
 WINDOW = (-175.0, 250.0)  # HU
 SIZE = 512  # side of the slices kept for pre-training
+SHEET = 24  # slices on a contact sheet
 SPLITS = Path(__file__).parent / "splits"
 FORMAT = 2  # of the store; another number means: prepare again
 PAPER = {"pretrain": (1062, 215_325), "segment": (30, 3017 + 762)}  # volumes, slices
@@ -177,7 +179,7 @@ def square(slices: np.ndarray, size: int) -> np.ndarray:
 
 
 def _checksum(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()  # current processors have instructions for it
     with open(path, "rb") as f:
         while block := f.read(1 << 22):
             digest.update(block)
@@ -210,13 +212,14 @@ def _unchanged(source: dict, volume: dict) -> dict | None:
     return now
 
 
-def _describe(volume: dict, kind: str) -> tuple[dict, Volume, np.ndarray | None]:
-    """(what there is to say about a volume, the volume, its labels for segmentation). Raises BadInput."""
+def _describe(volume: dict, kind: str, window: tuple[float, float]) -> tuple[dict, np.ndarray, np.ndarray | None]:
+    """(what there is to say about a volume, its 8-bit slices, its labels for segmentation). Raises BadInput."""
     read = read_volume(volume["image"])
     low, high = float(read.hu.min()), float(read.hu.max())
+    slices = window_to_uint8(read.hu, window)
     record = {"id": volume["id"], "file": str(volume["image"]), "phantom": read.is_phantom, "spacing": read.spacing,
               "shape": list(read.hu.shape), "slices": len(read.hu), "hu": [low, high],
-              "content": hashlib.blake2b(read.hu, digest_size=16).hexdigest(), "odd": []}
+              "content": hashlib.sha256(slices).hexdigest(), "odd": []}
     if read.spacing == (1.0, 1.0, 1.0):
         record["odd"].append("spacing (1, 1, 1) mm, most likely a placeholder")
     if low > -200 or high < 200:
@@ -224,22 +227,21 @@ def _describe(volume: dict, kind: str) -> tuple[dict, Volume, np.ndarray | None]
     if not int(read.header["sform_code"]) and not int(read.header["qform_code"]):
         record["odd"].append("no orientation in its header; NIfTI's default was assumed")
     if kind == "pretrain":
-        return record, read, None
+        return record, slices, None
     if volume["label"] is None:
         raise BadInput(f"{volume['image']}: has no label {Path('label', volume['image'].name.replace('img', 'label'))}")
     labels = read_labels(volume["label"], read, len(ORGANS))
     if not labels.any():
         raise BadInput(f"{volume['label']}: an empty label, all background; it would train nothing")
     record["voxels"] = np.bincount(labels.ravel(), minlength=len(ORGANS)).tolist()
-    return record, read, labels
+    return record, slices, labels
 
 
 def _prepare_volume(volume: dict, store: Path, kind: str, window: tuple[float, float], size: int) -> dict:
     """One volume into the store. Returns its record; raises BadInput. The .json is written last: no half volume."""
     source = {part: _stamp(volume[part]) and _stamp(volume[part]) | {"checksum": _checksum(volume[part])}
               for part in ("image", "label")}  # before it is read: a file that changes meanwhile is read again
-    record, read, labels = _describe(volume, kind)
-    slices = window_to_uint8(read.hu, window)
+    record, slices, labels = _describe(volume, kind, window)
     arrays = {"": slices, "label-": labels} if kind == "segment" else {"": square(slices, size)}
     record["slices"], record["height"], record["width"] = arrays[""].shape
     record |= {"format": FORMAT, "window": list(window), "size": size, "source": source, "checksums": {}}
@@ -477,8 +479,11 @@ def prefetch(fetch: Callable, steps: range, workers: int) -> Iterator[tuple]:
 # ------------------------------------------------------------------------------------------------------ commands
 
 
-def audit(data: Path, kind: str, workers: int = 2) -> int:
-    """Print what a data folder holds against the paper's counts. Returns the number of files it cannot use."""
+def audit(data: Path, kind: str, workers: int, store: Path) -> int:
+    """Print what a data folder holds against the paper's counts; the middle slices go to a picture in `store`.
+
+    Returns the number of files it cannot use.
+    """
     found, skipped = find_volumes(data, kind)
     good, bad = [], []
     for volume, outcome in _in_processes(partial(_inspect, kind=kind), found, workers, f"reading {data}"):
@@ -497,11 +502,22 @@ def audit(data: Path, kind: str, workers: int = 2) -> int:
               f"{min(r['slices'] for r in good)} to {max(r['slices'] for r in good)}")
     if kind == "segment":
         _tell_organs(good)
+    picked = good[:: -(-len(good) // SHEET) or 1]
+    _contact_sheet(store / f"audit-{kind}.png", [r["middle"] for r in picked],
+                   [f"{r['id']} slice {r['slices'] // 2}" for r in picked])
     return _tell_skipped(good, skipped + bad)
 
 
 def _inspect(volume: dict, kind: str) -> dict:
-    return _describe(volume, kind)[0]
+    record, slices, _ = _describe(volume, kind, WINDOW)
+    return record | {"middle": slices[len(slices) // 2]}
+
+
+def _contact_sheet(path: Path, slices: list[np.ndarray], titles: list[str]) -> None:
+    if slices:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if figures.attempt(figures.contact_sheet, path, slices, titles):
+            print(f"{path}: {len(slices)} slices to look at")
 
 
 def _tell_organs(good: list[dict]) -> None:
@@ -573,10 +589,13 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == "audit" and args.verify:
             raise SystemExit(1 if verify(folder) else 0)
         if args.command == "audit":
-            skipped = audit(args.data, kind, args.workers)
+            skipped = audit(args.data, kind, args.workers, folder)
         else:
             store = prepare(args.data, folder, kind, args.window, args.size, args.workers, args.skip_bad)
             print(f"{store.folder}: {len(store.volumes)} volumes, {len(store):,} slices")
+            picked = np.linspace(0, len(store) - 1, min(SHEET, len(store))).astype(int)
+            _contact_sheet(store.folder / "contact_sheet.png", [store.slice(int(i)) for i in picked],
+                           [store.where(*store.place(int(i))) for i in picked])
             skipped = _tell_skipped(store.volumes, store.skipped)
     except BadInput as e:
         raise SystemExit(f"datasets.py: {e}") from None

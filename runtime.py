@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,9 +296,11 @@ class Run:
         for part in folder.glob(".*.part"):  # of a run that was killed while it wrote
             part.unlink()
         if overwrite:
-            for path in (folder / "config.json", folder / "log.jsonl", self.next, self.path, self.previous,
-                         self.damaged, folder / "backbone.pth", folder / "result.json", folder / "model.pth"):
-                path.unlink(missing_ok=True)
+            for name in ("config.json", "log.jsonl", "validation.jsonl", "backbone.pth", "result.json", "dice.csv",
+                         self.next.name, self.path.name, self.previous.name, self.damaged.name, "curves.png",
+                         "validation.png", "overlays.png"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "predictions", ignore_errors=True)
         if (folder / "config.json").exists():
             self._compare(config)
         else:

@@ -178,7 +178,7 @@ class Trainer:
         """
         args, moco = self.args, self.moco
         slices = slices.to(self.device, non_blocking=True)
-        view_q = augment.apply(slices, self.batches.views(t, runtime.VIEW_Q), args.image_size)
+        drawn_q = self.batches.views(t, runtime.VIEW_Q)
         view_k = augment.apply(slices, self.batches.views(t, runtime.VIEW_K), args.image_size)
         patches = self.batches.patches(t).to(self.device) if args.local else None
         moco.update_key_encoder()
@@ -191,9 +191,10 @@ class Trainer:
         for part in parts:
             # gradients add up over the groups; DDP exchanges them once, with the last
             several = self.model is not moco and part is not parts[-1]
+            view_q = augment.apply(slices[part], {k: v[part] for k, v in drawn_q.items()}, args.image_size)
             with self.statistics.group(), self.model.no_sync() if several else contextlib.nullcontext():
                 with runtime.autocast(self.amp, self.device):
-                    loss_global, loss_local = self.model(view_q[part], keys[part], cells[part] if args.local else None,
+                    loss_global, loss_local = self.model(view_q, keys[part], cells[part] if args.local else None,
                                                          patches[part] if args.local else None)
                 loss = moco.total(loss_global, loss_local)
                 self.scaler.scale(loss / groups).backward()

@@ -188,11 +188,11 @@ def test_prefetch_keeps_the_order_and_passes_errors_on():
 def test_audit_names_duplicates_and_odd_volumes(btcv, abdomen, capsys):
     shutil.copy(abdomen / "part1" / "Case_00001_0000.nii.gz", abdomen / "part0" / "Case_00007_0000.nii.gz")
     write(abdomen / "part0" / "Case_00008_0000.nii.gz", ct(8), np.eye(4))
-    datasets.main(["audit", "--data", str(abdomen)])
+    datasets.main(["audit", "--data", str(abdomen), "--store", str(abdomen.parent / "s")])
     out = capsys.readouterr().out
     assert "5 volumes, 23 slices" in out and "1,062 volumes, 215,325 slices" in out
     assert "Case_00007: the same image as Case_00001" in out and "spacing (1, 1, 1)" in out
-    datasets.main(["audit", "--data", str(btcv)])
+    datasets.main(["audit", "--data", str(btcv), "--store", str(btcv.parent / "s")])
     out = capsys.readouterr().out
     total = sum(int((np.asarray(nib.load(p).dataobj) == 6).sum()) for p in btcv.rglob("label*.gz"))
     assert "3,779 slices" in out and "train: 2 volumes, 8 slices" in out and f"{total:,d} voxels in 3 volumes" in out
@@ -201,7 +201,7 @@ def test_audit_names_duplicates_and_odd_volumes(btcv, abdomen, capsys):
 def test_audit_fails_on_an_unreadable_volume(abdomen, capsys):
     (abdomen / "part0" / "Case_00009_0000.nii.gz").write_text("no volume")
     with pytest.raises(SystemExit) as caught:
-        datasets.main(["audit", "--data", str(abdomen)])
+        datasets.main(["audit", "--data", str(abdomen), "--store", str(abdomen.parent / "s")])
     assert caught.value.code == 1 and "unusable: 1" in capsys.readouterr().out
 
 
