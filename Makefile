@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint stress clean
 
 setup: $(BIN)/.ready
 
@@ -18,16 +18,22 @@ $(BIN)/.ready: requirements.txt requirements-dev.txt Makefile
 	  '    return parser' 'run.get_args_parser = exact' 'sys.exit(run.main())' > $(BIN)/torchrun
 	touch $@
 
-# Two of Table 2's rows, one draw of one split of Table 1, Fig. 1: all in demo/. The phantom's preset, with a fifth of
-# its iterations.
+# Two of Table 2's rows, one draw of one split of Table 1, Fig. 1, the report: all in demo/. The phantom's preset, with
+# two thirds of its pre-training and a fifth of its iterations.
 demo: setup
-	$(BIN)/torchrun --standalone train_ssl.py --out demo
-	$(BIN)/torchrun --standalone train_ssl.py --local --zca --out demo
+	$(BIN)/torchrun --standalone train_ssl.py --steps 50 --out demo
+	$(BIN)/torchrun --standalone train_ssl.py --local --zca --steps 50 --out demo
 	$(BIN)/python svd_spectrum.py --out demo
-	$(BIN)/python train_seg.py --split 25 --draw 0 --backbone all --iterations 60 --out demo
+	$(BIN)/python train_seg.py --split 25 --draw 0 --backbone all --protocol linear-frozen --iterations 60 --out demo
+	$(BIN)/python train_seg.py --split 25 --draw 0 --backbone all --protocol linear-finetune --iterations 60 --out demo
+	$(BIN)/python train_seg.py --split 25 --draw 0 --protocol deeplabv3plus --iterations 60 --out demo
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The long forms of the reliability tests: kills, fuzzing, full disk, signals, two nodes, soak. About an hour.
+stress: setup
+	$(BIN)/python tests/stress.py
 
 lint: setup
 	$(BIN)/ruff check .

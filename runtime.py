@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from volumes import BadInput
 from whitening import fold, to_batch_norm, whiten_last_norm
@@ -113,7 +114,11 @@ def start() -> Processes:
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        store, rank, world = next(rendezvous("env://"))
+        # torchrun keeps its store through a restart, and in it the addresses of the processes that died
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30), store=store,
+                                rank=rank, world_size=world)
         return Processes(dist.get_rank(), dist.get_world_size(), device)
     return Processes(0, 1, device)
 

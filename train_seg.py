@@ -40,7 +40,7 @@ from segment import PROTOCOLS, Segmenter, checksum
 MOMENTUM, WEIGHT_DECAY, LR_END, POWER = 0.9, 5e-4, 1e-4, 0.9  # mmsegmentation's schedule_40k
 PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, lr=0.01)
 PHANTOM = dict(arch="resnet18", iterations=300, crop_size=128, batch_size=4, lr=0.05)
-CHECKPOINT = 4000  # iterations between two checkpoints and evaluations; a third of a run that is shorter than three
+CHECKPOINT = 4000  # iterations between two checkpoints and evaluations; half of a run that is shorter than two
 FLUSH = 10  # iterations between two looks at the loss
 SHOWN = 6  # slices in overlays.png
 
@@ -84,7 +84,7 @@ def settle(args, phantom: bool) -> None:
         if draw not in range(DRAWS[args.split]):
             raise BadInput(f"--draw {draw}: split {args.split} has draws 0 to {DRAWS[args.split] - 1}")
     args.protocols = PROTOCOLS if args.protocol is None else (args.protocol,)
-    args.every = min(CHECKPOINT, -(-args.iterations // 3))
+    args.every = min(CHECKPOINT, -(-args.iterations // 2))
 
 
 # ----------------------------------------------------------------------------------------------------- backbones

@@ -302,7 +302,7 @@ def kills(bench: Bench, count: int) -> list[str]:
 
 
 def signals(bench: Bench) -> list[str]:
-    """SIGTERM and SIGINT: saved, 128 + signal, continued exactly; a second one ends at once. Two runs: one is refused."""
+    """SIGTERM, SIGINT: saved, 128 + signal, continued exactly; a second one ends at once. A second run is refused."""
     for number, amp, world, ranks in ((signal.SIGTERM, "off", 1, None), (signal.SIGINT, "bf16", 2, [1])):
         out = bench.folder / f"signal-{number}"
         log = bench.run_folder("train_ssl", out) / "log.jsonl"
