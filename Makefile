@@ -27,6 +27,7 @@ demo: setup
 	$(BIN)/python train_seg.py --split 25 --draw 0 --backbone all --protocol linear-frozen --iterations 60 --out demo
 	$(BIN)/python train_seg.py --split 25 --draw 0 --backbone all --protocol linear-finetune --iterations 60 --out demo
 	$(BIN)/python train_seg.py --split 25 --draw 0 --protocol deeplabv3plus --iterations 60 --out demo
+	$(BIN)/python train_seg.py --report --out demo
 
 test: setup
 	$(BIN)/python -m pytest

@@ -99,7 +99,8 @@ class MoCo(nn.Module):
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
-        self.accuracy = torch.zeros(())  # of the last forward: share of queries nearest to their own key
+        # of the last forward: share of queries nearest to their own key, mean cosine to it, mean cosine to the queue
+        self.signs = torch.zeros(3)
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
@@ -135,7 +136,8 @@ class MoCo(nn.Module):
             query = F.normalize(embedding.float(), dim=1)
             positive = (query * keys).sum(1, keepdim=True)
             negatives = query @ self.queue.mT
-            self.accuracy = (positive > negatives.amax(1, keepdim=True)).float().mean().detach()
+            nearest = (positive > negatives.amax(1, keepdim=True)).float()
+            self.signs = torch.stack([nearest.mean(), positive.mean(), negatives.mean()]).detach()
             logits = torch.cat([positive, negatives], 1) / self.temperature  # (B, 1 + queue)
             first_is_right = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
             loss_global = F.cross_entropy(logits, first_is_right)  # Eq. 1

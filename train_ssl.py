@@ -174,7 +174,8 @@ class Trainer:
     def step(self, t: int, slices: torch.Tensor) -> torch.Tensor:
         """One optimizer step on this process's slices (B, H, W) uint8.
 
-        Returns its mean (L, L_global, L_local, accuracy) and the norm of the step's gradient.
+        Returns its mean (L, L_global, L_local, accuracy, cosine to the own key, to the queue) and the norm of the
+        step's gradient.
         """
         args, moco = self.args, self.moco
         slices = slices.to(self.device, non_blocking=True)
@@ -198,7 +199,8 @@ class Trainer:
                                                          patches[part] if args.local else None)
                 loss = moco.total(loss_global, loss_local)
                 self.scaler.scale(loss / groups).backward()
-            records.append(torch.stack([loss.detach(), loss_global.detach(), loss_local.detach(), moco.accuracy]))
+            losses = torch.stack([loss.detach(), loss_global.detach(), loss_local.detach()])
+            records.append(torch.cat([losses, moco.signs]))
         self.statistics.finish()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(t)
@@ -287,41 +289,34 @@ class Signs:
     """Is it collapsing? Looked at each epoch on a fixed batch of slices; the training is not touched by it."""
 
     def __init__(self, trainer: Trainer, store: datasets.Store):
-        args, self.trainer = trainer.args, trainer
-        number = min(SIGNS, len(store))
-        chosen = runtime.rng(args.seed, runtime.SIGNS).choice(len(store), number, replace=False)
-        self.slices = torch.from_numpy(store.batch(chosen))
-        self.views = [augment.draw(runtime.rng(args.seed, runtime.SIGNS, i), number, args.geometric) for i in (1, 2)]
+        self.trainer = trainer
+        chosen = runtime.rng(trainer.args.seed, runtime.SIGNS).choice(len(store), min(SIGNS, len(store)), replace=False)
+        drawn = augment.draw(runtime.rng(trainer.args.seed, runtime.SIGNS, 1), len(chosen), trainer.args.geometric)
+        self.views = augment.apply(torch.from_numpy(store.batch(chosen)), drawn, trainer.args.image_size)
 
     @torch.no_grad()
     def look(self, step: int) -> dict[str, float]:
-        """Effective ranks of the query encoder's pooled features and embeddings, mean cosine of pairs and of others."""
-        moco, args, device = self.trainer.moco.eval(), self.trainer.args, self.trainer.device
-        found: tuple[list, list, list] = ([], [], [])
-        for start in range(0, len(self.slices), args.bn_group):
-            part = slice(start, start + args.bn_group)
-            view_q, view_k = (augment.apply(self.slices[part].to(device), {k: v[part] for k, v in drawn.items()},
-                                            args.image_size) for drawn in self.views)
+        """Effective ranks of the query encoder's pooled features and of its embeddings, in evaluation mode."""
+        encoder, args, device = self.trainer.moco.encoder_q.eval(), self.trainer.args, self.trainer.device
+        features, embeddings = [], []
+        for part in self.views.split(args.bn_group):
             with runtime.autocast(self.trainer.amp, device):
-                pooled = moco.encoder_q.features(view_q)[1]
-                outputs = pooled, moco.encoder_q.projector(pooled), moco.encoder_k(view_k)[1]
-            for kept, output in zip(found, outputs, strict=True):
-                kept.append(output.float())
-        moco.train()
-        features, query, key = (torch.cat(x) for x in found)
-        cosines = nn.functional.normalize(query) @ nn.functional.normalize(key).mT
-        others = cosines[~torch.eye(len(cosines), dtype=torch.bool, device=device)]
-        ranks = [metrics.effective_rank(metrics.singular_values(x.cpu().numpy())) for x in (features, query)]
+                pooled = encoder.features(part.to(device))[1]
+                embeddings.append(encoder.projector(pooled).float())
+            features.append(pooled.float())
+        encoder.train()
+        ranks = [metrics.effective_rank(metrics.singular_values(torch.cat(x).cpu().numpy()))
+                 for x in (features, embeddings)]
         return {"effective_rank": ranks[0], "effective_rank_embedding": ranks[1],
-                "similarity_positive": cosines.diagonal().mean().item(), "similarity_negative": others.mean().item(),
                 "queue_filled": min(1.0, step * args.batch_size / args.queue)}
 
     def warning(self, signs: dict[str, float]) -> str:
         """What the signs mean where they are bad, else ''."""
         width = self.trainer.moco.encoder_q.projector[0].in_features
         if signs["similarity_negative"] > 0.9:
-            return (f"warning: embeddings of different slices have a mean cosine of "
-                    f"{signs['similarity_negative']:.2f}: everything is mapped to one point (complete collapse); "
+            return ("warning: queries have a mean cosine of "
+                    f"{signs['similarity_negative']:.2f} to other slices' keys: everything is mapped to one point "
+                    "(complete collapse); "
                     "check --lr and the data")
         if signs["effective_rank"] < width / 100:
             return (f"warning: the {width} features have an effective rank of {signs['effective_rank']:.1f}: only so "
@@ -346,7 +341,8 @@ class Journal:
         spent = now - self.since
         rate = len(values) * self.args.batch_size / spent
         records = [{"step": step, "loss": v[0], "loss_global": v[1], "loss_local": v[2], "accuracy": v[3],
-                    "grad_norm": v[4], "lr": trainer.lr(step - 1), "images_per_s": round(rate, 2),
+                    "similarity_positive": v[4], "similarity_negative": v[5], "grad_norm": v[6],
+                    "lr": trainer.lr(step - 1), "images_per_s": round(rate, 2),
                     "data_share": round(self.waited / spent, 4)}
                    for step, v in enumerate(values, done - len(values) + 1)]
         trainer.count_skipped(records)

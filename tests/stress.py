@@ -1,7 +1,7 @@
 """The long forms of the reliability tests, on a small phantom; ends with one table and exit code 1 on a failure.
 
     python tests/stress.py                                            all of it: within an hour on 2 cores
-    python tests/stress.py --only kills disk --kills 6                parts of it, as the suite does
+    python tests/stress.py --only kills disk --kills 6                parts of it
 
 Runs are forked from this process, which has imported everything and computed nothing: a start then takes no time,
 and what is left of a second is spent where kills are wanted.
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -301,14 +302,20 @@ def kills(bench: Bench, count: int) -> list[str]:
             f"of the run folder, {timed} at any time | all equal: {told} |"]
 
 
+def await_lines(log: Path, lines: int, told) -> None:
+    end = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= lines):
+        check(time.monotonic() < end, f"{log}: no step {lines}: {told()[-2000:]}")
+        time.sleep(0.01)
+
+
 def signals(bench: Bench) -> list[str]:
     """SIGTERM, SIGINT: saved, 128 + signal, continued exactly; a second one ends at once. A second run is refused."""
     for number, amp, world, ranks in ((signal.SIGTERM, "off", 1, None), (signal.SIGINT, "bf16", 2, [1])):
         out = bench.folder / f"signal-{number}"
         log = bench.run_folder("train_ssl", out) / "log.jsonl"
         started = Started(bench, "train_ssl", out, amp, world, steps=1000)
-        while not (log.exists() and log.read_text().count("\n") >= 3):
-            time.sleep(0.01)
+        await_lines(log, 3, started.told)
         second = Started(bench, "train_ssl", out, log="second")
         check(second.wait() == [1] and "another run is at work there" in second.told(), second.told())
         started.kill(number, ranks)
@@ -325,12 +332,13 @@ def signals(bench: Bench) -> list[str]:
     def slow() -> None:
         train_ssl.Trainer.step = lambda *args: time.sleep(60)
 
-    started = Started(bench, "train_ssl", bench.folder / "signal-2", before=slow)
+    started = Started(bench, "train_ssl", bench.folder / "signalled-twice", before=slow)
     handled = 1 << (signal.SIGTERM - 1)
     for wanted in (True, False):  # the handler is there; then, after the first signal, the default is back
         while bool(int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{started.pids[0]}/status").read_text())[1], 16)
                    & handled) is not wanted:
             time.sleep(0.01)
+            check(not os.waitpid(started.pids[0], os.WNOHANG)[0], started.told())
         started.kill(signal.SIGTERM)
     check(started.wait(5) == [-signal.SIGTERM], "a second signal did not end the run at once")
     return ["| SIGTERM to 1 process, SIGINT to 1 of 2 | 2 | saved, codes 143 and 130, continued to equal results |",
@@ -343,7 +351,8 @@ def disk(bench: Bench, scripts: tuple[str, ...] = ("train_ssl", "train_seg")) ->
         out = bench.folder / f"full-{script}"
         folder, amp = bench.run_folder(script, out), "off" if script == "train_ssl" else "bf16"
         bench.reference(script, amp)
-        size = (bench.run_folder(script, bench.folder / f"reference-{script}-{amp}-1") / "checkpoint.pt").stat().st_size
+        done = bench.run_folder(script, bench.folder / f"reference-{script}-{amp}-1")
+        size = (done / "checkpoint.pt").stat().st_size
 
         def refused(limit: int, named: str, out=out, script=script, amp=amp) -> None:
             started = Started(bench, script, out, amp,
@@ -354,7 +363,8 @@ def disk(bench: Bench, scripts: tuple[str, ...] = ("train_ssl", "train_seg")) ->
                   and "Traceback" not in started.told(), f"{out}, {named}: {codes}, {started.told()[-2000:]}")
 
         refused(10, "config.json")
-        refused(1000, "log.jsonl")
+        shutil.copy(done / "config.json", folder)
+        refused(100, "log.jsonl")
         refused(size - 1000, "checkpoint.next.pt")
         Started(bench, script, out, amp, touch=("open", ".checkpoint.next.pt.part", 2)).wait()
         kept = (folder / "checkpoint.pt").read_bytes()
@@ -364,6 +374,41 @@ def disk(bench: Bench, scripts: tuple[str, ...] = ("train_ssl", "train_seg")) ->
         bench.check_equal(script, out, amp)
     return [f"| full disk (a limit on file sizes): config, log, first and later checkpoint | {4 * len(scripts)} | one "
             "line, exit 1, the good checkpoint intact, continued to equal results |"]
+
+
+def processes(bench: Bench) -> list[str]:
+    """Pre-training that goes on with another number of processes: the same losses and tensors to 1e-5."""
+    wanted = bench.reference("train_ssl")[0]
+    for first, then in ((2, 1), (1, 2)):
+        out = bench.folder / f"from-{first}-to-{then}"
+        check(not any(Started(bench, "train_ssl", out, world=first, steps=3).wait()), f"{out}: the first half")
+        check(not any(Started(bench, "train_ssl", out, world=then).wait()), f"{out}: the second half")
+        left = bench.outcome("train_ssl", out)
+        check(wanted.keys() == left.keys(), f"{out}: {sorted(wanted.keys() ^ left.keys())[:3]}")
+        for name, value in wanted.items():
+            if isinstance(value, torch.Tensor | float):
+                far = np.abs(np.subtract(value, left[name], dtype=np.float64)).max()
+                check(far <= 1e-5, f"{out}: {name} differs by {far:.1e}")
+    return ["| 2 processes, then 1; 1, then 2 | 2 | equal to 1 process to 1e-5 |"]
+
+
+def places(bench: Bench) -> list[str]:
+    """A write anywhere but below --out and the store is an error."""
+    def guarded() -> None:
+        allowed = (str(bench.folder / "guarded"), str(bench.folder / "store"), str(bench.folder / "seg"), "/dev/null")
+
+        def hook(event: str, args: tuple) -> None:
+            writes = event in ("os.mkdir", "os.remove", "os.rename", "os.link", "os.symlink", "os.truncate") or (
+                event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            if writes and isinstance(args[0], str) and not os.path.abspath(args[0]).startswith(allowed):
+                raise RuntimeError(f"{event} {args[0]}: not a place to write")
+
+        sys.addaudithook(hook)
+
+    for script in ("train_ssl", "train_seg"):
+        started = Started(bench, script, bench.folder / "guarded", before=guarded, steps=2)
+        check(not any(started.wait()), started.told()[-2000:])
+    return ["| writes outside of run, store and results folders | 2 | none |"]
 
 
 # ---------------------------------------------------------------------------------------------------------- torchrun
@@ -381,14 +426,6 @@ def workers_of(agent: subprocess.Popen) -> list[int]:
     return [int(p) for p in text.split() if b"train_ssl" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
-def await_steps(bench: Bench, out: Path, agent: subprocess.Popen, steps: int) -> None:
-    log = bench.run_folder("train_ssl", out) / "log.jsonl"
-    end = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= steps):
-        check(agent.poll() is None and time.monotonic() < end, f"{out}: no step {steps}, see output.txt there")
-        time.sleep(0.01)
-
-
 TWO = ("--standalone", "--nproc-per-node", 2, "--max-restarts", 1)
 
 
@@ -397,7 +434,7 @@ def restarts(bench: Bench, ranks: tuple[int, ...] = (0, 1)) -> list[str]:
     for rank in ranks:
         out = bench.folder / f"restarted-{rank}"
         agent = torchrun(bench, out, *TWO)
-        await_steps(bench, out, agent, 3)
+        await_lines(bench.run_folder("train_ssl", out) / "log.jsonl", 3, (out / "output.txt").read_text)
         os.kill(sorted(workers_of(agent))[rank], signal.SIGKILL)
         check(agent.wait(120) == 0, f"{out}: torchrun ended with {agent.returncode}")
         bench.check_equal("train_ssl", out, "bf16", 2)
@@ -408,7 +445,7 @@ def terminated(bench: Bench) -> list[str]:
     """SIGTERM to torchrun itself, which passes it on; and the command again."""
     out = bench.folder / "terminated"
     agent = torchrun(bench, out, *TWO)
-    await_steps(bench, out, agent, 3)
+    await_lines(bench.run_folder("train_ssl", out) / "log.jsonl", 3, (out / "output.txt").read_text)
     agent.terminate()
     code = agent.wait(60)
     check(code != 0 and "the same command continues" in (out / "output.txt").read_text(), f"{out}: {code}")
@@ -492,11 +529,14 @@ def files(bench: Bench, count: int, seed: int = 0) -> list[str]:
 
 
 def main() -> None:
-    parts = {"kills": lambda b: kills(b, args.kills), "signals": signals, "disk": disk, "restarts": restarts,
+    parts = {"kills": lambda b: kills(b, args.kills), "signals": signals, "processes": processes, "places": places,
+             "disk": lambda b: disk(b, ("train_ssl",)) if args.short else disk(b),
+             "restarts": lambda b: restarts(b, (0,)) if args.short else restarts(b),
              "terminated": terminated, "nodes": nodes, "files": lambda b: files(b, args.files, args.seed),
              "soak": lambda b: soak(b, args.minutes)}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--short", action="store_true", help="the suite's form: one script, one worker")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=30, help="of the soak")
@@ -509,7 +549,7 @@ def main() -> None:
             started = time.monotonic()
             try:
                 rows += parts[name](bench)
-            except (Failed, subprocess.TimeoutExpired) as e:
+            except (Failed, OSError, subprocess.TimeoutExpired, runtime.BadInput) as e:
                 failures.append(name)
                 rows.append(f"| {name} | | FAILED: {' '.join(str(e).split())} |")
                 traceback.print_exc()

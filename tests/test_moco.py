@@ -33,7 +33,9 @@ def test_eq_1_against_a_loop(moco):
         losses.append(-math.log(positive / (positive + sum(negatives))))
         right += positive > max(negatives)
     assert loss_global.item() == pytest.approx(sum(losses) / 4, abs=1e-5)
-    assert moco.accuracy.item() == right / 4
+    cosines = [(q[i] @ keys[i].double()).item() for i in range(4)]
+    others = (q @ moco.queue.double().T).mean().item()
+    assert moco.signs.tolist() == pytest.approx([right / 4, sum(cosines) / 4, others], abs=1e-5)
     # Eq. 2 on the pooled cells, Eq. 3
     pooled = nn.functional.adaptive_avg_pool2d(first[..., :14, :14], 7).flatten(2).mT
     own = []

@@ -1,0 +1,97 @@
+"""What a run survives: the short forms of tests/stress.py, and what it does about numbers that are not finite.
+
+`make stress` runs the long forms.
+"""
+
+import contextlib
+import io
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import runtime
+import train_ssl
+
+ROOT = Path(__file__).parent.parent
+PARTS = {"files": "mutated files", "kills": "SIGKILL", "signals": "SIGTERM", "processes": "2 processes, then 1",
+         "places": "writes outside", "disk": "full disk", "restarts": "--max-restarts"}
+
+
+@pytest.fixture(scope="module")
+def table():
+    """The table that a short form prints: 3 kills, 300 mutated files."""
+    command = [sys.executable, ROOT / "tests" / "stress.py", "--short", "--kills", "3", "--files", "300", "--only"]
+    ended = subprocess.run([*command, *PARTS], capture_output=True, text=True, timeout=600)
+    assert "| what | tried | how it ended |" in ended.stdout, ended.stderr
+    return ended.stdout.splitlines(), ended.stderr
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_short_forms(table, part):
+    rows = [row for row in table[0] if row.startswith(f"| {part} | | FAILED") or PARTS[part] in row]
+    assert rows and not any("FAILED" in row for row in rows), f"{rows}\n{table[1]}"
+
+
+def test_a_second_signal_and_a_second_run(table):
+    assert any(row.startswith("| a second signal | 1 | ended at once") for row in table[0])
+    assert any(row.startswith("| a second run on a folder at work | 2 | refused") for row in table[0])
+
+
+@pytest.fixture
+def flags(small_phantom, tmp_path):
+    return [str(a) for a in ("--data", small_phantom / "AbdomenCT-1K", "--store", small_phantom.parent / "store",
+                             "--out", tmp_path, "--amp", "off", "--image-size", 32, "--batch-size", 8, "--bn-group", 4,
+                             "--queue", 32)]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
+def test_numbers_that_are_not_finite_end_a_run(flags, tmp_path, monkeypatch, what):
+    """At step 5, with the epoch's checkpoint of step 3 behind it: named are the step, its slices, the checkpoint."""
+    real = train_ssl.Trainer.step
+
+    def step(self, t, slices):
+        told = real(self, t, slices)
+        if what == "weights" and t == 5:  # in the last step, where no loss can show it
+            self.moco.encoder_q.projector[0].bias.data[7] = torch.nan
+        elif what != "weights" and t == 4:
+            told[0 if what == "loss" else -1] = torch.inf
+        return told
+
+    monkeypatch.setattr(train_ssl.Trainer, "step", step)
+    train_ssl.main([*flags, "--steps", "3"])
+    line = refusal_of([*flags, "--steps", "6"])
+    saved = runtime.load(tmp_path / "phantom-moco" / "checkpoint.pt")
+    assert saved["step"] == 3 and all(t.isfinite().all() for t in saved["model"].values())
+    assert "the last good checkpoint is" in line and str(tmp_path / "phantom-moco" / "checkpoint.pt") in line
+    assert ("step 6: weights" if what == "weights" else f"step 5: the {'loss' if what == 'loss' else 'norm'}") in line
+    assert what == "weights" or line.count(" slice ") == 8
+
+
+def refusal_of(argv):
+    """The one line of train_ssl.main's end; notes and progress before it are not counted."""
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told), pytest.raises(SystemExit) as caught:
+        train_ssl.main(argv)
+    assert caught.value.code == 1 and "Traceback" not in told.getvalue()
+    return next(line for line in told.getvalue().splitlines() if "checkpoint" in line)
+
+
+def test_a_gradient_that_is_not_finite_is_in_the_norm():
+    layer = torch.nn.Linear(3, 2)
+    layer(torch.randn(4, 3)).square().sum().backward()
+    flat = torch.cat([p.grad.flatten() for p in layer.parameters()])
+    torch.testing.assert_close(runtime.gradient_norm(layer.parameters()), flat.norm())
+    layer.bias.grad[1] = torch.nan
+    assert not runtime.gradient_norm(layer.parameters()).isfinite()
+
+
+def test_fp16_counts_the_steps_its_scaler_skips(tmp_path):
+    records = [{"step": s, "loss": 1.0, "grad_norm": n} for s, n in ((1, 2.0), (2, float("inf")), (3, 1.0))]
+    trainer = SimpleNamespace(amp="fp16", skipped=4)
+    train_ssl.Trainer.count_skipped(trainer, records)
+    assert trainer.skipped == 5 and [r["skipped"] for r in records] == [4, 5, 5] and records[1]["grad_norm"] is None
+    runtime.refuse_non_finite(records, lambda step: [], runtime.Run(tmp_path, {}, False, True))  # no reason to stop
