@@ -305,8 +305,9 @@ class Signs:
                 embeddings.append(encoder.projector(pooled).float())
             features.append(pooled.float())
         encoder.train()
-        ranks = [metrics.effective_rank(metrics.singular_values(torch.cat(x).cpu().numpy()))
-                 for x in (features, embeddings)]
+        outputs = [torch.cat(x).cpu().numpy() for x in (features, embeddings)]
+        ranks = [metrics.effective_rank(metrics.singular_values(x)) if np.isfinite(x).all() else math.nan
+                 for x in outputs]  # where weights are not finite, the checkpoint that follows is refused
         return {"effective_rank": ranks[0], "effective_rank_embedding": ranks[1],
                 "queue_filled": min(1.0, step * args.batch_size / args.queue)}
 

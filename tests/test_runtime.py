@@ -1,8 +1,12 @@
 """runtime.py: atomic checkpoints, the run folder, precision, backbones from files."""
 
+import errno
 import json
 import math
+import os
 import pickle
+import signal
+import time
 
 import pytest
 import torch
@@ -48,6 +52,101 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
     r.previous.write_bytes(b"")
     with pytest.raises(BadInput, match="--overwrite"):
         r.resume()
+
+
+def test_a_flipped_bit_is_found_and_the_damaged_file_never_replaces_the_good_one(tmp_path, capsys):
+    r = run(tmp_path)
+    for step in (1, 2):
+        r.checkpoint({"step": step, "x": torch.ones(1000)})
+    raw = bytearray(r.path.read_bytes())
+    raw[raw.find(torch.ones(9).numpy().tobytes()) + 400] ^= 1  # inside the tensor, where torch.load does not look
+    r.path.write_bytes(raw)
+    assert r.resume()["step"] == 1 and "checksum" in capsys.readouterr().err
+    r.next.write_bytes(b"")  # killed while it saves the next one: what was good must still be there
+    r.next.unlink()
+    assert r.resume()["step"] == 1 and r.damaged.exists()
+    r.checkpoint({"step": 2, "x": torch.ones(1000)})
+    assert runtime.load(r.path)["step"] == 2 and runtime.load(r.previous)["step"] == 1
+
+
+@pytest.mark.parametrize("killed", ["before", "between"])
+def test_a_kill_around_the_two_renames_loses_nothing(tmp_path, monkeypatch, killed):
+    r = run(tmp_path)
+    r.checkpoint({"step": 1})
+    real, calls = os.replace, []
+
+    def replace(a, b):
+        calls.append(str(b))
+        if len(calls) == (2 if killed == "before" else 3):  # the first one ends the writing of checkpoint.next.pt
+            raise KeyboardInterrupt
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        r.checkpoint({"step": 2})
+    monkeypatch.undo()
+    r.lock.close()
+    (r.folder / ".backbone.pth.part").write_bytes(b"half of it")  # what a kill while writing leaves
+    again = run(tmp_path)
+    assert again.resume()["step"] == 2 and runtime.load(again.previous)["step"] == 1
+    assert not [p for p in again.folder.iterdir() if p.name.endswith(".part") or "next" in p.name]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    r = run(tmp_path)
+    r.checkpoint({"step": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (lambda: r.checkpoint({"step": 2}), lambda: r.log([{"step": 2}]),
+                  lambda: runtime.write_text(tmp_path / "a.json", "{}")):
+        with pytest.raises(BadInput, match="cannot be written .No space left on device.; make room"):
+            write()
+    assert runtime.load(r.path)["step"] == 1 and not (tmp_path / "a.json").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    r = run(tmp_path)
+    r.checkpoint({"step": 1, "model": {"w": torch.ones(2)}})
+    with pytest.raises(BadInput, match="step 2: weights that are not finite; the last good checkpoint is .*point.pt"):
+        r.checkpoint({"step": 2, "optimizer": {"state": [{"m": torch.tensor([1.0, torch.inf])}]}})
+    assert r.resume()["step"] == 1
+
+
+def test_another_precision_or_number_of_threads_is_announced(capsys):
+    here = runtime.Processes(0, 1, torch.device("cpu"))
+    saved = {"amp": "bf16", "threads": torch.get_num_threads()}
+    runtime.announce_changes(saved, "bf16", here)
+    assert capsys.readouterr().err == ""
+    runtime.announce_changes(saved | {"threads": 77}, "off", here)
+    told = capsys.readouterr().err
+    assert "precision was bf16 and is off" in told and "threads here, 77 before" in told
+
+
+def test_half_lines_stay_alone(tmp_path):
+    (tmp_path / "results.jsonl").write_bytes(b'{"a": 1}\n{"a": 2, "b')
+    runtime.append(tmp_path / "results.jsonl", [{"a": 3}])
+    assert [r["a"] for r in runtime.read_log(tmp_path / "results.jsonl")] == [1, 3]
+
+
+def test_under_torchrun_a_repeated_signal_is_one_signal(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with runtime.StopRequest() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        assert stop.signal == signal.SIGTERM and stop.exit_code == 143
+
+
+def test_ctrl_c_outside_the_loop_is_one_line(capsys):
+    @runtime.command
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):

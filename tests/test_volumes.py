@@ -94,6 +94,26 @@ def test_sform_wins_over_a_qform_that_disagrees(tmp_path):
     np.testing.assert_array_equal(read_volume(tmp_path / "a.nii").hu, expected(scene()))
 
 
+def test_names_with_spaces_and_letters_of_any_kind_and_links_to_them(tmp_path):
+    path = tmp_path / "Bäuche 腹" / "Fall 1 (ö).nii.gz"
+    path.parent.mkdir()
+    nib.save(nib.Nifti1Image(scene(), RAS), path)
+    (tmp_path / "link.nii.gz").symlink_to(path)
+    for p in (path, tmp_path / "link.nii.gz"):
+        np.testing.assert_array_equal(read_volume(p).hu, expected(scene()))
+
+
+def test_long_extensions_and_a_handedness_of_zero_are_read(tmp_path):
+    image = nib.Nifti1Image(scene(), None)
+    image.set_qform(RAS, 1)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"long" * 500))
+    nib.save(image, tmp_path / "a.nii")
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[76:80] = np.array(0, "<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(raw)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.nii").hu, expected(scene()))
+
+
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "PIR"])
 def test_labels_go_back_onto_the_files_own_grid(tmp_path, axes):
     nib.save(stored(scene(), axes), tmp_path / "a.nii.gz")
@@ -133,7 +153,18 @@ def make_bad(tmp_path: Path, kind: str) -> Path:
         raw[280:284] = np.array([np.nan], "<f4").tobytes()
     if kind == "type":
         raw[70:72] = np.array([77], "<i2").tobytes()
-    if kind in ("10 TB", "affine", "type"):
+    fields = {"bits": (72, "<i2", 32), "code": (254, "<i2", 77), "units": (123, "u1", 3), "slope": (112, "<f4", np.nan),
+              "longer": (44, "<i2", 23), "offset": (108, "<f4", 100), "infinite": (116, "<f4", np.inf)}
+    if kind in fields:
+        at, dtype, value = fields[kind]
+        raw[at : at + np.dtype(dtype).itemsize] = np.array(value, dtype).tobytes()
+    if kind in ("no spacing", "bad quaternion"):  # where the sform is not set
+        raw[252:256] = np.array([1, 0], "<i2").tobytes()
+        at = 80 if kind == "no spacing" else 256
+        raw[at : at + 4] = np.array(0 if kind == "no spacing" else 5, "<f4").tobytes()
+    if kind == "behind":
+        raw += b"more"
+    if kind in ("10 TB", "affine", "type", "no spacing", "bad quaternion", "behind", *fields):
         path.write_bytes(gzip.compress(bytes(raw)))
     if kind == "text":
         path.write_text("this is no volume\n" * 50)
@@ -149,7 +180,8 @@ def make_bad(tmp_path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["2-D", "5-D", "time", "NaN", "infinity", "RGB", "10 TB", "affine", "type",
-                                  "text", "truncated", "zero", "short", "missing"])
+                                  "text", "truncated", "zero", "short", "missing", "bits", "code", "units", "slope",
+                                  "longer", "offset", "infinite", "no spacing", "bad quaternion", "behind"])
 def test_bad_files_are_refused_in_one_line_with_their_name(tmp_path, kind):
     path = make_bad(tmp_path, kind)
     with pytest.raises(BadInput) as caught:
@@ -184,7 +216,10 @@ def test_labels_that_do_not_fit_are_refused(tmp_path):
     good = np.zeros((7, 6, 5))
     half = good.copy()
     half[0, 0, 0] = 0.5
+    other = RAS @ np.diag([-1, 1, 1, 1])
+    other[0, 3] = 0.8 * 6 - 10  # the same places, stored the other way round
     for word, data, affine in (("grid", good[:-1], RAS), ("affine", good, moved), ("whole", half, RAS),
+                               ("affine", good, other),
                                ("14", good + 14, RAS), ("-1", good - 1, RAS)):
         nib.save(nib.Nifti1Image(data.astype(np.float32), affine), tmp_path / "l.nii.gz")
         with pytest.raises(BadInput, match=word) as caught:
