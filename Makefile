@@ -19,7 +19,7 @@ $(BIN)/.ready: requirements.txt requirements-dev.txt Makefile
 	touch $@
 
 # Two of Table 2's rows, one draw of one split of Table 1, Fig. 1, the report: all in demo/. The phantom's preset, with
-# two thirds of its pre-training and a fifth of its iterations.
+# two thirds of its pre-training and 60 of its 100 iterations.
 demo: setup
 	$(BIN)/torchrun --standalone train_ssl.py --steps 50 --out demo
 	$(BIN)/torchrun --standalone train_ssl.py --local --zca --steps 50 --out demo

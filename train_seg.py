@@ -39,7 +39,7 @@ from segment import PROTOCOLS, Segmenter, checksum
 
 MOMENTUM, WEIGHT_DECAY, LR_END, POWER = 0.9, 5e-4, 1e-4, 0.9  # mmsegmentation's schedule_40k
 PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, lr=0.01)
-PHANTOM = dict(arch="resnet18", iterations=300, crop_size=128, batch_size=4, lr=0.05)
+PHANTOM = dict(arch="resnet18", iterations=100, crop_size=128, batch_size=4, lr=0.05)
 CHECKPOINT = 4000  # iterations between two checkpoints and evaluations; half of a run that is shorter than two
 FLUSH = 10  # iterations between two looks at the loss
 SHOWN = 6  # slices in overlays.png
@@ -57,7 +57,7 @@ def parse(argv: list[str] | None):
     add("--whitening", choices=("bn", "fold"), default="bn",
         help="a whitened run, fine-tuned: plain BN as in the paper, or folded; frozen is always folded")
     add("--arch", help="of --backbone imagenet, random or FILE (resnet50) [resnet18]")
-    add("--iterations", type=int, help="(40000) [300]")
+    add("--iterations", type=int, help="(40000) [100]")
     add("--crop-size", type=int, help="pixels of a training crop's side (512) [128]")
     add("--batch-size", type=int, help="crops an iteration, over all processes (16) [4]")
     add("--overwrite", action="store_true", help="start over what has been run")

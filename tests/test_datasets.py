@@ -1,8 +1,14 @@
 """datasets.py: layouts, stores, splits; what changed is prepared again, what is bad is named."""
 
+import fcntl
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -114,8 +120,119 @@ def test_only_what_changed_is_prepared_again(abdomen, tmp_path, monkeypatch):
     (store.folder / "Case_00003.npy").unlink()
     prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     prepare(abdomen, tmp_path / "s", "pretrain", (-100, 200), 20)
-    assert done == [["Case_00001", "Case_00002", "Case_00003"], [], [], ["Case_00002"], ["Case_00003"],
+    assert done[:-1] == [["Case_00001", "Case_00002", "Case_00003"], [], [], ["Case_00002"], ["Case_00003"],
                     ["Case_00001", "Case_00002", "Case_00003"]]
+
+
+def test_a_new_time_costs_a_checksum_once(abdomen, tmp_path, monkeypatch):
+    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    os.utime(abdomen / "part0" / "Case_00002_0000.nii.gz", ns=(1, 1))
+    real, read = datasets._checksum, []
+    monkeypatch.setattr(datasets, "_checksum", lambda path: read.append(path.name) or real(path))
+    for _ in range(2):
+        prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    assert read == ["Case_00002_0000.nii.gz"]
+
+
+def test_what_changed_is_said(abdomen, tmp_path, capsys):
+    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    capsys.readouterr()
+    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    assert "changed" not in capsys.readouterr().err
+    write(abdomen / "part0" / "Case_00002_0000.nii.gz", ct(7, (20, 16, 5)))
+    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    assert re.search("1 volumes changed.*Case_00002", capsys.readouterr().err)
+
+
+def test_another_window_leaves_this_store_as_it_is(abdomen, tmp_path):
+    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    before = store.slice(3)
+    other = prepare(abdomen, tmp_path / "s", "pretrain", (-100, 200), 20)
+    assert other.folder != store.folder and not np.array_equal(other.slice(3), before)
+    np.testing.assert_array_equal(store.slice(3), before)
+
+
+def test_a_volume_whose_arrays_are_being_replaced_is_not_there(abdomen, tmp_path, monkeypatch):
+    """Killed after the new array, before its record: the old record must not vouch for it."""
+    path = abdomen / "part0" / "Case_00002_0000.nii.gz"
+    old, stamp = path.read_bytes(), path.stat()
+    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    write(path, ct(7, (20, 16, 5)))
+    monkeypatch.setattr(datasets, "_write_json", lambda *a: os._exit(9))  # in the worker
+    with pytest.raises(BadInput, match="killed"):
+        prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    monkeypatch.undo()
+    path.write_bytes(old)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    fresh = prepare(abdomen, tmp_path / "fresh", "pretrain", size=20)
+    np.testing.assert_array_equal(store.slice(4), fresh.slice(4))
+
+
+def start(data, store):
+    return subprocess.Popen([sys.executable, datasets.__file__, "prepare", "--data", data, "--store", store],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_processes_preparing_one_store_do_not_harm_each_other(abdomen, tmp_path):
+    (tmp_path / "s" / "pretrain-512").mkdir(parents=True)
+    with open(tmp_path / "s" / "pretrain-512" / ".lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # a third one at work
+        both = [start(abdomen, tmp_path / "s") for _ in range(2)]
+        assert all("waiting for another process" in p.stdout.readline() for p in both)
+        assert not list((tmp_path / "s" / "pretrain-512").glob("*.npy"))
+    told = [p.communicate(timeout=60)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0] and all("3 volumes, 15 slices" in t for t in told), told
+    assert datasets.verify(tmp_path / "s") == 0
+
+
+def test_a_killed_preparation_goes_on_where_it_was(tmp_path, capsys):
+    for i in range(12):
+        write(tmp_path / "A" / f"scan{i:02d}.nii", ct(i, (200, 200, 20)))
+    first = start(tmp_path / "A", tmp_path / "s")
+    folder = tmp_path / "s" / "pretrain-512"
+    while len(list(folder.glob("scan*.json"))) < 2:
+        time.sleep(0.005)
+    workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    assert workers
+    first.kill()
+    first.wait()
+    done = {p.name: p.stat().st_mtime_ns for p in folder.glob("scan*.npy") if p.with_suffix(".json").exists()}
+    (folder / f".{first.pid}.scan11.npy").write_bytes(b"half")
+    store = prepare(tmp_path / "A", tmp_path / "s", "pretrain", size=512)
+    assert len(store.volumes) == 12 and not list(folder.glob(".[0-9]*"))
+    assert done and all((folder / name).stat().st_mtime_ns == at for name, at in done.items())
+    end = time.monotonic() + 5
+    while any(Path(f"/proc/{w}").exists() for w in workers):  # they do not wait for ever for a parent that is gone
+        assert time.monotonic() < end, workers
+        time.sleep(0.05)
+
+
+def test_data_that_cannot_be_written_to_and_links(abdomen, tmp_path):
+    (tmp_path / "L" / "further").mkdir(parents=True)
+    (tmp_path / "L" / "part 1").symlink_to(abdomen / "part1")
+    (tmp_path / "L" / "further" / "Case_00002_0000.nii.gz").symlink_to(abdomen / "part0" / "Case_00002_0000.nii.gz")
+    (tmp_path / "L" / "further" / "up").symlink_to(tmp_path / "L")
+    (tmp_path / "L" / "Case_00005_0000.nii.gz").symlink_to(tmp_path / "nothing")
+    folders = [abdomen, abdomen / "part0", abdomen / "part1"]
+    before = [(f.stat().st_mtime_ns, sorted(os.listdir(f))) for f in folders]
+    for f in folders:
+        f.chmod(0o555)
+    store = prepare(tmp_path / "L", tmp_path / "elsewhere", "pretrain", size=20)
+    assert [v["id"] for v in store.volumes] == ["Case_00001", "Case_00002", "Case_00003"]
+    assert [s["reason"] for s in store.skipped] == ["a broken link, or no file"]
+    assert before == [(f.stat().st_mtime_ns, sorted(os.listdir(f))) for f in folders]
+    for f in folders:
+        f.chmod(0o755)
+
+
+def test_a_full_disk_is_one_line(abdomen, tmp_path, monkeypatch):
+    def full(path, array):
+        raise OSError("1024 requested and 512 written")  # what NumPy says
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(BadInput, match="1024 requested and 512 written .while preparing"):
+        prepare(abdomen, tmp_path / "s", "pretrain", size=20)
 
 
 def test_a_killed_preparation_leaves_no_half_volume(abdomen, tmp_path, monkeypatch):
@@ -141,6 +258,26 @@ def test_bad_volumes_are_named_and_may_be_left_out(abdomen, tmp_path):
     assert len(prepare(abdomen, tmp_path / "s", "pretrain", size=20).volumes) == 3
 
 
+def test_verify_finds_a_flipped_bit_and_what_was_deleted(abdomen, tmp_path, capsys):
+    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    flags = ["audit", "--data", str(abdomen), "--store", str(tmp_path / "s"), "--verify"]
+    with pytest.raises(SystemExit) as caught:
+        datasets.main(flags)
+    assert caught.value.code == 0
+    path = store.folder / "Case_00003.npy"
+    raw = bytearray(path.read_bytes())
+    raw[-7] ^= 4
+    path.write_bytes(raw)
+    with pytest.raises(SystemExit) as caught:
+        datasets.main(flags)
+    assert caught.value.code == 1 and f"{path}: damaged" in capsys.readouterr().out
+    path.unlink()
+    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    assert datasets.verify(tmp_path / "s") == 0
+    with pytest.raises(BadInput, match="nothing was prepared"):
+        datasets.verify(tmp_path)
+
+
 def test_damaged_stores_are_found_at_load(abdomen, tmp_path):
     store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     index = json.loads((store.folder / "index.json").read_text())
@@ -152,7 +289,8 @@ def test_damaged_stores_are_found_at_load(abdomen, tmp_path):
 
 @pytest.mark.parametrize("what,match", [
     ("missing", "no such folder"), ("empty", "no .nii or .nii.gz"), ("window", "--window"), ("label", "has no label"),
-    ("shape", "one grid"), ("id", "unknown label id 14"), ("blank", "empty label"), ("layout", "RawData.zip")])
+    ("shape", "one grid"), ("affine", "one grid"), ("half", "not all whole numbers"),
+    ("id", "unknown label id 14"), ("blank", "empty label"), ("layout", "RawData.zip")])
 def test_bad_folders_are_refused_in_one_line(btcv, tmp_path, what, match):
     data, kind, window = btcv, "segment", (-175, 250)
     label = btcv / "RawData" / "Training" / "label" / "label0002.nii.gz"
@@ -170,6 +308,10 @@ def test_bad_folders_are_refused_in_one_line(btcv, tmp_path, what, match):
         label.unlink()
     if what == "shape":
         write(label, np.ones((20, 16, 5), np.uint8))
+    if what == "affine":
+        write(label, np.ones((20, 16, 4), np.uint8), AFFINE @ np.diag([-1, 1, 1, 1]))
+    if what == "half":
+        write(label, np.full((20, 16, 4), 0.5, np.float32))
     if what == "id":
         write(label, np.full((20, 16, 4), 14, np.uint8))
     if what == "blank":
@@ -196,6 +338,43 @@ def test_audit_names_duplicates_and_odd_volumes(btcv, abdomen, capsys):
     out = capsys.readouterr().out
     total = sum(int((np.asarray(nib.load(p).dataobj) == 6).sum()) for p in btcv.rglob("label*.gz"))
     assert "3,779 slices" in out and "train: 2 volumes, 8 slices" in out and f"{total:,d} voxels in 3 volumes" in out
+
+
+def outcome(capsys, *argv):
+    """(exit code, stdout) of the command."""
+    capsys.readouterr()
+    code = 0
+    try:
+        datasets.main([str(a) for a in argv])
+    except SystemExit as e:
+        code = e.code
+    return code, capsys.readouterr().out
+
+
+def test_both_commands_end_with_what_was_skipped_or_odd(abdomen, btcv, tmp_path, capsys):
+    data, store = ("--data", abdomen), ("--store", tmp_path / "s", "--size", 20)
+    write(abdomen / "Mask" / "Case_00001.nii.gz", ct(9))
+    write(abdomen / "part0" / "Case_00008_0000.nii.gz", ct(8), np.eye(4))
+    for command in (("audit", *data), ("prepare", *data, *store)):
+        code, out = outcome(capsys, *command)
+        assert code == 0 and re.search(r"unusable: 0\nodd: 1\n .*Case_00008.*placeholder\nno image.*: 1\n .*Mask", out)
+    write(abdomen / "part0" / "Case_00001_0000.nii.gz", ct(5))  # a case twice
+    code, out = outcome(capsys, "prepare", *data, *store)
+    assert code == 1 and re.search("unusable: 1\n.*Case_00001_0000.nii.gz: same case as", out)
+    (abdomen / "part0" / "Case_00009_0000.nii.gz").write_bytes(b"")
+    assert outcome(capsys, "audit", *data)[0] == 1
+    assert "Case_00009_0000.nii.gz: empty file" in outcome(capsys, "prepare", *data, *store)[0]
+    for command in (("audit", *data), ("prepare", *data, *store)):
+        code, out = outcome(capsys, *command, "--skip-bad")
+        assert code == 0 and re.search("unusable: 2\n(.*\n)*.*Case_00009_0000.nii.gz: empty file", out)
+    label = btcv / "RawData/Training/label"
+    (label / "label0002.nii.gz").rename(label / "label0003.nii.gz")
+    code, out = outcome(capsys, "audit", "--data", btcv)
+    assert code == 1 and "img0002.nii.gz: has no label" in out and "label0003.nii.gz: a label without its image" in out
+    code, out = outcome(capsys, "prepare", "--data", btcv, "--store", tmp_path / "b", "--skip-bad")
+    assert code == 0 and "2 volumes, 8 slices" in out and "unusable: 2" in out
+    write(label / "label0002.nii.gz", np.ones((20, 16, 4), np.uint8))  # it has come: no longer left out
+    assert "3 volumes, 12 slices" in outcome(capsys, "prepare", "--data", btcv, "--store", tmp_path / "b")[1]
 
 
 def test_audit_fails_on_an_unreadable_volume(abdomen, capsys):

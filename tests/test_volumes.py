@@ -153,18 +153,19 @@ def make_bad(tmp_path: Path, kind: str) -> Path:
         raw[280:284] = np.array([np.nan], "<f4").tobytes()
     if kind == "type":
         raw[70:72] = np.array([77], "<i2").tobytes()
-    fields = {"bits": (72, "<i2", 32), "code": (254, "<i2", 77), "units": (123, "u1", 3), "slope": (112, "<f4", np.nan),
-              "longer": (44, "<i2", 23), "offset": (108, "<f4", 100), "infinite": (116, "<f4", np.inf)}
+    fields = {"bits": (72, "<i2", 32), "form_code": (254, "<i2", 77), "metres": (123, "u1", 3),
+              "scl_slope": (112, "<f4", np.nan), "scl_inter": (116, "<f4", np.inf), "starts at": (108, "<f4", 100)}
     if kind in fields:
         at, dtype, value = fields[kind]
         raw[at : at + np.dtype(dtype).itemsize] = np.array(value, dtype).tobytes()
-    if kind in ("no spacing", "bad quaternion"):  # where the sform is not set
+    quaternion = {"spacing of": (80, -1), "damaged qform": (256, 5)}  # where the sform is not set
+    if kind in quaternion:
         raw[252:256] = np.array([1, 0], "<i2").tobytes()
-        at = 80 if kind == "no spacing" else 256
-        raw[at : at + 4] = np.array(0 if kind == "no spacing" else 5, "<f4").tobytes()
-    if kind == "behind":
+        at, value = quaternion[kind]
+        raw[at : at + 4] = np.array(value, "<f4").tobytes()
+    if kind == "longer than":
         raw += b"more"
-    if kind in ("10 TB", "affine", "type", "no spacing", "bad quaternion", "behind", *fields):
+    if kind in ("10 TB", "affine", "type", "longer than", *quaternion, *fields):
         path.write_bytes(gzip.compress(bytes(raw)))
     if kind == "text":
         path.write_text("this is no volume\n" * 50)
@@ -180,13 +181,17 @@ def make_bad(tmp_path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["2-D", "5-D", "time", "NaN", "infinity", "RGB", "10 TB", "affine", "type",
-                                  "text", "truncated", "zero", "short", "missing", "bits", "code", "units", "slope",
-                                  "longer", "offset", "infinite", "no spacing", "bad quaternion", "behind"])
+                                  "text", "truncated", "zero", "short", "missing", "bits", "form_code", "metres",
+                                  "scl_slope", "starts at", "scl_inter", "spacing of",
+                                  "damaged qform", "longer than"])
 def test_bad_files_are_refused_in_one_line_with_their_name(tmp_path, kind):
     path = make_bad(tmp_path, kind)
     with pytest.raises(BadInput) as caught:
         read_volume(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    words = ("bits", "form_code", "metres", "scl_slope", "scl_inter", "starts at", "spacing of", "damaged qform",
+             "longer than", "truncated")
+    assert kind not in words or kind in str(caught.value)
 
 
 def test_no_flipped_bit_is_read_as_valid(tmp_path):
