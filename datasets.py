@@ -16,10 +16,12 @@ Both commands end with a list of everything skipped or odd, and with exit code 0
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 from collections import deque
@@ -373,6 +375,12 @@ def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, f
             print(b["reason"], file=sys.stderr)
         raise BadInput(bad[0]["reason"] + (f" ({len(bad)} such volumes, all named here)" if len(bad) > 1 else ""))
     return records, left_out + bad
+
+
+def _die_with_parent() -> None:
+    """A worker of a killed preparation must not linger, or write on beside the next one (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _in_processes(work: Callable, items: list, workers: int, title: str) -> Iterator[tuple[dict, object]]:
