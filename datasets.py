@@ -377,12 +377,6 @@ def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, f
     return records, left_out + bad
 
 
-def _die_with_parent() -> None:
-    """A worker of a killed preparation must not linger, or write on beside the next one (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def _in_processes(work: Callable, items: list, workers: int, title: str) -> Iterator[tuple[dict, object]]:
     """(item, result or the BadInput it raised) for every item, in the order they finish."""
     if not items:
@@ -402,7 +396,11 @@ def _in_processes(work: Callable, items: list, workers: int, title: str) -> Iter
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever: let it end."""
+    """A worker of a killed preparation must neither wait for work for ever nor write on beside the next one."""
+    if sys.platform == "linux":  # at once: before anyone can see that the parent is gone
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        return
+
     def watch() -> None:
         parent_process().join()
         os._exit(1)
