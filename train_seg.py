@@ -311,7 +311,7 @@ def finish(trainer: Trainer, run: runtime.Run, config: dict) -> None:
               "processes": trainer.processes.world, "hardware": runtime.hardware(), "commit": runtime.commit(),
               "date": time.strftime("%Y-%m-%d")}
     metrics.write_csv(folder / "dice.csv", [metrics.CASE_COLUMNS, *metrics.per_case(table, ids, distances, ORGANS)])
-    runtime.append(args.out / "results.jsonl", [result])  # first: result.json says that the run is done and in the tables
+    runtime.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
     runtime.write_text(folder / "result.json", json.dumps(result) + "\n")
     print(f"{title}: mDS {100 * result['mDS']:.2f} % (13 organs, pooled over the validation set), with background "
           f"{100 * result['mDice_with_background']:.2f} %, {runtime.duration(result['wall_s'])}")

@@ -155,6 +155,26 @@ def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags,
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("name,file", [("append", "results.jsonl"), ("write_text", "result.json")])
+def test_a_run_that_counts_as_done_is_in_the_tables(flags, tmp_path, monkeypatch, name, file):
+    """Ended between the two files of a result: the next start leaves both, and they agree."""
+    args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
+                   "--iterations", 2), "--out", str(tmp_path)]
+    real = getattr(runtime, name)
+
+    def fail(path, *rest):
+        if path.name == file:
+            raise RuntimeError
+        return real(path, *rest)
+
+    with monkeypatch.context() as m, pytest.raises(RuntimeError):
+        m.setattr(runtime, name, fail)
+        train_seg.main(args)
+    train_seg.main(args)
+    newest = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
+    assert json.loads((tmp_path / "seg/random-linear-frozen-25-1/result.json").read_text()) == newest
+
+
 def test_a_frozen_backbone_that_changes_is_no_result(flags, tmp_path, monkeypatch):
     """As when its BN is left in training mode: its running statistics drift."""
     monkeypatch.setattr(Segmenter, "train", torch.nn.Module.train)
