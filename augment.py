@@ -136,6 +136,15 @@ def apply_crops(slices: list[Tensor], labels: list[Tensor], params: Params, size
     return normalise(images), masks
 
 
+def whole(slices: Tensor, side: int) -> Tensor:
+    """What evaluation sees of slices (N, H, W) uint8: all of them, the shorter side resized to `side`, antialiased.
+
+    Returns (N, 3, h, w) float32, normalised; nothing is drawn.
+    """
+    shape = [round(n * side / min(slices.shape[1:])) for n in slices.shape[1:]]
+    return normalise(F.interpolate(slices[:, None].float(), shape, mode="bilinear", antialias=True).div_(255))
+
+
 def normalise(images: Tensor) -> Tensor:
     """Grey images (N, H, W) or (N, 1, H, W) in [0, 1] -> (N, 3, H, W) with ImageNet's mean and deviation."""
     images = images.reshape(len(images), *images.shape[-2:])

@@ -33,7 +33,10 @@ import train_ssl
 from segment import Segmenter
 
 SIDE = 512  # of the slices on disk
-PAPER_STEPS, PAPER_BATCH = 200 * (215_325 // 256), 256
+VOLUMES = 8  # that are prepared
+NO_GPU = "not measured: no GPU here"
+PAPER_BATCH = 256
+PAPER_STEPS = 200 * ((215_325 - train_ssl.HELD_OUT) // PAPER_BATCH)
 
 
 class Table:
@@ -49,8 +52,8 @@ class Table:
             mark = {None: "", True: "yes", False: "NO"}[met]
             print(f"| {what} | {target} | {text} | {mark} |", flush=True)
 
-    def skip(self, what: str, why: str) -> None:
-        self.add(what, None, text=f"skipped: {why}")
+    def skip(self, what: str, target: str, why: str) -> None:
+        self.add(what, None, target, f"skipped: {why}")
 
 
 def medians(repeats: int, **work: Callable) -> dict[str, float]:
@@ -70,8 +73,9 @@ def medians(repeats: int, **work: Callable) -> dict[str, float]:
 class Setting:
     """What is timed: the paper's network, or a small one with --quick."""
 
-    def __init__(self, quick: bool):
-        self.quick = quick
+    def __init__(self, quick: bool, peers: bool = False):
+        self.quick, self.peers = quick, peers
+        self.without_peers = "only with --peers, where lightly and kornia are installed (requirements-bench.txt)"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.processes = runtime.Processes(0, 1, self.device)
         self.amp = runtime.precision("auto", self.device)
@@ -120,19 +124,82 @@ def steps(table: Table, s: Setting) -> None:
         ratio = found[name] / found["bare"]
         table.add(f"full step{flags} / bare step, {what}", ratio, f"at most {target}",
                   f"{ratio:.3f} ({found[name]:.2f} s / {found['bare']:.2f} s)", ratio <= target)
-    if s.device.type == "cuda":
-        hours = PAPER_STEPS * PAPER_BATCH / s.batch * found["both"] / 3600
-        table.add("images/s, step --local --zca", s.batch / found["both"])
-        table.add("projected hours of the paper's 200 epochs, --local --zca (projection)", hours, "under 6", None,
-                  hours < 6)
     small = Setting(True)
     times = {str(q): small.trainer(queue=q) for q in (4096, 65536)}
     grown = medians(3, **{q: (lambda t=t: t.step(0, small.slices())) for q, t in times.items()})
     table.add("growth: small step with a queue of 65,536 / of 4,096", grown["65536"] / grown["4096"])
 
 
+END_TO_END = (("MoCo v2", (), 0.95), ("--local --zca", ("--local", "--zca"), 0.92),
+              ("--local --zca --compile", ("--local", "--zca", "--compile"), 0.92))
+
+
+def end_to_end(table: Table, s: Setting, folder: Path) -> None:
+    """On a GPU: from a store through views to the optimizer step, against bare compute and torchvision's loader."""
+    whole, loader = "store to step, {} / bare compute", "store to step, MoCo v2 / torchvision's PIL views, float32"
+    alone, hours = "two views 512 -> 224, batched", "the paper's 200 epochs, {} (projection)"
+    if s.device.type != "cuda":
+        for name, _, target in END_TO_END:
+            table.skip(whole.format(name), f"at least {target}", NO_GPU)
+            table.skip(hours.format(name), "under 6 hours", NO_GPU)
+        table.skip(loader, "at least 3", NO_GPU)
+        table.skip(alone, "", NO_GPU)
+        return
+    _sparse_store(folder / "gpu-data", folder / "gpu" / f"pretrain-{SIDE}", 100, 20_000)
+    store = datasets.prepare(folder / "gpu-data", folder / "gpu", "pretrain", size=SIDE)
+    steps, rates = range(20), {}
+    for name, flags, target in END_TO_END:
+        trainer = s.trainer(*flags)
+
+        def fetch(t: int, batches=trainer.batches) -> torch.Tensor:
+            slices = torch.from_numpy(store.batch(batches.indices(t % batches.steps_per_epoch)))
+            return slices.pin_memory() if s.device.type == "cuda" else slices
+
+        def run(trainer=trainer, fetch=fetch) -> None:
+            for t, slices in datasets.prefetch(fetch, steps, os.cpu_count()):
+                trainer.step(t, slices)
+
+        bare = s.bare(trainer)
+        found = medians(3, whole=run, bare=lambda bare=bare: [bare() for _ in steps])
+        ratio, rates[name] = found["bare"] / found["whole"], len(steps) * s.batch / found["whole"]
+        table.add(whole.format(name), ratio, f"at least {target}", f"{ratio:.3f} ({rates[name]:.0f} images/s)",
+                  ratio >= target)
+        days = PAPER_STEPS * PAPER_BATCH / rates[name] / 3600
+        table.add(hours.format(name), days, "under 6 hours", f"{days:.1f} hours", days < 6)
+    peer = medians(1, peer=pil_epoch(s, store, len(steps)))["peer"]
+    ratio = rates["MoCo v2"] / (len(steps) * s.batch / peer)
+    table.add(loader, ratio, "at least 3", None, ratio >= 3)
+    slices, drawn = s.slices().to(s.device), augment.draw(runtime.rng(0, runtime.VIEW_Q), s.batch)
+    rate = s.batch / medians(10, views=lambda: [augment.apply(slices, drawn, 224) for _ in "ab"])["views"]
+    table.add(alone, rate, "", f"{rate:.0f} pairs/s")
+
+
+def pil_epoch(s: Setting, store: datasets.Store, steps: int) -> Callable:
+    """Steps as most people write them: torchvision's transforms on PIL images in a DataLoader, float32 compute."""
+    from PIL import Image
+
+    transform, bare = pil_transform(3), s.bare(s.trainer(amp="off"), "off")
+
+    class Views(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return (steps + 1) * s.batch
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+            picture = Image.fromarray(store.slice(i)).convert("RGB")
+            return transform(picture), transform(picture)
+
+    loader = torch.utils.data.DataLoader(Views(), s.batch, num_workers=os.cpu_count(), persistent_workers=True)
+
+    def run() -> None:
+        for _, pair in zip(range(steps), loader, strict=False):
+            [view.to(s.device) for view in pair]
+            bare()
+
+    return run
+
+
 def views(table: Table, s: Setting) -> None:
-    """Two views of a 512 slice at 224 on one thread."""
+    """Two views of a 512 slice at 224 on one thread, ours and the peers'."""
     slices, threads = s.slices()[:32], torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -140,29 +207,62 @@ def views(table: Table, s: Setting) -> None:
         for purpose in (runtime.VIEW_Q, runtime.VIEW_K):
             augment.apply(slices, augment.draw(runtime.rng(0, purpose), len(slices)), 224)
 
-    work = {"ours": ours}
-    if importlib.util.find_spec("lightly"):
-        from lightly.transforms import MoCoV2Transform
-        from PIL import Image
-
-        transform = MoCoV2Transform(input_size=224)
-        pictures = [Image.fromarray(x.numpy()).convert("RGB") for x in slices[:8]]
-        work["lightly"] = lambda: [transform(p) for p in pictures]
-    found = medians(5, **work)
+    work = {"ours": ours} | peers_views(s, slices[:8])
+    found = {name: (32 if name == "ours" else 8) / seconds for name, seconds in medians(5, **work).items()}
     torch.set_num_threads(threads)
-    rate = len(slices) / found["ours"]
-    table.add("two views 512 -> 224, one thread", rate, "at least 600 pairs/s", f"{rate:.0f} pairs/s", rate >= 600)
-    if "lightly" in found:
-        ratio = rate / (8 / found["lightly"])
-        table.add("the same against lightly's MoCoV2Transform", ratio, "at least 3 times", None, ratio >= 3)
-    else:
-        table.skip("the same against lightly's MoCoV2Transform", "lightly is not installed (--peers)")
+    table.add("two views 512 -> 224, one thread", found["ours"], "at least 600 pairs/s",
+              f"{found['ours']:.0f} pairs/s", found["ours"] >= 600)
+    for name, target in (("lightly's MoCoV2Transform", 3), ("torchvision v2 on PIL, 3 channels", 0),
+                         ("torchvision v2 on PIL, 1 channel, no hue", 0), ("kornia, batched", 0)):
+        what, goal = f"the same against {name}", f"at least {target} times" if target else ""
+        if name in found:
+            ratio = found["ours"] / found[name]
+            table.add(what, ratio, goal, f"{ratio:.1f} times ({found[name]:.0f} pairs/s)",
+                      ratio >= target if target else None)
+        else:
+            table.skip(what, goal, s.without_peers)
+
+
+def peers_views(s: Setting, slices: torch.Tensor) -> dict[str, Callable]:
+    """What makes two views of each of these slices (N, 512, 512) in the libraries that --peers found."""
+    if not s.peers:
+        return {}
+    import kornia.augmentation as K
+    from lightly.transforms import MoCoV2Transform
+    from PIL import Image
+
+    pictures = [Image.fromarray(x.numpy()) for x in slices]
+    coloured, light = [p.convert("RGB") for p in pictures], MoCoV2Transform(input_size=224)
+    batched = nn.Sequential(
+        K.RandomResizedCrop((224, 224), (0.2, 1.0)), K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        K.RandomGrayscale(p=0.2), K.RandomGaussianBlur((23, 23), (0.1, 2.0), p=0.5), K.RandomHorizontalFlip(),
+        K.Normalize(torch.full((3,), 0.45), torch.full((3,), 0.225)))
+    three, one = pil_transform(3), pil_transform(1)
+    return {"lightly's MoCoV2Transform": lambda: [light(p) for p in coloured],
+            "torchvision v2 on PIL, 3 channels": lambda: [three(p) for p in coloured for _ in "ab"],
+            "torchvision v2 on PIL, 1 channel, no hue": lambda: [one(p) for p in pictures for _ in "ab"],
+            "kornia, batched": lambda: [batched(slices[:, None].expand(-1, 3, -1, -1).float() / 255) for _ in "ab"]}
+
+
+def pil_transform(channels: int) -> Callable:
+    """MoCo v2's view of a PIL image by torchvision: for 3 channels with hue and grayscale, for 1 without."""
+    from torchvision.transforms import v2
+
+    jitter = v2.ColorJitter(0.4, 0.4, *((0.4, 0.1) if channels == 3 else ()))
+    return v2.Compose([
+        v2.RandomResizedCrop(224, (0.2, 1.0)), v2.RandomApply([jitter], 0.8),
+        *[v2.RandomGrayscale(0.2)] * (channels == 3), v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], 0.5),
+        v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.45] * channels, [0.225] * channels)])
 
 
 def lightly_step(table: Table, s: Setting) -> None:
     """Our step --local --zca, views included, against lightly's MoCo step on ready-made views."""
-    if not importlib.util.find_spec("lightly"):
-        table.skip("our step --local --zca against lightly's MoCo step", "lightly is not installed (--peers)")
+    compared = (("shipped", f"as both ship (ours {s.amp}, channels_last, theirs float32 NCHW)", 3.3),
+                ("full", "both in float32", 1.2))
+    if not s.peers:
+        for _, words, target in compared:
+            table.skip(f"lightly's MoCo step / our step --local --zca, {words}", f"at least {target}", s.without_peers)
         return
     import torchvision
     from lightly.loss import NTXentLoss
@@ -191,11 +291,14 @@ def lightly_step(table: Table, s: Setting) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    slices, shipped, full = s.slices(), s.trainer("--local", "--zca"), s.trainer("--local", "--zca", amp="off")
-    found = medians(1 if not s.quick else 2, peer=peer, shipped=lambda: shipped.step(0, slices),
-                    full=lambda: full.step(0, slices))
-    for name, words, target in (("shipped", f"as both ship (ours {s.amp} channels_last, theirs float32 NCHW)", 3.3),
-                                ("full", "both in float32", 1.2)):
+    slices, ours = s.slices(), {"full": s.trainer("--local", "--zca", amp="off")}
+    if s.amp != "off":
+        ours["shipped"] = s.trainer("--local", "--zca")
+    found = medians(1 if not s.quick else 2, peer=peer,
+                    **{name: (lambda t=t: t.step(0, slices)) for name, t in ours.items()})
+    for name, words, target in compared:
+        if name not in found:  # one and the same step
+            found[name], words = found["full"], words + "; no hardware here computes in bf16"
         ratio = found["peer"] / found[name]
         table.add(f"lightly's MoCo step / our step --local --zca, {words}", ratio, f"at least {target}",
                   f"{ratio:.2f} ({found['peer']:.2f} s / {found[name]:.2f} s)", ratio >= target)
@@ -206,13 +309,13 @@ def reading(table: Table, folder: Path, s: Setting) -> None:
     rng = np.random.default_rng(0)
     data, depth = folder / "data", 64
     data.mkdir()
-    for i in range(4):
+    for i in range(VOLUMES):
         noise = rng.integers(-1000, 1000, (SIDE, SIDE, depth)).astype(np.int16)
         nib.save(nib.Nifti1Image(noise, np.diag([-0.8, -0.8, 2.5, 1])), data / f"{i}.nii.gz")
     files = sorted(data.iterdir())
     made = iter(range(1000))
 
-    def prepare(workers: int, count: int = 4) -> None:
+    def prepare(workers: int, count: int = VOLUMES) -> None:
         some = folder / f"some{count}"
         if not some.exists():
             some.mkdir()
@@ -224,20 +327,21 @@ def reading(table: Table, folder: Path, s: Setting) -> None:
         for f in files:
             np.asarray(nib.load(f).dataobj)
 
-    found = medians(1, decode=decode, one=lambda: prepare(1), two=lambda: prepare(2), half=lambda: prepare(1, 2))
+    found = medians(3, decode=decode, one=lambda: prepare(1), two=lambda: prepare(2),
+                    half=lambda: prepare(1, VOLUMES // 2))
     for name, words, target in (("one", "prepare, one process", 0.85), ("two", "prepare, two processes", 1.8)):
         ratio = found["decode"] / found[name]
         table.add(f"{words}, against nibabel's bare decoding of the same files", ratio, f"at least {target}", None,
                   ratio >= target)
-    table.add("growth: prepare of 4 volumes / of 2", found["one"] / found["half"])
+    table.add(f"growth: prepare of {VOLUMES} volumes / of {VOLUMES // 2}", found["one"] / found["half"])
     store = datasets.prepare(data, folder / "warm", "pretrain", size=SIDE, workers=2)
     order = rng.permutation(len(store))
     rate = len(store) / medians(5, read=lambda: store.batch(order))["read"]
     table.add(f"random batch of {SIDE} x {SIDE} slices from a warm store, one thread", rate, "at least 5,000 slices/s",
               f"{rate:,.0f} slices/s", rate >= 5000)
     args = ["--data", str(data), "--store", str(folder / "warm"), "--out", str(folder / "runs"), "--arch", "resnet18",
-            "--init", "random", "--image-size", "96" if s.quick else "224", "--batch-size", "64", "--bn-group", "32",
-            "--queue", "1024", "--epochs", "3"]
+            "--init", "random", "--image-size", "96", "--batch-size", "64", "--bn-group", "32", "--queue", "1024",
+            "--epochs", "2"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train_ssl.main(args)
     log = runtime.read_log(folder / "runs" / "moco" / "log.jsonl")
@@ -273,7 +377,7 @@ def startup(table: Table, folder: Path) -> None:
         out = subprocess.run([sys.executable, "-c", START, str(data), str(store), str(volumes)], text=True,
                              capture_output=True, cwd=Path(__file__).parent)
         if out.returncode:
-            table.skip("start-up on a store of the paper's size", out.stderr.strip().splitlines()[-1])
+            table.skip("start-up on a store of the paper's size", "under 3 s", out.stderr.strip().splitlines()[-1])
             return
         seconds[volumes], first, later = json.loads(out.stdout.splitlines()[-1])
     table.add("imports done to first batch: 1,062 volumes, 215,325 slices", seconds[1062], "under 3 s",
@@ -346,26 +450,27 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 def memory(table: Table, s: Setting) -> None:
     """Peak memory of the paper's step, batch 256 as 8 x 32, against batch 64 as 2 x 32."""
+    what = "peak memory, batch 256 as 8 x 32 / batch 64 as 2 x 32, --local --zca"
     if s.quick or s.device.type == "cuda":
-        table.skip("peak memory, batch 256 as 8 x 32 / batch 64 as 2 x 32", "--quick" if s.quick else "measured on CPU")
+        table.skip(what, "at most 1.3", "--quick" if s.quick else "measured on CPUs")
         return
     peaks = [float(subprocess.run([sys.executable, "-c", MEMORY, batch], text=True, capture_output=True, check=True,
                                   cwd=Path(__file__).parent).stdout) for batch in ("64", "256")]
     ratio = peaks[1] / peaks[0]
-    table.add("peak memory, batch 256 as 8 x 32 / batch 64 as 2 x 32, --local --zca", ratio, "at most 1.3",
+    table.add(what, ratio, "at most 1.3",
               f"{ratio:.2f} ({peaks[1]:.2f} GiB / {peaks[0]:.2f} GiB)", ratio <= 1.3)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="small networks, at most 2 minutes")
-    parser.add_argument("--peers", action="store_true", help="fail where a peer library is not installed")
+    parser.add_argument("--peers", action="store_true", help="lightly, kornia and torchvision's transforms beside ours")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args(argv)
     for peer in ("lightly", "kornia") if args.peers else ():
         if not importlib.util.find_spec(peer):
             raise SystemExit(f"bench.py: {peer} is not installed: pip install -r requirements-bench.txt")
-    s, table = Setting(args.quick), Table(args.json)
+    s, table = Setting(args.quick, args.peers), Table(args.json)
     machine = {"hardware": runtime.hardware(), "commit": runtime.commit(), "date": time.strftime("%Y-%m-%d"),
                "precision": s.amp, "flags": _cpu_flags()}
     if not args.json:
@@ -379,8 +484,7 @@ def main(argv: list[str] | None = None) -> None:
         steps(table, s)
         lightly_step(table, s)
         memory(table, s)
-    if s.device.type != "cuda":
-        table.skip("images/s end to end, projected hours", "no GPU here")
+        end_to_end(table, s, Path(folder))
     if args.json:
         print(json.dumps({**machine, "rows": table.rows}))
 

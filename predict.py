@@ -30,13 +30,9 @@ HIGHEST = 32767  # HU that 16 bits can hold
 @torch.no_grad()
 def slices(model: Segmenter, images: torch.Tensor, side: int, amp: str) -> torch.Tensor:
     """Slices (B, H, W) uint8 -> labels (B, H, W) uint8: shorter side resized to `side`, logits resized back."""
-    height, width = images.shape[1:]
-    scale = side / min(height, width)
-    resized = F.interpolate(images[:, None].float() / 255, (round(height * scale), round(width * scale)),
-                            mode="bilinear", antialias=True)
     with runtime.autocast(amp, images.device):
-        logits = model(augment.normalise(resized).contiguous(memory_format=torch.channels_last))
-    return F.interpolate(logits, (height, width), mode="bilinear").argmax(1).to(torch.uint8)
+        logits = model(augment.whole(images, side).contiguous(memory_format=torch.channels_last))
+    return F.interpolate(logits, images.shape[1:], mode="bilinear").argmax(1).to(torch.uint8)
 
 
 def volume(model: Segmenter, levels: np.ndarray, side: int, amp: str, device: torch.device,
@@ -70,20 +66,20 @@ def find_run(name: str, out: Path) -> Path:
     return folder
 
 
-def read_ct(path: Path, window: Sequence[float]) -> volumes.Volume:
-    """Read a volume to predict. Raises BadInput when it cannot be read, or by its values is no CT in HU.
+def read_ct(path: Path, window: Sequence[float]) -> tuple[volumes.Volume, np.ndarray]:
+    """A volume to predict and its 8-bit slices. Raises BadInput when unreadable, or by its values no CT in HU.
 
     A CT's values cover at least a third of the window: soft tissue together with air, fat or bone does. Constant
     volumes, label maps, images normalised to 0..1 or to unit deviation, and soft tissue stored without its
     intercept do not; and no CT has values below PADDING or above HIGHEST.
     """
     read = volumes.read_volume(path)
-    low, high = float(read.hu.min()), float(read.hu.max())
+    levels, low, high = datasets.levels(read, window)
     covered = min(high, window[1]) - max(low, window[0])
     if low < PADDING or high > HIGHEST or covered < (window[1] - window[0]) / 3:
         raise BadInput(f"{path}: no CT by its values, {low:g} to {high:g}; expected HU that cover at least a third of "
                        f"{window[0]:g} to {window[1]:g} (a label map? normalised?)")
-    return read
+    return read, levels
 
 
 def find_volumes(source: Path) -> dict[str, Path]:
@@ -111,11 +107,10 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device) 
     several = None if len(paths) > 1 else True
     for name, path in tqdm(paths.items(), "predicting", unit="volume", disable=several, leave=False):
         try:
-            read = read_ct(path, config["window"])
+            read, levels = read_ct(path, config["window"])
         except BadInput as e:
             bad.append(str(e))
             continue
-        levels = datasets.window_to_uint8(read.hu, config["window"])
         labels = volume(model, levels, config["crop_size"], amp, device, name)
         foreign = config["data"] == "phantom" and not read.is_phantom
         tqdm.write(f"{write(folder, name, labels, read)}: {len(np.unique(labels[labels > 0]))} organs in {len(labels)} "

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -34,9 +33,8 @@ def features(backbone: nn.Module, slices: torch.Tensor, size: int, positions: bo
     stages = nn.Sequential(*list(backbone.children())[:-2]).to(device).eval()
     vectors = []
     for part in slices.split(32):
-        images = F.interpolate(part[:, None].to(device).float() / 255, (size, size), mode="bilinear", antialias=True)
         with runtime.autocast(amp, device):
-            maps = stages(augment.normalise(images)).float()
+            maps = stages(augment.whole(part.to(device), size)).float()
         vectors.append(maps.movedim(1, -1).flatten(0, 2) if positions else maps.mean((2, 3)))
     return torch.cat(vectors).cpu().numpy()
 

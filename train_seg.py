@@ -40,7 +40,7 @@ from segment import PROTOCOLS, Segmenter, checksum
 MOMENTUM, WEIGHT_DECAY, LR_END, POWER = 0.9, 5e-4, 1e-4, 0.9  # mmsegmentation's schedule_40k
 PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, lr=0.01)
 PHANTOM = dict(arch="resnet18", iterations=100, crop_size=128, batch_size=4, lr=0.05)
-CHECKPOINT = 4000  # iterations between two checkpoints and evaluations; half of a run that is shorter than two
+CHECKPOINT = 4000  # iterations between two checkpoints and evaluations; the last one has both, too
 FLUSH = 10  # iterations between two looks at the loss
 SHOWN = 6  # slices in overlays.png
 
@@ -84,7 +84,6 @@ def settle(args, phantom: bool) -> None:
         if draw not in range(DRAWS[args.split]):
             raise BadInput(f"--draw {draw}: split {args.split} has draws 0 to {DRAWS[args.split] - 1}")
     args.protocols = PROTOCOLS if args.protocol is None else (args.protocol,)
-    args.every = min(CHECKPOINT, -(-args.iterations // 2))
 
 
 # ----------------------------------------------------------------------------------------------------- backbones
@@ -254,7 +253,7 @@ def fit(trainer: Trainer, run: runtime.Run, first: int) -> None:
         for t, pairs in datasets.prefetch(crops.fetch, range(first, args.iterations), args.workers):
             pending.append(trainer.step(t, pairs))
             done = t + 1
-            stopping, due = processes.any(stop.signal != 0), done % args.every == 0 or done == args.iterations
+            stopping, due = processes.any(stop.signal != 0), done % CHECKPOINT == 0 or done == args.iterations
             if len(pending) == FLUSH or due or stopping:
                 values = runtime.mean_over_processes(torch.stack(pending), processes).tolist()
                 records = [{"step": done - len(values) + i + 1, "loss": v, "lr": lr(done - len(values) + i, args)}
@@ -324,7 +323,7 @@ def finish(trainer: Trainer, run: runtime.Run, config: dict) -> None:
 
 def pictures(store: datasets.Store, folder: Path, title: str, table: np.ndarray, ids: np.ndarray,
          predicted: dict[str, np.ndarray]) -> None:
-    """validation.png and overlays.png of a run."""
+    """overlays.png of a run and, of one that was evaluated on its way, validation.png."""
     rows, shown = [], metrics.spread(table, SHOWN)
     for i, (row, score) in enumerate(shown):
         case, z = str(ids[row]), row - int(np.argmax(ids == ids[row]))
@@ -333,7 +332,8 @@ def pictures(store: datasets.Store, folder: Path, title: str, table: np.ndarray,
         rows.append((f"{rank}{case} slice {z}, Dice {100 * score:.0f} %", store.slice(place),
                      store.slice(place, label=True), predicted[case][z]))
     curve = runtime.read_log(folder / "validation.jsonl")
-    figures.attempt(figures.validation, folder / "validation.png", curve, title)
+    if len(curve) > 1:
+        figures.attempt(figures.validation, folder / "validation.png", curve, title)
     figures.attempt(figures.overlays, folder / "overlays.png", rows,
                     f"{title}: validation slices, from the worst to the best mean Dice of their organs", ORGANS)
 

@@ -37,7 +37,7 @@ PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, b
              queue=65536, ema=0.999, zca_group=64, size=datasets.SIZE)
 PHANTOM = dict(arch="resnet18", init="random", image_size=128, batch_size=64, bn_group=16, epochs=3, lr=0.03,
                queue=1024, ema=0.99, zca_group=32, size=192)
-SIGNS = 128  # slices on which the signs of collapse are looked at
+HELD_OUT = 128  # slices (an eighth of a small data set) on which the signs of collapse are looked at: never trained on
 FLUSH = 10  # steps between two looks at the losses; each look waits for the device
 
 
@@ -120,10 +120,15 @@ def build(args) -> MoCo:
 
 
 class Batches:
-    """Which slices, views, shuffle and patches step t has: a function of (seed, t) alone."""
+    """Which slices, views, shuffle and patches step t has: a function of (seed, t) alone.
+
+    Of the store's slices, `held_out` are kept apart; the others are trained on.
+    """
 
     def __init__(self, args, slices: int, processes: runtime.Processes):
-        self.args, self.slices, self.steps_per_epoch = args, slices, slices // args.batch_size
+        drawn = runtime.rng(args.seed, runtime.SIGNS).permutation(slices)
+        self.held_out, self.trained = np.split(drawn, [min(HELD_OUT, max(2, slices // 8))])
+        self.args, self.steps_per_epoch = args, len(self.trained) // args.batch_size
         share = args.batch_size // processes.world
         self.local = slice(processes.rank * share, (processes.rank + 1) * share)
         self.epoch, self.order = -1, None
@@ -132,7 +137,7 @@ class Batches:
         """Slice numbers of step t's global batch: an epoch is a shuffled pass without its last partial batch."""
         epoch, position = divmod(t, self.steps_per_epoch)
         order = self.order if epoch == self.epoch else runtime.rng(self.args.seed, runtime.SLICES,
-                                                                   epoch).permutation(self.slices)
+                                                                   epoch).permutation(self.trained)
         self.epoch, self.order = epoch, order
         return order[position * self.args.batch_size :][: self.args.batch_size]
 
@@ -244,8 +249,8 @@ def main(argv: list[str] | None = None) -> None:
     check_groups(args, processes.world)
     batches = Batches(args, len(store), processes)
     if not batches.steps_per_epoch:
-        raise BadInput(f"{data}: {len(store)} slices are fewer than one batch of {args.batch_size}; "
-                       "lower --batch-size")
+        raise BadInput(f"{data}: {len(store)} slices are fewer than one batch of {args.batch_size} besides "
+                       f"{len(batches.held_out)} held-out ones; lower --batch-size")
     kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp")
     config = {k: v for k, v in vars(args).items() if k not in kept}
     moco = build(args)  # before the run folder: weights that do not fit leave nothing behind
@@ -286,22 +291,20 @@ def introduce(args, store, phantom, processes, amp, first, last, trainer) -> Non
 
 
 class Signs:
-    """Is it collapsing? Looked at each epoch on a fixed batch of slices; the training is not touched by it."""
+    """Is it collapsing? Looked at each epoch on the held-out slices, as they are; the training is not touched by it."""
 
     def __init__(self, trainer: Trainer, store: datasets.Store):
         self.trainer = trainer
-        chosen = runtime.rng(trainer.args.seed, runtime.SIGNS).choice(len(store), min(SIGNS, len(store)), replace=False)
-        drawn = augment.draw(runtime.rng(trainer.args.seed, runtime.SIGNS, 1), len(chosen), trainer.args.geometric)
-        self.views = augment.apply(torch.from_numpy(store.batch(chosen)), drawn, trainer.args.image_size)
+        self.slices = torch.from_numpy(store.batch(trainer.batches.held_out))
 
     @torch.no_grad()
     def look(self, step: int) -> dict[str, float]:
         """Effective ranks of the query encoder's pooled features and of its embeddings, in evaluation mode."""
         encoder, args, device = self.trainer.moco.encoder_q.eval(), self.trainer.args, self.trainer.device
         features, embeddings = [], []
-        for part in self.views.split(args.bn_group):
+        for part in self.slices.split(args.bn_group):
             with runtime.autocast(self.trainer.amp, device):
-                pooled = encoder.features(part.to(device))[1]
+                pooled = encoder.features(augment.whole(part.to(device), args.image_size))[1]
                 embeddings.append(encoder.projector(pooled).float())
             features.append(pooled.float())
         encoder.train()
@@ -319,7 +322,7 @@ class Signs:
                     f"{signs['similarity_negative']:.2f} to other slices' keys: everything is mapped to one point "
                     "(complete collapse); "
                     "check --lr and the data")
-        if signs["effective_rank"] < width / 100:
+        if signs["effective_rank"] < min(width, 10 * (len(self.slices) - 1)) / 100:
             return (f"warning: the {width} features have an effective rank of {signs['effective_rank']:.1f}: only so "
                     "many directions are used (dimensional collapse, Fig. 1); see --local --zca")
         return ""

@@ -10,7 +10,7 @@ guess that is wrong would show up in no number afterwards.
 """
 
 import contextlib
-import gzip
+import functools
 import math
 import os
 import zlib
@@ -27,6 +27,7 @@ SUFFIXES = (".nii.gz", ".nii")
 # A file's axes in the order (x, y, z) towards Left, Posterior, Superior; transposed, that is (Z, Y, X).
 DISPLAY = axcodes2ornt(("L", "P", "S"))
 MAX_VOXELS = 2**31  # 2,147 million: 8,000 slices of 512 x 512. A header that declares more is damaged.
+BLOCK = 1 << 20  # bytes of a compressed file that are read at once
 MAX_RATIO = 1100  # of gzip's compression: deflate cannot do better than 1,032
 
 
@@ -36,13 +37,22 @@ class BadInput(ValueError):
 
 @dataclass(frozen=True)
 class Volume:
-    """hu (Z, Y, X) float32; spacing (z, y, x) in mm; the rest is what writing on the file's grid needs."""
+    """stored (Z, Y, X): the file's own numbers; spacing (z, y, x) in mm; the rest writing on the file's grid needs."""
 
-    hu: np.ndarray
+    stored: np.ndarray
     spacing: tuple[float, float, float]
     path: Path
     header: nib.Nifti1Header
     affine: np.ndarray
+
+    @functools.cached_property
+    def hu(self) -> np.ndarray:
+        """(Z, Y, X) float32 in HU, its own writable memory."""
+        return np.require(_hu(self.stored, self.header), np.float32, ["C", "W"])
+
+    def slice(self, z: int) -> np.ndarray:
+        """hu[z], (Y, X) float32, without the memory of a whole volume in float32."""
+        return _hu(self.stored[z], self.header)
 
     @property
     def is_phantom(self) -> bool:
@@ -57,19 +67,17 @@ def stem(path: Path) -> str:
 def read_volume(path: str | os.PathLike) -> Volume:
     """Read one CT volume.
 
-    Returns a Volume with hu (Z, Y, X) in HU (scl_slope and scl_inter applied).
+    Returns a Volume whose hu (Z, Y, X) has scl_slope and scl_inter applied.
     Raises BadInput when the file is missing, no NIfTI, damaged, no 3-D image, or holds NaN or infinity.
     """
     path = Path(path)
     data, header, affine = _load(path)
-    raw = _scaled(data, header)
-    with np.errstate(over="ignore", invalid="ignore"):
-        hu = np.require(_display(raw, affine), np.float32, ["C", "W"])  # its own, writable memory
-    if raw.dtype.kind == "f" and not np.isfinite(hu).all():
-        bad = int((~np.isfinite(hu)).sum())
-        raise BadInput(f"{path}: {bad} of {hu.size} voxels are NaN or infinite; export it again or remove it")
     spacing = nib.affines.voxel_sizes(affine)[np.argsort(_to_display(affine)[:, 0])]
-    return Volume(hu, tuple(float(s) for s in spacing[::-1]), path, header, affine)
+    read = Volume(_display(data, affine), tuple(float(s) for s in spacing[::-1]), path, header, affine)
+    if (data.dtype.kind == "f" or _is_scaled(header)) and not np.isfinite(read.hu).all():
+        bad = int((~np.isfinite(read.hu)).sum())
+        raise BadInput(f"{path}: {bad} of {read.hu.size} voxels are NaN or infinite; export it again or remove it")
+    return read
 
 
 def read_labels(path: str | os.PathLike, volume: Volume, classes: int) -> np.ndarray:
@@ -80,7 +88,7 @@ def read_labels(path: str | os.PathLike, volume: Volume, classes: int) -> np.nda
     """
     path = Path(path)
     data, header, affine = _load(path)
-    # a volume's hu is the file's grid with its axes permuted and flipped: compare in the file's own order
+    # a volume is the file's grid with its axes permuted and flipped: compare in the file's own order
     own = tuple(int(d) for d in volume.header["dim"][1:4])
     if data.shape != own:
         raise BadInput(f"{path}: label of {data.shape} voxels for an image of {own} ({volume.path.name}); "
@@ -115,8 +123,8 @@ def write_labels(path: str | os.PathLike, labels: np.ndarray, volume: Volume) ->
     The file's affine, units and form codes are kept; it appears whole or not at all.
     Raises ValueError when the shape is not the volume's.
     """
-    if labels.shape != volume.hu.shape:
-        raise ValueError(f"labels of shape {labels.shape} for a volume of {volume.hu.shape}")
+    if labels.shape != volume.stored.shape:
+        raise ValueError(f"labels of shape {labels.shape} for a volume of {volume.stored.shape}")
     back = ornt_transform(DISPLAY, io_orientation(volume.affine))
     data = apply_orientation(labels.astype(np.uint8).transpose(2, 1, 0), back)
     header = nib.Nifti1Header()
@@ -148,17 +156,56 @@ def _display(data: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return apply_orientation(data, _to_display(affine)).transpose(2, 1, 0)
 
 
-def _scaled(data: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
-    """scl_slope and scl_inter applied in float64, where int32 times a float keeps its digits; a slope of 0 is none."""
+def _is_scaled(header: nib.Nifti1Header) -> bool:
+    """Whether scl_slope and scl_inter change anything; a slope of 0 is none."""
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0 or (slope, inter) == (1, 0):
+    return slope != 0 and (slope, inter) != (1, 0)
+
+
+def _scaled(data: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
+    """scl_slope and scl_inter applied in float64, where int32 times a float keeps its digits."""
+    if not _is_scaled(header):
         return data
     with np.errstate(over="ignore", invalid="ignore"):
-        return data * np.float64(slope) + np.float64(inter)
+        return data * np.float64(header["scl_slope"]) + np.float64(header["scl_inter"])
+
+
+def _hu(stored: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _scaled(stored, header).astype(np.float32)
+
+
+class _Gunzip:
+    """What gzip.GzipFile reads, a quarter faster: in blocks of 1 MB instead of 8 KB (Python before 3.12).
+
+    zlib itself verifies length and checksum at the end of each of the file's members, and raises zlib.error.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.inflate, self.rest = file, zlib.decompressobj(31), b""
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, fewer only at the end. Raises zlib.error and, where the file is cut short, EOFError."""
+        parts, wanted = [], size
+        while wanted:
+            if self.inflate.eof:  # of a member: the end of the file, zeros or another member follow
+                self.rest = self.inflate.unused_data.lstrip(b"\0")
+                while not self.rest and (block := self.file.read(BLOCK)):
+                    self.rest = block.lstrip(b"\0")
+                if not self.rest:
+                    break
+                self.inflate = zlib.decompressobj(31)
+            self.rest = self.rest or self.file.read(BLOCK)
+            if not self.rest:
+                raise EOFError("it ends too early")
+            parts.append(self.inflate.decompress(self.rest, wanted))
+            self.rest = self.inflate.unconsumed_tail
+            wanted -= len(parts[-1])
+        return b"".join(parts)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, nib.Nifti1Header]]:
+def _opened(path: Path) -> Iterator[tuple["BinaryIO | _Gunzip", nib.Nifti1Header]]:
     """The file's unzipped bytes behind its header, and that header. Raises BadInput, for what fails later too."""
     if not path.name.endswith(SUFFIXES):
         raise BadInput(f"{path}: not a NIfTI name; expected {' or '.join(SUFFIXES)}")
@@ -168,11 +215,11 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, nib.Nifti1Header]]:
             if not file.tell():
                 raise BadInput(f"{path}: empty file (0 bytes); download it again")
             file.seek(0)
-            with gzip.GzipFile(fileobj=file) if zipped else contextlib.nullcontext(file) as stream:
-                yield stream, _header(path, stream)
+            stream = _Gunzip(file) if zipped else file
+            yield stream, _header(path, stream)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+    except (EOFError, zlib.error) as e:
         raise BadInput(f"{path}: damaged gzip file ({e}); download it again") from None
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
@@ -180,7 +227,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, nib.Nifti1Header]]:
         raise BadInput(f"{path}: too large for this machine's memory") from None
 
 
-def _header(path: Path, stream: BinaryIO) -> nib.Nifti1Header:
+def _header(path: Path, stream: BinaryIO | _Gunzip) -> nib.Nifti1Header:
     start = stream.read(348)
     kind = nib.Nifti1Header
     if start[4:7] == b"n+2":
@@ -199,7 +246,7 @@ def _load(path: Path) -> tuple[np.ndarray, nib.Nifti1Header, np.ndarray]:
         shape, dtype, offset = _check_header(path, header)
         affine = _affine(path, header)
         size = math.prod(shape) * dtype.itemsize
-        on_disk = path.stat().st_size * (MAX_RATIO if isinstance(stream, gzip.GzipFile) else 1)
+        on_disk = path.stat().st_size * (MAX_RATIO if isinstance(stream, _Gunzip) else 1)
         if size > on_disk:  # before anything of that size is allocated
             raise BadInput(f"{path}: truncated, its header declares {size:,} bytes of voxels; download it again")
         stream.read(offset - header.sizeof_hdr)

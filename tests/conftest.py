@@ -1,9 +1,43 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the other core is for stress.py
 
-import phantom
+import pytest  # noqa: E402
+
+import phantom  # noqa: E402
+
+STRESS = pytest.StashKey()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "stress_table" in getattr(item, "fixturenames", ()))  # these come last
+
+
+def pytest_collection_finish(session):
+    """The short forms of stress.py take minutes and one core: they run beside the other tests."""
+    needed = any("stress_table" in getattr(item, "fixturenames", ()) for item in session.items)
+    if needed and not session.config.option.collectonly:
+        session.config.stash[STRESS] = subprocess.Popen(
+            [sys.executable, Path(__file__).parent / "stress.py", "--short", "--kills", "6", "--files", "300", "--only",
+             "files", "kills", "signals", "processes", "disk", "restarts"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def pytest_sessionfinish(session):
+    stress = session.config.stash.get(STRESS, None)
+    if stress and stress.poll() is None:  # the tests were stopped, or failed before they asked for its table
+        os.killpg(stress.pid, 9)
+
+
+@pytest.fixture(scope="session")
+def stress_table(request) -> tuple[list[str], str]:
+    """(lines of the table that stress.py prints, its stderr) for its short forms: 3 kills a script, 300 files."""
+    out, err = request.config.stash[STRESS].communicate(timeout=600)
+    assert "| what | tried | how it ended |" in out, err
+    return out.splitlines(), err
 
 
 @pytest.fixture(scope="session")

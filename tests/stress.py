@@ -43,6 +43,9 @@ STEPS = 5  # of pre-training, with checkpoints after 3 and 5; of segmentation, a
 TIMES = {"images_per_s", "data_share", "wall_s"}
 
 
+train_seg.CHECKPOINT = 2
+
+
 class Failed(Exception):
     pass
 

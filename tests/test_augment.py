@@ -228,6 +228,15 @@ def test_the_batch_is_left_as_it_was():
     assert torch.equal(batch, noise(4))
 
 
+@pytest.mark.parametrize("height, width, side, shape", [(96, 96, 32, (32, 32)), (60, 96, 40, (40, 64)),
+                                                        (96, 50, 70, (134, 70))])
+def test_whole_slices_are_resized_as_by_torchvision(height, width, side, shape):
+    slices = noise(3)[:, :height, :width]
+    resized = TF.resize(slices[:, None].float() / 255, list(shape), antialias=True).expand(-1, 3, -1, -1)
+    expected = TF.normalize(resized, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+    torch.testing.assert_close(augment.whole(slices, side), expected, atol=1e-4, rtol=0)
+
+
 def test_autocast_changes_nothing():
     batch, params = noise(4), augment.draw(np.random.default_rng(0), 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -29,6 +29,12 @@ def ct(seed, shape=(20, 16, 4)):
     return np.random.default_rng(seed).integers(-1000, 1000, shape).astype(np.int16)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """The default store lies below the folder that a command is started in."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def abdomen(tmp_path):
     for i in (1, 2, 3):
@@ -61,6 +67,18 @@ def test_windowing_is_a_rounded_linear_map():
     expected = np.rint(np.clip((hu.astype(np.float64) + 175) / 425, 0, 1) * 255)
     assert np.abs(datasets.window_to_uint8(hu, (-175, 250)) - expected).max() <= 1  # ties only
     assert (datasets.window_to_uint8(hu, (-175, 250)) == expected).mean() > 0.999
+
+
+@pytest.mark.parametrize("stored", ["<i2", ">i2", "<u2", "<f4", "<i4"])
+def test_levels_are_those_of_the_whole_volume_in_hu(tmp_path, stored):
+    header = nib.Nifti1Header(endianness=">" if stored.startswith(">") else "<")
+    header.set_data_dtype(np.dtype(stored))
+    data = (ct(5) + (1000 if stored == "<u2" else 0)).astype(stored)
+    nib.save(nib.Nifti1Image(data, np.diag([1.5, -1.5, 5, 1]), header), tmp_path / "a.nii")
+    levels, low, high = datasets.levels(datasets.read_volume(tmp_path / "a.nii"), (-175, 250))
+    expected = np.rint(np.clip((data[::-1].T.astype(np.float64) + 175) / 425, 0, 1) * 255)
+    assert np.abs(levels - expected).max() <= 1 and (levels == expected).mean() > 0.99 and levels.dtype == np.uint8
+    assert (low, high) == (data.min(), data.max())
 
 
 def test_pretraining_slices_are_padded_with_air_and_resampled(abdomen, tmp_path):

@@ -175,6 +175,7 @@ def test_predicting_takes_no_random_number_and_leaves_the_mode():
 
 def test_real_ct_is_accepted(real_ct, tmp_path):
     for name in ("nifti/example_ct_sm.nii.gz", "nifti/aorta_ct.nii.gz", "BTCV/RawData/Training/img/img0035.nii.gz"):
-        assert isinstance(predict.read_ct(real_ct / name, datasets.WINDOW), volumes.Volume)
+        read, levels = predict.read_ct(real_ct / name, datasets.WINDOW)
+        assert isinstance(read, volumes.Volume) and levels.shape == read.hu.shape
     with pytest.raises(runtime.BadInput, match="no CT by its values"):
         predict.read_ct(real_ct / "nifti/example_ct_sm_label.nii.gz", datasets.WINDOW)

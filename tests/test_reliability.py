@@ -5,9 +5,6 @@
 
 import contextlib
 import io
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,30 +13,21 @@ import torch
 import runtime
 import train_ssl
 
-ROOT = Path(__file__).parent.parent
 PARTS = {"files": "mutated files", "kills": "SIGKILL", "signals": "SIGINT", "processes": "another number of processes",
          "disk": "full disk", "restarts": "--max-restarts"}
 
 
-@pytest.fixture(scope="module")
-def table():
-    """The table that a short form prints: 3 kills, 300 mutated files."""
-    command = [sys.executable, ROOT / "tests" / "stress.py", "--short", "--kills", "3", "--files", "300", "--only"]
-    ended = subprocess.run([*command, *PARTS], capture_output=True, text=True, timeout=600)
-    assert "| what | tried | how it ended |" in ended.stdout, ended.stderr
-    return ended.stdout.splitlines(), ended.stderr
-
-
 @pytest.mark.parametrize("part", PARTS)
-def test_short_forms(table, part):
-    rows = [row for row in table[0] if row.startswith(f"| {part} | | FAILED") or PARTS[part] in row]
-    assert rows and not any("FAILED" in row for row in rows), f"{rows}\n{table[1]}"
+def test_short_forms(stress_table, part):
+    lines, err = stress_table
+    rows = [row for row in lines if row.startswith(f"| {part} | | FAILED") or PARTS[part] in row]
+    assert rows and not any("FAILED" in row for row in rows), f"{rows}\n{err}"
 
 
-def test_a_second_signal_a_second_run_and_no_write_elsewhere(table):
-    assert any(row.startswith("| a second signal | 1 | ended at once") for row in table[0])
-    assert any(row.startswith("| a second run on a folder at work | 1 | refused") for row in table[0])
-    assert any(row.startswith("| writes outside") for row in table[0])
+def test_a_second_signal_a_second_run_and_no_write_elsewhere(stress_table):
+    for start in ("| a second signal | 1 | ended at once", "| a second run on a folder at work | 1 | refused",
+                  "| writes outside"):
+        assert any(row.startswith(start) for row in stress_table[0]), start
 
 
 @pytest.fixture
@@ -51,7 +39,7 @@ def flags(small_phantom, tmp_path):
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
 def test_numbers_that_are_not_finite_end_a_run(flags, tmp_path, monkeypatch, what):
-    """At step 5 or 6, with the checkpoint of step 3 behind it: named are the step, its slices and the checkpoint."""
+    """At step 5 or 6, with the checkpoint of step 4 behind it: named are the step, its slices and the checkpoint."""
     real = train_ssl.Trainer.step
 
     def step(self, t, slices):
@@ -65,7 +53,7 @@ def test_numbers_that_are_not_finite_end_a_run(flags, tmp_path, monkeypatch, wha
     monkeypatch.setattr(train_ssl.Trainer, "step", step)
     line = refusal_of([*flags, "--steps", "6"])
     saved = runtime.load(tmp_path / "phantom-moco" / "checkpoint.pt")
-    assert saved["step"] == 3 and all(t.isfinite().all() for t in saved["model"].values())
+    assert saved["step"] == 4 and all(t.isfinite().all() for t in saved["model"].values())
     assert "the last good checkpoint is" in line and str(tmp_path / "phantom-moco" / "checkpoint.pt") in line
     assert ("step 6: weights" if what == "weights" else f"step 5: the {'loss' if what == 'loss' else 'norm'}") in line
     assert what == "weights" or line.count(" slice ") == 8

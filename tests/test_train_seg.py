@@ -124,6 +124,7 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
         return [*flags("--split", "25", "--draw", 1, "--protocol", "linear-finetune", "--backbone", "random",
                        "--iterations", 4), "--out", str(out)]
 
+    monkeypatch.setattr(train_seg, "CHECKPOINT", 2)
     train_seg.main(args(tmp_path / "b"))
     real, asked = runtime.Processes.any, []
     monkeypatch.setattr(runtime.Processes, "any", lambda self, flag: asked.append(1) or len(asked) == 2
@@ -132,6 +133,7 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
         train_seg.main(args(tmp_path / "a"))
     train_seg.main(args(tmp_path / "a"))
     a, b = (tmp_path / x / "seg" / "random-linear-finetune-25-1" for x in "ab")
+    assert (a / "validation.png").exists()
     assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
     curve = runtime.read_log(a / "validation.jsonl")
     assert [r["step"] for r in curve] == [2, 4] and curve == runtime.read_log(b / "validation.jsonl")
@@ -145,6 +147,7 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
 def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags, tmp_path, monkeypatch):
     args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
                    "--iterations", 3), "--out", str(tmp_path)]
+    monkeypatch.setattr(train_seg, "CHECKPOINT", 2)
     with monkeypatch.context() as m, pytest.raises(RuntimeError):
         m.setattr(metrics, "per_case", lambda *a: (_ for _ in ()).throw(RuntimeError))
         train_seg.main(args)
@@ -339,4 +342,4 @@ def test_results_name_what_they_were_made_from(runs):
         assert told["split_sha256"] == hashlib.sha256(split.read_bytes()).hexdigest()
     for folder in (runs / "seg").glob("phantom-*"):
         assert {"config.json", "log.jsonl", "checkpoint.pt", "result.json", "dice.csv", "validation.jsonl",
-                "validation.png", "overlays.png"} <= {p.name for p in folder.iterdir()}
+                "overlays.png"} <= {p.name for p in folder.iterdir()}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,13 +83,13 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys):
 
 def test_one_process_with_two_groups_equals_two_processes(flags, tmp_path):
     """Every loss and every tensor of backbone.pth, buffers included, in float32 on gloo."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for world in (1, 2):
-        # "--": without it argparse of Python before 3.12.7 takes --local for an option of torchrun
-        subprocess.run([*command, "--nproc-per-node", str(world), "--", "train_ssl.py",
-                        *flags(tmp_path / str(world), "--local", "--zca", "--steps", 3)],
-                       cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # "--": without it argparse of Python before 3.12.7 takes --local for an option of torchrun
+    two = subprocess.Popen([*command, "--", "train_ssl.py", *flags(tmp_path / "2", "--local", "--zca", "--steps", 3)],
+                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    train_ssl.main(flags(tmp_path / "1", "--local", "--zca", "--steps", 3))
+    told, _ = two.communicate(timeout=300)
+    assert two.returncode == 0, told
     (log1, _, one), (log2, _, two) = (outcome(tmp_path / w / "phantom-moco-local-zca") for w in "12")
     for r1, r2 in zip(log1, log2, strict=True):
         assert r1 == pytest.approx(r2, abs=1e-5)
@@ -106,6 +105,7 @@ def test_step_t_is_a_function_of_seed_and_t(flags, tmp_path):
     halves = [train_ssl.Batches(args, 37, runtime.Processes(r, 2, torch.device("cpu"))) for r in (0, 1)]
     assert whole.steps_per_epoch == 4
     epoch = np.concatenate([whole.indices(t) for t in range(4)])
+    assert len(whole.held_out) == 4 and not set(epoch) & set(whole.held_out)
     assert len(set(epoch)) == 32 and not np.array_equal(np.sort(epoch), epoch)  # without replacement, shuffled
     for t in (9, 2):  # any order of asking
         np.testing.assert_array_equal(np.concatenate([h.indices(t)[h.local] for h in halves]), whole.indices(t))
@@ -123,7 +123,7 @@ def test_schedule_is_torchs_cosine(flags, tmp_path):
     args = train_ssl.parse(flags(tmp_path, "--epochs", 2))
     train_ssl.settle(args, True)
     processes = runtime.Processes(0, 1, torch.device("cpu"))
-    batches = train_ssl.Batches(args, 40, processes)
+    batches = train_ssl.Batches(args, 46, processes)  # 41 to train on
     trainer = train_ssl.Trainer(args, train_ssl.build(args), batches, processes, "off")
     reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], args.lr)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(reference, 10)
@@ -182,6 +182,47 @@ def test_one_group_warns_and_a_long_queue_is_noted(flags, tmp_path, capsys):
     with pytest.warns(UserWarning, match="one group only"):
         train_ssl.main(flags(tmp_path, "--bn-group", 8, "--steps", 1, "--queue", 80))
     assert "the queue of 80 is longer" in capsys.readouterr().err
+
+
+def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, small_phantom):
+    """Effective ranks against an eigendecomposition of what the encoder gives in evaluation mode; what warns."""
+    args = train_ssl.parse(flags(tmp_path))
+    train_ssl.settle(args, True)
+    store = datasets.prepare(small_phantom / "AbdomenCT-1K", args.store, "pretrain", size=args.size)
+    processes = runtime.Processes(0, 1, torch.device("cpu"))
+    trainer = train_ssl.Trainer(args, train_ssl.build(args), train_ssl.Batches(args, len(store), processes), processes,
+                                "off")
+    before = {k: v.clone() for k, v in trainer.moco.state_dict().items()}
+    signs = train_ssl.Signs(trainer, store)
+    told = signs.look(2)
+    assert trainer.moco.encoder_q.training
+    assert all(torch.equal(v, before[k]) for k, v in trainer.moco.state_dict().items())
+    images = torch.nn.functional.interpolate(
+        torch.stack([torch.from_numpy(store.slice(int(i))) for i in trainer.batches.held_out])[:, None].float(),
+        (64, 64), mode="bilinear", antialias=True).expand(-1, 3, -1, -1) / 255
+    images = (images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        features = trainer.moco.encoder_q.backbone.eval()(images)
+        embeddings = trainer.moco.encoder_q.projector(features)
+    for key, x in (("effective_rank", features), ("effective_rank_embedding", embeddings)):
+        values = torch.linalg.eigvalsh(torch.cov(x.double().T)).clamp(min=0)
+        share = values[values > 1e-12 * values.max()] / values.sum()
+        assert told[key] == pytest.approx(torch.exp(-(share * share.log()).sum()).item(), rel=1e-3)
+    assert told["queue_filled"] == 0.5
+    healthy = told | {"effective_rank": 100.0, "similarity_negative": 0.1}
+    assert signs.warning(healthy) == ""
+    assert "dimensional collapse" in signs.warning(healthy | {"effective_rank": 0.05})
+    assert "complete collapse" in signs.warning(healthy | {"similarity_negative": 0.95})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [["--amp", "bf16"], ["--amp", "fp16"], ["--compile"]])
+def test_a_gpu_trains(flags, tmp_path, more):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    train_ssl.main(flags(tmp_path, "--local", "--zca", "--steps", 3, *more))
+    assert [r["step"] for r in runtime.read_log(tmp_path / "phantom-moco-local-zca/log.jsonl")] == [1, 2, 3]
 
 
 def test_real_ct_trains(real_ct, tmp_path):

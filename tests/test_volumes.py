@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
+import volumes
 from volumes import BadInput, read_labels, read_volume, write_labels
 
 RAS = np.diag([0.8, 0.7, 2.5, 1.0])
@@ -192,6 +193,22 @@ def test_bad_files_are_refused_in_one_line_with_their_name(tmp_path, kind):
     words = ("bits", "form_code", "metres", "scl_slope", "scl_inter", "starts at", "spacing of", "damaged qform",
              "longer than")
     assert kind not in words or kind in str(caught.value)
+
+
+def test_members_padding_and_small_blocks_are_read_as_gzip_reads_them(tmp_path, monkeypatch):
+    """Two members one behind the other, and zeros at the end, as tapes and some writers leave them."""
+    nib.save(nib.Nifti1Image(scene(), RAS), tmp_path / "a.nii")
+    raw = (tmp_path / "a.nii").read_bytes()
+    for block in (1, 7, 1 << 20):
+        monkeypatch.setattr(volumes, "BLOCK", block)
+        for zipped in (gzip.compress(raw[:500]) + gzip.compress(raw[500:]), gzip.compress(raw) + bytes(50)):
+            (tmp_path / "a.nii.gz").write_bytes(zipped)
+            assert gzip.decompress(zipped) == raw
+            np.testing.assert_array_equal(read_volume(tmp_path / "a.nii.gz").hu, expected(scene()))
+        for zipped in (gzip.compress(raw) + b"more", gzip.compress(raw)[:-1], gzip.compress(raw)[:-8] + bytes(8)):
+            (tmp_path / "a.nii.gz").write_bytes(zipped)
+            with pytest.raises(BadInput, match="damaged gzip file"):
+                read_volume(tmp_path / "a.nii.gz")
 
 
 def test_no_flipped_bit_is_read_as_valid(tmp_path):
