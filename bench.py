@@ -33,8 +33,7 @@ import train_ssl
 from segment import Segmenter
 
 SIDE = 512  # of the slices on disk
-VOLUMES = 8  # that are prepared
-NO_GPU = "not measured: no GPU here"
+NO_GPU = "no GPU here"
 PAPER_BATCH = 256
 PAPER_STEPS = 200 * ((215_325 - train_ssl.HELD_OUT) // PAPER_BATCH)
 
@@ -53,7 +52,7 @@ class Table:
             print(f"| {what} | {target} | {text} | {mark} |", flush=True)
 
     def skip(self, what: str, target: str, why: str) -> None:
-        self.add(what, None, target, f"skipped: {why}")
+        self.add(what, None, target, f"not measured: {why}")
 
 
 def medians(repeats: int, **work: Callable) -> dict[str, float]:
@@ -307,15 +306,15 @@ def lightly_step(table: Table, s: Setting) -> None:
 def reading(table: Table, folder: Path, s: Setting) -> None:
     """Random slices from a warm store; the decoding of volumes; how both grow."""
     rng = np.random.default_rng(0)
-    data, depth = folder / "data", 64
+    data, depth, count = folder / "data", 64, 4 if s.quick else 8
     data.mkdir()
-    for i in range(VOLUMES):
+    for i in range(count):
         noise = rng.integers(-1000, 1000, (SIDE, SIDE, depth)).astype(np.int16)
         nib.save(nib.Nifti1Image(noise, np.diag([-0.8, -0.8, 2.5, 1])), data / f"{i}.nii.gz")
     files = sorted(data.iterdir())
     made = iter(range(1000))
 
-    def prepare(workers: int, count: int = VOLUMES) -> None:
+    def prepare(workers: int, count: int = count) -> None:
         some = folder / f"some{count}"
         if not some.exists():
             some.mkdir()
@@ -327,13 +326,13 @@ def reading(table: Table, folder: Path, s: Setting) -> None:
         for f in files:
             np.asarray(nib.load(f).dataobj)
 
-    found = medians(3, decode=decode, one=lambda: prepare(1), two=lambda: prepare(2),
-                    half=lambda: prepare(1, VOLUMES // 2))
+    found = medians(2 if s.quick else 5, decode=decode, one=lambda: prepare(1), two=lambda: prepare(2),
+                    half=lambda: prepare(1, count // 2))
     for name, words, target in (("one", "prepare, one process", 0.85), ("two", "prepare, two processes", 1.8)):
         ratio = found["decode"] / found[name]
         table.add(f"{words}, against nibabel's bare decoding of the same files", ratio, f"at least {target}", None,
                   ratio >= target)
-    table.add(f"growth: prepare of {VOLUMES} volumes / of {VOLUMES // 2}", found["one"] / found["half"])
+    table.add(f"growth: prepare of {count} volumes / of {count // 2}", found["one"] / found["half"])
     store = datasets.prepare(data, folder / "warm", "pretrain", size=SIDE, workers=2)
     order = rng.permutation(len(store))
     rate = len(store) / medians(5, read=lambda: store.batch(order))["read"]

@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -195,11 +196,12 @@ def square(slices: np.ndarray, size: int) -> np.ndarray:
 
 
 def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()  # current processors have instructions for it
+    """CRC-32 of a file, as gzip and zip have it: against damage, at a third of the time of SHA-256."""
+    crc = 0
     with open(path, "rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        while block := f.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
 
 
 def _stamp(path: Path | None) -> dict | None:
