@@ -65,7 +65,7 @@ def draw(rng: np.random.Generator, batch_size: int, geometric: bool = True) -> P
     }
 
 
-def apply(batch: Tensor, params: Params, size: int) -> Tensor:
+def apply(batch: Tensor, params: Params, size: int = 224) -> Tensor:
     """The views (N, 3, size, size), float32 and contiguous, of a batch of square slices (N, H, H), uint8.
 
     0..255 (the HU window) becomes [0, 1], then `normalise`. `params` is what `draw` gave for these N samples.

@@ -525,19 +525,21 @@ def audit(data: Path, kind: str, workers: int, store: Path) -> int:
         _tell_organs(good)
     picked = good[:: -(-len(good) // SHEET) or 1]
     _contact_sheet(store / f"audit-{kind}.png", [r["middle"] for r in picked],
-                   [f"{r['id']} slice {r['slices'] // 2}" for r in picked])
+                   [f"{r['id']} slice {r['slices'] // 2}" for r in picked],
+                   [r["labels"] for r in picked] if kind == "segment" else None)
     return _tell_skipped(good, skipped + bad)
 
 
 def _inspect(volume: dict, kind: str) -> dict:
-    record, slices, _ = _describe(volume, kind, WINDOW)
-    return record | {"middle": slices[len(slices) // 2]}
+    record, slices, labels = _describe(volume, kind, WINDOW)
+    middle = len(slices) // 2
+    return record | {"middle": slices[middle], "labels": None if labels is None else labels[middle]}
 
 
-def _contact_sheet(path: Path, slices: list[np.ndarray], titles: list[str]) -> None:
+def _contact_sheet(path: Path, slices: list[np.ndarray], titles: list[str], labels: list[np.ndarray] | None) -> None:
     if slices:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if figures.attempt(figures.contact_sheet, path, slices, titles):
+        if figures.attempt(figures.contact_sheet, path, slices, titles, labels):
             print(f"{path}: {len(slices)} slices to look at")
 
 
@@ -616,7 +618,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{store.folder}: {len(store.volumes)} volumes, {len(store):,} slices")
             picked = np.linspace(0, len(store) - 1, min(SHEET, len(store))).astype(int)
             _contact_sheet(store.folder / "contact_sheet.png", [store.slice(int(i)) for i in picked],
-                           [store.where(*store.place(int(i))) for i in picked])
+                           [store.where(*store.place(int(i))) for i in picked],
+                           [store.slice(int(i), label=True) for i in picked] if kind == "segment" else None)
             skipped = _tell_skipped(store.volumes, store.skipped)
     except BadInput as e:
         raise SystemExit(f"datasets.py: {e}") from None

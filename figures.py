@@ -137,15 +137,19 @@ def _curve(axes, steps: np.ndarray, values: np.ndarray, label: str, style: dict)
     axes.plot(steps, values, marker="o" if len(steps) < 40 else None, markersize=3, label=label, **style)
 
 
-def contact_sheet(path: Path, slices: Sequence[np.ndarray], titles: Sequence[str]) -> None:
-    """Slices (H, W) uint8 of any sizes, each under its title, in the order given: what a store holds, at a glance."""
+def contact_sheet(path: Path, slices: Sequence[np.ndarray], titles: Sequence[str],
+                  labels: Sequence[np.ndarray] | None = None) -> None:
+    """Slices (H, W) uint8 of any sizes, each under its title, in the order given: what a store holds, at a glance.
+
+    labels (H, W) uint8, where there are any: the organs in their colours, so that a mirrored label is seen.
+    """
     plt = pyplot()
     columns = min(8, max(1, len(slices)))
     rows = -(-len(slices) // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.52 * rows), squeeze=False,
                                 layout="constrained")
-    for axes, image, title in zip(grid.flat, slices, titles, strict=False):
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+    for axes, image, title, organs in zip(grid.flat, slices, titles, labels or [None] * len(slices), strict=False):
+        axes.imshow(_coloured(image, organs))
         axes.set_title(title, fontsize=6, loc="center", pad=2)
     for axes in grid.flat:
         axes.axis("off")

@@ -336,6 +336,7 @@ class Journal:
         self.first, self.last, self.chance = first, last, math.log(1 + args.queue)
         self.bar = tqdm(total=last, initial=first, unit="step", disable=None if processes.is_main else True)
         self.signs = Signs(trainer, store) if processes.is_main else None
+        self.rank = ""  # of the last look
         self.pending, self.waited, self.since = [], 0.0, time.perf_counter()
 
     def flush(self, done: int, tell: bool, look: bool) -> None:
@@ -353,14 +354,13 @@ class Journal:
         runtime.refuse_non_finite(records, lambda step: [self.store.where(*self.store.place(i))
                                                          for i in trainer.batches.indices(step - 1)], self.run)
         told, warning = records[-1], ""
+        if look and self.signs:
+            told |= self.signs.look(done)
+            warning, self.rank = self.signs.warning(told), f", effective rank {told['effective_rank']:.1f}"
         text = (f"loss {told['loss_global']:.2f} (chance {self.chance:.2f})"
                 + (f" local {told['loss_local']:.2f}" if self.args.local else "")
                 + f" accuracy {told['accuracy']:.2f}, {rate:.1f} images/s"
-                + (f", {trainer.skipped} steps skipped" if trainer.skipped else ""))
-        if look and self.signs:
-            told |= self.signs.look(done)
-            warning = self.signs.warning(told)
-            text += f", effective rank {told['effective_rank']:.1f}"
+                + self.rank + (f", {trainer.skipped} steps skipped" if trainer.skipped else ""))
         self.run.log(records)
         self.bar.set_postfix_str(text)
         self.bar.update(len(values))

@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the other core is for stres
 
 import pytest  # noqa: E402
 
+import figures  # noqa: E402
 import phantom  # noqa: E402
 
 STRESS = pytest.StashKey()
@@ -55,6 +56,12 @@ def small_phantom(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("phantom") / "phantom"
     phantom.write(folder, unlabelled=6, shape=(4, 64, 64))
     return folder
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Two seconds of every run, for tests that look at other things."""
+    monkeypatch.setattr(figures, "attempt", lambda *_: False)
 
 
 @pytest.fixture

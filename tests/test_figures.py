@@ -89,6 +89,14 @@ def test_contact_sheet(drawn, number):
     assert {f"slice {i}" for i in range(number)} <= set(drawn.texts)
 
 
+def test_contact_sheet_shows_labels(drawn):
+    image, label = np.full((20, 20), 100, np.uint8), np.zeros((20, 20), np.uint8)
+    grey = drawn(figures.contact_sheet, [image], ["a"], [label])
+    label[4:16, 4:16] = 6
+    tinted = drawn(figures.contact_sheet, [image], ["a"], [label])
+    assert np.ptp(grey.astype(int), axis=2).max() == 0 and np.ptp(tinted.astype(int), axis=2).max() > 20
+
+
 def test_validation_and_report(drawn):
     drawn(figures.validation, [{"step": 1, "mDS": None, "mDice_with_background": 0.2},
                                {"step": 2, "mDS": 0.5, "mDice_with_background": 0.6}], "title")

@@ -144,7 +144,7 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
     assert x["organs"] == y["organs"] == curve[-1]["organs"]
 
 
-def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags, tmp_path, monkeypatch):
+def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags, tmp_path, monkeypatch, no_pictures):
     args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
                    "--iterations", 3), "--out", str(tmp_path)]
     monkeypatch.setattr(train_seg, "CHECKPOINT", 2)
@@ -159,7 +159,7 @@ def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags,
 
 
 @pytest.mark.parametrize("name,file", [("append", "results.jsonl"), ("write_text", "result.json")])
-def test_a_run_that_counts_as_done_is_in_the_tables(flags, tmp_path, monkeypatch, name, file):
+def test_a_run_that_counts_as_done_is_in_the_tables(flags, tmp_path, monkeypatch, name, file, no_pictures):
     """Ended between the two files of a result: the next start leaves both, and they agree."""
     args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
                    "--iterations", 2), "--out", str(tmp_path)]

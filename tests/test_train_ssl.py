@@ -55,7 +55,8 @@ def test_a_run_leaves_its_files_and_a_torchvision_backbone(flags, tmp_path, caps
     printed = capsys.readouterr().out
     assert "PHANTOM" in printed
     folder = tmp_path / "phantom-moco-local-zca"
-    assert {"config.json", "log.jsonl", "checkpoint.pt", "backbone.pth"} <= {p.name for p in folder.iterdir()}
+    left = {p.name for p in folder.iterdir()}
+    assert {"config.json", "log.jsonl", "checkpoint.pt", "backbone.pth", "curves.png"} <= left
     assert json.loads((folder / "config.json").read_text())["data"] == "phantom"
     records, checkpoint, backbone = outcome(folder)
     assert [r["step"] for r in records] == [1, 2]
@@ -67,7 +68,7 @@ def test_a_run_leaves_its_files_and_a_torchvision_backbone(flags, tmp_path, caps
     assert checkpoint["model"]["pointer"] == 16 and checkpoint["step"] == 2
 
 
-def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys):
+def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys, no_pictures):
     for more in (["--steps", 2], ["--steps", 3], ["--steps", 4]):
         train_ssl.main(flags(tmp_path / "a", "--local", "--zca", *more))
     train_ssl.main(flags(tmp_path / "b", "--local", "--zca", "--steps", 4))
@@ -81,7 +82,7 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys):
     assert "finished before" in capsys.readouterr().out
 
 
-def test_one_process_with_two_groups_equals_two_processes(flags, tmp_path):
+def test_one_process_with_two_groups_equals_two_processes(flags, tmp_path, no_pictures):
     """Every loss and every tensor of backbone.pth, buffers included, in float32 on gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     # "--": without it argparse of Python before 3.12.7 takes --local for an option of torchrun
@@ -165,7 +166,7 @@ def test_bad_flags_end_in_one_line(flags, tmp_path, refusal):
     assert "r34.pth: not a backbone of architecture resnet18" in line("--init", tmp_path / "r34.pth")
 
 
-def test_another_config_is_refused_with_the_difference(flags, tmp_path, refusal):
+def test_another_config_is_refused_with_the_difference(flags, tmp_path, refusal, no_pictures):
     train_ssl.main(flags(tmp_path, "--steps", 1))
     assert "lr: 0.03 there, 0.01 here" in refusal(train_ssl.main, flags(tmp_path, "--steps", 1, "--lr", 0.01))
 
@@ -178,7 +179,7 @@ def test_bad_volumes_stop_the_run_before_it_starts(tmp_path, flags, refusal):
     assert "scan.nii.gz: not a NIfTI file" in line and not (tmp_path / "out").exists()
 
 
-def test_one_group_warns_and_a_long_queue_is_noted(flags, tmp_path, capsys):
+def test_one_group_warns_and_a_long_queue_is_noted(flags, tmp_path, capsys, no_pictures):
     with pytest.warns(UserWarning, match="one group only"):
         train_ssl.main(flags(tmp_path, "--bn-group", 8, "--steps", 1, "--queue", 80))
     assert "the queue of 80 is longer" in capsys.readouterr().err
@@ -225,7 +226,7 @@ def test_a_gpu_trains(flags, tmp_path, more):
     assert [r["step"] for r in runtime.read_log(tmp_path / "phantom-moco-local-zca/log.jsonl")] == [1, 2, 3]
 
 
-def test_real_ct_trains(real_ct, tmp_path):
+def test_real_ct_trains(real_ct, tmp_path, no_pictures):
     train_ssl.main(["--data", str(real_ct / "AbdomenCT-1K"), "--store", str(tmp_path / "s"), "--out", str(tmp_path),
                     "--arch", "resnet18", "--init", "random", "--image-size", "64", "--batch-size", "8", "--bn-group",
                     "4", "--queue", "64", "--steps", "2", "--local", "--zca"])
