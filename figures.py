@@ -96,7 +96,9 @@ def curves(path: Path, log_records: Sequence[dict], chance: float) -> None:
     plt = pyplot()
     panels = [("loss", {"loss_global": "global (Eq. 1)", "loss_local": "local (Eq. 2)"}),
               ("accuracy: the own key ranks first", {"accuracy": "accuracy"}),
-              ("mean cosine similarity", {"similarity_positive": "positives", "similarity_negative": "negatives"}),
+              ("mean cosine similarity", {"similarity_positive": "positives", "similarity_negative": "negatives",
+                                          "held_out_positive": "held out: of one slice",
+                                          "held_out_negative": "held out: of two slices"}),
               ("effective rank", {"effective_rank": "backbone's features", "effective_rank_embedding": "embeddings"}),
               ("share of the queue filled", {"queue_filled": "queue"}),
               ("learning rate", {"lr": "learning rate"})]

@@ -18,6 +18,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -291,37 +292,48 @@ def introduce(args, store, phantom, processes, amp, first, last, trainer) -> Non
 
 
 class Signs:
-    """Is it collapsing? Looked at each epoch on the held-out slices, as they are; the training is not touched by it."""
+    """Is it collapsing? Looked at each epoch on the held-out slices; the training is not touched by it."""
 
     def __init__(self, trainer: Trainer, store: datasets.Store):
-        self.trainer = trainer
+        self.trainer, args = trainer, trainer.args
         self.slices = torch.from_numpy(store.batch(trainer.batches.held_out))
+        self.views = [augment.draw(runtime.rng(args.seed, runtime.SIGNS, i), len(self.slices), args.geometric)
+                      for i in (1, 2)]
 
     @torch.no_grad()
     def look(self, step: int) -> dict[str, float]:
-        """Effective ranks of the query encoder's pooled features and of its embeddings, in evaluation mode."""
-        encoder, args, device = self.trainer.moco.encoder_q.eval(), self.trainer.args, self.trainer.device
-        features, embeddings = [], []
-        for part in self.slices.split(args.bn_group):
+        """All in evaluation mode: effective ranks of the pooled features and of the embeddings (unit length, as
+        Eq. 1 sees them) of the slices as they are; mean cosines of two fixed views, of one slice and of two.
+        """
+        moco, args, device = self.trainer.moco.eval(), self.trainer.args, self.trainer.device
+        outputs: list[tuple] = []
+        for start in range(0, len(self.slices), args.bn_group):
+            part = slice(start, start + args.bn_group)
+            slices = self.slices[part].to(device)
             with runtime.autocast(self.trainer.amp, device):
-                pooled = encoder.features(augment.whole(part.to(device), args.image_size))[1]
-                embeddings.append(encoder.projector(pooled).float())
-            features.append(pooled.float())
-        encoder.train()
-        outputs = [torch.cat(x).cpu().numpy() for x in (features, embeddings)]
-        ranks = [metrics.effective_rank(metrics.singular_values(x)) if np.isfinite(x).all() else math.nan
-                 for x in outputs]  # where weights are not finite, the checkpoint that follows is refused
+                pooled = moco.encoder_q.features(augment.whole(slices, args.image_size))[1]
+                views = [augment.apply(slices, {k: v[part] for k, v in drawn.items()}, args.image_size)
+                         for drawn in self.views]
+                outputs.append((pooled, moco.encoder_q.projector(pooled), moco.encoder_q(views[0])[1],
+                                moco.encoder_k(views[1])[1]))
+        moco.train()
+        features, *embeddings = (torch.cat(x).float() for x in zip(*outputs, strict=True))
+        embeddings, queries, keys = (F.normalize(x, dim=1) for x in embeddings)
+        ranks = [metrics.effective_rank(metrics.singular_values(x.cpu().numpy())) if x.isfinite().all() else math.nan
+                 for x in (features, embeddings)]  # where one is not finite, the checkpoint that follows is refused
+        cosines = queries @ keys.mT
+        own, count = cosines.diagonal().sum(), len(cosines)
         return {"effective_rank": ranks[0], "effective_rank_embedding": ranks[1],
+                "held_out_positive": (own / count).item(),
+                "held_out_negative": ((cosines.sum() - own) / (count * (count - 1))).item(),
                 "queue_filled": min(1.0, step * args.batch_size / args.queue)}
 
     def warning(self, signs: dict[str, float]) -> str:
         """What the signs mean where they are bad, else ''."""
         width = self.trainer.moco.encoder_q.projector[0].in_features
-        if signs["similarity_negative"] > 0.9:
-            return ("warning: queries have a mean cosine of "
-                    f"{signs['similarity_negative']:.2f} to other slices' keys: everything is mapped to one point "
-                    "(complete collapse); "
-                    "check --lr and the data")
+        if signs["held_out_negative"] > 0.9:
+            return (f"warning: views of different slices have a mean cosine of {signs['held_out_negative']:.2f}: "
+                    "everything is mapped to one point (complete collapse); check --lr and the data")
         if signs["effective_rank"] < min(width, 10 * (len(self.slices) - 1)) / 100:
             return (f"warning: the {width} features have an effective rank of {signs['effective_rank']:.1f}: only so "
                     "many directions are used (dimensional collapse, Fig. 1); see --local --zca")

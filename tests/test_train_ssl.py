@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 
+import augment
 import datasets
 import runtime
 import train_ssl
@@ -206,15 +207,24 @@ def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, sma
     with torch.no_grad():
         features = trainer.moco.encoder_q.backbone.eval()(images)
         embeddings = trainer.moco.encoder_q.projector(features)
+        drawn = [augment.draw(runtime.rng(0, runtime.SIGNS, i), len(images)) for i in (1, 2)]
+        slices = torch.from_numpy(store.batch(trainer.batches.held_out))
+        queries, keys = (encoder.eval()(augment.apply(slices, d, 64))[1] for encoder, d in
+                         zip((trainer.moco.encoder_q, trainer.moco.encoder_k), drawn, strict=True))
+    cosines = torch.nn.functional.cosine_similarity(queries[:, None], keys[None], dim=2)
+    other = [cosines[i, j].item() for i in range(len(images)) for j in range(len(images)) if i != j]
+    assert told["held_out_positive"] == pytest.approx(cosines.diagonal().mean().item(), abs=1e-5)
+    assert told["held_out_negative"] == pytest.approx(sum(other) / len(other), abs=1e-5)
+    embeddings = embeddings / embeddings.norm(dim=1, keepdim=True)
     for key, x in (("effective_rank", features), ("effective_rank_embedding", embeddings)):
         values = torch.linalg.eigvalsh(torch.cov(x.double().T)).clamp(min=0)
         share = values[values > 1e-12 * values.max()] / values.sum()
         assert told[key] == pytest.approx(torch.exp(-(share * share.log()).sum()).item(), rel=1e-3)
     assert told["queue_filled"] == 0.5
-    healthy = told | {"effective_rank": 100.0, "similarity_negative": 0.1}
+    healthy = told | {"effective_rank": 100.0, "held_out_negative": 0.1}
     assert signs.warning(healthy) == ""
     assert "dimensional collapse" in signs.warning(healthy | {"effective_rank": 0.05})
-    assert "complete collapse" in signs.warning(healthy | {"similarity_negative": 0.95})
+    assert "complete collapse" in signs.warning(healthy | {"held_out_negative": 0.95})
 
 
 @pytest.mark.gpu
