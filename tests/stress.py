@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: no pool of threads that a fork would lose, and no sharing of cores
@@ -488,6 +489,29 @@ def soak(bench: Bench, minutes: float) -> list[str]:
     return [f"| soak, pre-training on the phantom | {minutes:g} min, {steps:,} steps | {result} |"]
 
 
+def beside(work) -> Callable[[], list[str]]:
+    """Start work() in a forked process; what comes back waits for its rows and raises Failed where it did."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            told = {"rows": work()}
+        except BaseException as e:
+            told = {"failed": f"{type(e).__name__}: {e}"}
+        os.write(write, json.dumps(told).encode())
+        os._exit(0)
+    os.close(write)
+
+    def wait() -> list[str]:
+        with open(read) as f:
+            told = json.load(f)
+        os.waitpid(pid, 0)
+        check("rows" in told, told)
+        return told["rows"]
+
+    return wait
+
+
 # ------------------------------------------------------------------------------------------------------------ files
 
 
@@ -538,7 +562,7 @@ def main() -> None:
              "disk": lambda b: disk(b, ("train_ssl",)) if args.short else disk(b),
              "restarts": lambda b: restarts(b, (0,)) if args.short else restarts(b),
              "terminated": terminated, "nodes": nodes, "files": lambda b: files(b, args.files, args.seed),
-             "soak": lambda b: soak(b, args.minutes)}
+             "soak": lambda b: soaking()}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--short", action="store_true", help="the suite's form: one script, one worker")
@@ -552,6 +576,8 @@ def main() -> None:
     rows, failures, begin = [], [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), args.seed)
+        if "soak" in args.only:  # half an hour of one core, beside the other parts
+            soaking = beside(lambda: soak(bench, args.minutes))
         for name in args.only:
             started = time.monotonic()
             try:
