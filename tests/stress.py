@@ -285,11 +285,13 @@ def watch(folder: Path, touch: tuple | None) -> Counter:
 
 def kills(bench: Bench, count: int) -> list[str]:
     """SIGKILL at random touches of the run folder and at random times; the same command must end as if never."""
-    configurations = [("train_ssl", "off", 1), ("train_seg", "bf16", 1), ("train_ssl", "bf16", 2),
-                      ("train_seg", "off", 1), ("train_ssl", "off", 2), ("train_ssl", "bf16", 1)]
+    configurations = {"train_ssl": (("off", 1), ("bf16", 2), ("off", 2), ("bf16", 1)),
+                      "train_seg": (("bf16", 1), ("off", 1))}
     tried, places = Counter(), Counter()
-    while sum(tried.values()) < count:
-        key = script, amp, world = configurations[len(places) and tried.total() % len(configurations)]
+    while tried.total() < count:
+        turn, which = divmod(tried.total(), 2)  # the scripts take turns
+        script, ways = list(configurations.items())[which]
+        key = script, amp, world = (script, *ways[turn % len(ways)])
         _, touches, took = bench.reference(*key)
         out = bench.folder / "killed"
         remove(out)
