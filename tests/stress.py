@@ -438,7 +438,7 @@ def restarts(bench: Bench, ranks: tuple[int, ...] = (0, 1)) -> list[str]:
     for rank in ranks:
         out = bench.folder / f"restarted-{rank}"
         launcher = torchrun(bench, out, *TWO)
-        await_lines(bench.run_folder("train_ssl", out) / "log.jsonl", 3, (out / "output.txt").read_text)
+        await_lines(bench.run_folder("train_ssl", out) / "log.jsonl", 2, (out / "output.txt").read_text)
         os.kill(sorted(workers_of(launcher))[rank], signal.SIGKILL)
         check(launcher.wait(120) == 0, f"{out}: torchrun ended with {launcher.returncode}")
         bench.check_equal("train_ssl", out, "bf16", 2)
@@ -449,7 +449,7 @@ def terminated(bench: Bench) -> list[str]:
     """SIGTERM to torchrun itself, which passes it on; and the command again."""
     out = bench.folder / "terminated"
     launcher = torchrun(bench, out, *TWO)
-    await_lines(bench.run_folder("train_ssl", out) / "log.jsonl", 3, (out / "output.txt").read_text)
+    await_lines(bench.run_folder("train_ssl", out) / "log.jsonl", 2, (out / "output.txt").read_text)
     launcher.terminate()
     code = launcher.wait(60)
     check(code != 0 and "the same command continues" in (out / "output.txt").read_text(), f"{out}: {code}")
