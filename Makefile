@@ -19,11 +19,11 @@ $(BIN)/.ready: requirements.txt requirements-dev.txt Makefile
 	touch $@
 
 # Two of Table 2's rows, one draw of one split of Table 1, Fig. 1, the report: all in demo/. The phantom's preset, with
-# half of its pre-training, 60 of its 100 iterations and smaller crops: two cores without bf16 need under ten minutes.
-SEGMENT = $(BIN)/python train_seg.py --split 25 --draw 0 --iterations 60 --crop-size 96 --out demo
+# under half of its pre-training, half of its iterations, smaller crops: two cores without bf16 need under ten minutes.
+SEGMENT = $(BIN)/python train_seg.py --split 25 --draw 0 --iterations 50 --crop-size 96 --out demo
 demo: setup
-	$(BIN)/torchrun --standalone train_ssl.py --steps 36 --out demo
-	$(BIN)/torchrun --standalone train_ssl.py --local --zca --steps 36 --out demo
+	$(BIN)/torchrun --standalone train_ssl.py --steps 28 --out demo
+	$(BIN)/torchrun --standalone train_ssl.py --local --zca --steps 28 --out demo
 	$(BIN)/python svd_spectrum.py --out demo
 	$(SEGMENT) --backbone all --protocol linear-frozen
 	$(SEGMENT) --backbone all --protocol linear-finetune
