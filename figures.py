@@ -113,7 +113,7 @@ def curves(path: Path, log_records: Sequence[dict], chance: float) -> None:
         for i, (key, label) in enumerate(k for k in keys.items() if len(series[k[0]])):
             _curve(axes, *series[key].T, label, _style(i))
         if title not in ("loss", "mean cosine similarity"):  # what cannot be negative starts at zero
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         if title == "loss":
             axes.axhline(chance, color=PALE, linewidth=1, zorder=0)
             axes.annotate(f"chance {chance:.2f}", (1, chance), xycoords=("axes fraction", "data"), ha="right",
