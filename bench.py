@@ -151,8 +151,7 @@ def end_to_end(table: Table, s: Setting, folder: Path) -> None:
         trainer = s.trainer(*flags)
 
         def fetch(t: int, batches=trainer.batches) -> torch.Tensor:
-            slices = torch.from_numpy(store.batch(batches.indices(t % batches.steps_per_epoch)))
-            return slices.pin_memory() if s.device.type == "cuda" else slices
+            return torch.from_numpy(store.batch(batches.indices(t % batches.steps_per_epoch))).pin_memory()
 
         def run(trainer=trainer, fetch=fetch) -> None:
             for t, slices in datasets.prefetch(fetch, steps, os.cpu_count()):
@@ -163,8 +162,8 @@ def end_to_end(table: Table, s: Setting, folder: Path) -> None:
         ratio, rates[name] = found["bare"] / found["whole"], len(steps) * s.batch / found["whole"]
         table.add(whole.format(name), ratio, f"at least {target}", f"{ratio:.3f} ({rates[name]:.0f} images/s)",
                   ratio >= target)
-        days = PAPER_STEPS * PAPER_BATCH / rates[name] / 3600
-        table.add(hours.format(name), days, "under 6 hours", f"{days:.1f} hours", days < 6)
+        needed = PAPER_STEPS * PAPER_BATCH / rates[name] / 3600
+        table.add(hours.format(name), needed, "under 6 hours", f"{needed:.1f} hours", needed < 6)
     peer = medians(1, peer=pil_epoch(s, store, len(steps)))["peer"]
     ratio = rates["MoCo v2"] / (len(steps) * s.batch / peer)
     table.add(loader, ratio, "at least 3", None, ratio >= 3)

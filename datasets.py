@@ -49,7 +49,7 @@ WINDOW = (-175.0, 250.0)  # HU
 SIZE = 512  # side of the slices kept for pre-training
 SHEET = 24  # slices on a contact sheet
 SPLITS = Path(__file__).parent / "splits"
-FORMAT = 2  # of the store; another number means: prepare again
+FORMAT = 3  # of the store; another number means: prepare again
 PAPER = {"pretrain": (1062, 215_325), "segment": (30, 3017 + 762)}  # volumes, slices
 
 

@@ -176,7 +176,7 @@ def _hu(stored: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
 
 
 class _Gunzip:
-    """What gzip.GzipFile reads, a quarter faster: in blocks of 1 MB instead of 8 KB (Python before 3.12).
+    """What gzip.GzipFile reads, faster: in blocks of 1 MB instead of 8 KB (Python before 3.12).
 
     zlib itself verifies length and checksum at the end of each of the file's members, and raises zlib.error.
     """
