@@ -19,6 +19,7 @@ from torch import Tensor
 AREA = (0.2, 1.0)  # RandomResizedCrop: share of the slice's area
 RATIO = (3 / 4, 4 / 3)  # RandomResizedCrop: width over height, log-uniform
 CANDIDATES = 10  # boxes that torchvision tries before it falls back to the whole of a square image
+LEAST = 0.1  # of the slice's side that two crops must share for the local loss with geometry
 FLIP_P = 0.5
 JITTER = 0.4  # ColorJitter: brightness and contrast are factors of 1 -+ this
 JITTER_P = 0.8
@@ -95,6 +96,22 @@ def apply(batch: Tensor, params: Params, size: int = 224) -> Tensor:
         return normalise(images)
 
 
+def common_parts(query: Params, key: Params, side: int) -> tuple[NDArray, NDArray, NDArray]:
+    """What two views of slices of `side` pixels both show: (boxes in the first, in the second, which pairs to use).
+
+    Boxes (N, 4) float64 as `local_loss.pool_boxes` takes them: top, left, height, width as fractions of the view
+    before its flip. Pairs (M,) int64: those whose common part has both sides of at least LEAST of the slice's; the
+    boxes of the others are whole views.
+    """
+    boxes = [pixel_boxes(p["box"], side) / side for p in (query, key)]
+    start = np.maximum(*(b[:, :2] for b in boxes))
+    length = np.minimum(*(b[:, :2] + b[:, 2:] for b in boxes)) - start
+    usable = (length >= LEAST).all(1)
+    query, key = (np.where(usable[:, None], np.concatenate([(start - b[:, :2]) / b[:, 2:], length / b[:, 2:]], 1),
+                           [0.0, 0.0, 1.0, 1.0]) for b in boxes)
+    return query, key, usable.nonzero()[0]
+
+
 def draw_crops(rng: np.random.Generator, batch_size: int) -> Params:
     """Every random number of a training crop of `batch_size` labelled slices, for `apply_crops`.
 
@@ -110,6 +127,13 @@ def draw_crops(rng: np.random.Generator, batch_size: int) -> Params:
         "brightness": np.where(brightened < 0.5, (2 * brightness - 1) * 32 / 255, 0.0),
         "contrast": np.where(contrasted < 0.5, 0.5 + contrast, 1.0),
     }
+
+
+def undrawn_crops(batch_size: int) -> Params:
+    """What `draw_crops` gives, for crops that are the whole slice, nothing changed (of a longer side, the middle)."""
+    ones, zeros = np.ones(batch_size), np.zeros(batch_size)
+    return {"scale": ones, "place": np.full((batch_size, 2), 0.5), "flip": zeros > 0, "brightness": zeros,
+            "contrast": ones}
 
 
 def apply_crops(slices: list[Tensor], labels: list[Tensor], params: Params, size: int) -> tuple[Tensor, Tensor]:

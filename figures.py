@@ -95,12 +95,14 @@ def curves(path: Path, log_records: Sequence[dict], chance: float) -> None:
     """
     plt = pyplot()
     panels = [("loss", {"loss_global": "global (Eq. 1)", "loss_local": "local (Eq. 2)"}),
-              ("accuracy: the own key ranks first", {"accuracy": "accuracy"}),
+              ("the own key ranks first", {"instance_accuracy": "held out, among fresh keys",
+                                           "instance_chance": "chance of that",
+                                           "queue_accuracy": "against the queue's old keys"}),
+              ("held-out gap: cosine of one slice less of two", {"held_out_gap": "gap"}),
               ("mean cosine similarity", {"similarity_positive": "positives", "similarity_negative": "negatives",
                                           "held_out_positive": "held out: of one slice",
                                           "held_out_negative": "held out: of two slices"}),
               ("effective rank", {"effective_rank": "backbone's features", "effective_rank_embedding": "embeddings"}),
-              ("share of the queue filled", {"queue_filled": "queue"}),
               ("learning rate", {"lr": "learning rate"})]
     series = {key: np.array([(r["step"], r[key]) for r in log_records if r.get(key) is not None], float).reshape(-1, 2)
               for _, keys in panels for key in keys}

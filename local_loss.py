@@ -3,12 +3,14 @@
 The map (layer1: stride 4, 256 channels in ResNet-50) is divided into 7 x 7 cells, non-overlapping by
 construction. K of them, the same in both views, are the patches of an image; a patch's positive is the
 patch at its location i in the other view, its negatives are the other patches j of the same image pair.
-This needs both views to show the same place at the same pixel: no geometric augmentation.
+This needs both views to show the same place at the same cell. The paper drops geometric augmentation for it
+(`pool_cells`); a step beyond the paper keeps it and takes the cells of what both crops show (`pool_boxes`).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import roi_align
 
 CELLS = 7  # cells along a side of the feature map
 
@@ -26,6 +28,25 @@ def pool_cells(features: Tensor) -> Tensor:
     cropped = features[..., : height * CELLS, : width * CELLS]
     with torch.autocast(features.device.type, enabled=False):
         return F.avg_pool2d(cropped.float(), (height, width)).flatten(2).mT
+
+
+def pool_boxes(features: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
+    """Average-pool a part of each map (B, C, H, W), divided into 7 x 7 cells: (B, 49, C), float32. Beyond the paper.
+
+    boxes (B, 4): top, left, height, width of the part as fractions of the view before its flip; flip (B,) bool:
+    the view, and so the map, is mirrored left to right. Cells come in the order of the view before its flip, so
+    those of two views of one part of a slice correspond. The part may begin and end within a pixel: bilinear
+    samples, about one a pixel (torchvision's roi_align). Whole boxes give `pool_cells` where 7 divides the sides.
+    """
+    height, width = features.shape[2:]
+    with torch.autocast(features.device.type, enabled=False):
+        top, left, tall, wide = boxes.to(features.device, torch.float32).unbind(1)
+        left = torch.where(flip, 1 - left - wide, left)
+        corners = torch.stack([left * width, top * height, (left + wide) * width, (top + tall) * height], 1)
+        image = torch.arange(len(boxes), device=features.device, dtype=torch.float32)[:, None]
+        cells = roi_align(features.float(), torch.cat([image, corners], 1), CELLS, aligned=True)
+        cells = torch.where(flip[:, None, None, None], cells.flip(3), cells)
+        return cells.flatten(2).mT
 
 
 def take_patches(cells: Tensor, patches: Tensor) -> Tensor:

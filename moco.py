@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from local_loss import local_info_nce, pool_cells, take_patches
+from local_loss import local_info_nce, pool_boxes, pool_cells, take_patches
 
 
 class Encoder(nn.Module):
@@ -108,29 +108,34 @@ class MoCo(nn.Module):
         torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.ema)
 
     @torch.no_grad()
-    def keys(self, view_k: Tensor, permutation: Tensor) -> tuple[Tensor, Tensor | None]:
+    def keys(self, view_k: Tensor, permutation: Tensor, parts: tuple[Tensor, Tensor] | None = None
+             ) -> tuple[Tensor, Tensor | None]:
         """This process's views (B, 3, S, S) -> their keys (B, dim), unit length, and cells (B, 49, C) or None.
 
         permutation: (B x processes,) int64, the same on every process. The global batch is permuted, each
-        process encodes its share group by group, and the results return to their places.
+        process encodes its share group by group, and the results return to their places. parts: boxes
+        (B x processes, 4) and flips (B x processes,) of the global batch for `pool_boxes`; None: whole views.
         """
         batch, rank, world = len(view_k), dist.get_rank() if _world() > 1 else 0, _world()
         mine = permutation.view(world, batch)[rank]
         shuffled = _gather(view_k)[mine] if world > 1 else view_k[mine]
         statistics, keys, cells = GroupStatistics(self.encoder_k), [], []
-        for part in shuffled.split(self.group):
+        for group, places in zip(shuffled.split(self.group), mine.split(self.group), strict=True):
             with statistics.group():
-                first, embedding = self.encoder_k(part)
+                first, embedding = self.encoder_k(group)
             keys.append(F.normalize(embedding.float(), dim=1))
             if self.local:
-                cells.append(pool_cells(first))
+                cells.append(pool_boxes(first, *(x[places] for x in parts)) if parts else pool_cells(first))
         statistics.finish()
         back = permutation.argsort().view(world, batch)[rank]
         return _gather(torch.cat(keys))[back], _gather(torch.cat(cells))[back] if self.local else None
 
-    def forward(self, view_q: Tensor, keys: Tensor, cells: Tensor | None, patches: Tensor | None
-                ) -> tuple[Tensor, Tensor]:
-        """One group's views (B, 3, S, S), keys and cells, and patch indices (B, K) -> (L_global, L_local)."""
+    def forward(self, view_q: Tensor, keys: Tensor, cells: Tensor | None, patches: Tensor | None,
+                parts: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """One group's views (B, 3, S, S), keys and cells, and patch indices (B, K) -> (L_global, L_local).
+
+        parts: boxes (B, 4) and flips (B,) for `pool_boxes`, and which of the B pairs Eq. 2 is taken over, (M,) int64.
+        """
         first, embedding = self.encoder_q(view_q)
         with torch.autocast(view_q.device.type, enabled=False):
             query = F.normalize(embedding.float(), dim=1)
@@ -143,8 +148,12 @@ class MoCo(nn.Module):
             loss_global = F.cross_entropy(logits, first_is_right)  # Eq. 1
         if not self.local:
             return loss_global, torch.zeros_like(loss_global)
-        loss_local = local_info_nce(take_patches(pool_cells(first), patches), take_patches(cells, patches),
-                                    self.temperature_local)
+        own = pool_boxes(first, *parts[:2]) if parts else pool_cells(first)
+        query, key = take_patches(own, patches), take_patches(cells, patches)
+        if parts:
+            query, key = query[parts[2]], key[parts[2]]
+        # a group none of whose pairs shows a common part has no local loss
+        loss_local = local_info_nce(query, key, self.temperature_local) if len(query) else query.sum()
         return loss_global, loss_local
 
     def total(self, loss_global: Tensor, loss_local: Tensor) -> Tensor:

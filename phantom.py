@@ -7,6 +7,19 @@ A patient is a table of implicit shapes (ellipsoids and tubes, in mm) evaluated 
 so no border is a plain ellipse; the same shapes paint the image and the labels. Organs differ by 10 to 80 HU
 under correlated noise, and contrast phase, size, fat and orientation on disk vary from patient to patient.
 
+Grey values vary as between real patients, so that a grey value alone does not tell an organ (all taken from
+what is published, before any result was looked at):
+- tube voltage: from 80 to 140 kV the contrast to water falls by 52 % for iodine, 35 % bone, 21 % fat, 11 % muscle
+  (Proc. SPIE, 2004, doi 10.1117/12.535608): powers of the voltage in EXPONENTS, 1 at 120 kV;
+- iodine: 0.3 to 0.5 g per kg of body weight, to which enhancement is proportional (AJR, doi 10.2214/AJR.15.15138),
+  at one dose 54.8 +- 11 and 50.0 +- 12 HU in the liver (PubMed 33386915), hence a variation of 22 %;
+- some scans are unenhanced: 15 %, our choice;
+- livers: 58.3 +- 8.9 HU unenhanced, 32.4 +- 13.8 in the 23 of 214 with severe steatosis
+  (Int J Legal Med 2019, doi 10.1007/s00414-019-02016-1);
+- noise: about 11 HU is usual in abdominal CT at 120 kV; from there to 80 kV it grows 1.9 times at equal tube current
+  (J Biomed Biotechnol 2012, doi 10.1155/2012/130169), here by the root of that: the current is raised, too.
+Other values are round textbook ones.
+
 Coordinates: x to the patient's left, y posterior, z superior, mm; the origin lies in the middle of the belly at
 the lowest slice of an average patient, whose lung bases lie at z = 220.
 """
@@ -36,6 +49,10 @@ BTCV_IDS = (*range(1, 11), *range(21, 41))  # img0001 is patient 1
 UNLABELLED = 1000  # Case_00001 is patient 1001
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPI", "ASR")  # of the axes on disk; the affine tells readers which
 GAS, FAT = -950, -100
+VOLTAGES, SHARES = (80, 100, 120, 140), (0.1, 0.25, 0.5, 0.15)  # kV; shares of patients: our choice
+EXPONENTS = {"iodine": 1.31, "bone": 0.77, "fat": 0.42, "soft": 0.21}  # contrast to water ~ (120 / kV) ** exponent
+NOISE_EXPONENT = 0.78
+UNENHANCED = 0.15
 
 
 class Ellipsoid(NamedTuple):
@@ -92,31 +109,32 @@ class Tube(NamedTuple):
         return nearest
 
 
-# Label: shapes, HU in the arterial, portal and late phase. In painting order: where two meet, the later
-# one wins, so the small ones come last. The walls of the cavity (spine, muscle, diaphragm) always win.
+# Label: shapes, HU at 120 kV: unenhanced, then in the arterial, portal and late phase. In painting order: where
+# two meet, the later one wins, so the small ones come last. The walls of the cavity (spine, muscle, diaphragm)
+# always win.
 ORGANS = {
     6: ([Ellipsoid((-72, 0, 148), (62, 70, 78), 15, -8), Ellipsoid((-20, -36, 172), (68, 40, 40), 5, -14)],
-        (68, 108, 94)),  # liver
+        (58, 68, 108, 94)),  # liver
     7: ([Tube(((52, 10, 196, 30), (62, -22, 170, 31), (52, -46, 138, 25), (18, -58, 112, 19),
-               (-20, -42, 116, 12)))], (80, 92, 80)),  # stomach (its wall)
+               (-20, -42, 116, 12)))], (40, 80, 92, 80)),  # stomach (its wall)
     1: ([Ellipsoid((96, 30, 168), (25, 44, 46), -28, 14), Ellipsoid((84, 48, 178), (22, 26, 34), -50)],
-        (122, 122, 102)),  # spleen
-    2: ([Ellipsoid((-62, 44, 80), (26, 27, 51), -25, -10)], (195, 188, 155)),  # right kidney
-    3: ([Ellipsoid((62, 42, 96), (26, 27, 52), 25, 10)], (195, 188, 155)),  # left kidney
+        (48, 122, 122, 102)),  # spleen
+    2: ([Ellipsoid((-62, 44, 80), (26, 27, 51), -25, -10)], (32, 195, 188, 155)),  # right kidney
+    3: ([Ellipsoid((62, 42, 96), (26, 27, 52), 25, 10)], (32, 195, 188, 155)),  # left kidney
     11: ([Tube(((-34, 0, 96, 13), (-28, -4, 114, 14), (-8, -16, 124, 10), (22, -12, 134, 11),
-                (52, 6, 146, 11), (72, 18, 152, 9)))], (105, 94, 80)),  # pancreas
-    4: ([Tube(((-40, -26, 124, 6), (-50, -42, 112, 12), (-56, -56, 98, 15)))], (10, 10, 10)),  # gallbladder
-    5: ([Tube(((8, 16, 228, 8), (13, 12, 207, 8), (34, 4, 192, 9)))], (52, 66, 62)),  # esophagus
+                (52, 6, 146, 11), (72, 18, 152, 9)))], (40, 105, 94, 80)),  # pancreas
+    4: ([Tube(((-40, -26, 124, 6), (-50, -42, 112, 12), (-56, -56, 98, 15)))], (10, 10, 10, 10)),  # gallbladder
+    5: ([Tube(((8, 16, 228, 8), (13, 12, 207, 8), (34, 4, 192, 9)))], (38, 52, 66, 62)),  # esophagus
     10: ([Tube(((-52, -14, 160, 5.5), (-34, -6, 148, 7), (-18, 2, 134, 7.5), (-6, 3, 124, 7), (22, 4, 133, 5.5),
-                (50, 18, 147, 5), (76, 28, 156, 4.5)))], (110, 172, 128)),  # portal and splenic veins
+                (50, 18, 147, 5), (76, 28, 156, 4.5)))], (40, 110, 172, 128)),  # portal and splenic veins
     9: ([Tube(((-20, 24, -20, 10), (-20, 22, 90, 10.5), (-23, 20, 150, 12), (-22, 14, 230, 12.5)))],
-        (95, 150, 125)),  # IVC
+        (40, 95, 150, 125)),  # IVC
     12: ([Ellipsoid((-32, 39, 139), (3, 13, 15), 8), Ellipsoid((-39, 40, 136), (2.8, 11, 13), 42)],
-         (76, 74, 60)),  # right adrenal
+         (20, 76, 74, 60)),  # right adrenal
     13: ([Ellipsoid((34, 33, 150), (3.3, 13, 14), -18), Ellipsoid((41, 35, 147), (3.2, 12, 13), -50)],
-         (76, 74, 60)),  # left adrenal
+         (20, 76, 74, 60)),  # left adrenal
     8: ([Tube(((7, 27, -20, 8), (10, 24, 80, 9), (11, 24, 150, 10.5), (11, 27, 235, 12)))],
-        (300, 162, 122)),  # aorta
+        (40, 300, 162, 122)),  # aorta
 }
 
 
@@ -128,6 +146,12 @@ class Scene:
         slices = max(1, round(shape[0] * rng.integers(36, 45) / 40))
         self.shape = (slices, *shape[1:])
         self.phase = rng.triangular(0, 1, 2)  # 0 arterial, 1 portal, 2 late
+        self.kv = int(rng.choice(VOLTAGES, p=SHARES))
+        amount = uniform(0.6, 1) * np.exp(0.22 * rng.standard_normal())
+        self.iodine = 0.0 if rng.random() < UNENHANCED else float(amount)  # in the blood; 1: 0.5 g per kg
+        severe = rng.random() < 23 / 214
+        self.liver = max(5.0, float(rng.normal(*((32.4, 13.8) if severe else (58.3, 8.9)))))  # unenhanced
+        self.fat_hu = FAT * self.contrast("fat")
         self.oral = rng.random() < 0.25  # positive oral contrast in stomach and bowel
         self.fat = uniform(7, 28)  # mm under the skin
         self.cavity = (128 * uniform(0.96, 1.07), 88 * uniform(0.95, 1.05))  # half axes
@@ -161,9 +185,19 @@ class Scene:
                         for k, w in enumerate(weights))
         return field
 
-    def now(self, hu: tuple[float, float, float]) -> float:
-        """HU at this patient's contrast phase."""
-        return float(np.interp(self.phase, (0, 1, 2), hu))
+    def contrast(self, material: str) -> float:
+        """HU of a material at this patient's tube voltage, relative to 120 kV."""
+        return (120 / self.kv) ** EXPONENTS[material]
+
+    def now(self, hu: tuple[float, float, float, float]) -> float:
+        """HU of this patient, from those at 120 kV: unenhanced, in the arterial, portal and late phase."""
+        native, *enhanced = hu
+        iodine = self.iodine * (np.interp(self.phase, (0, 1, 2), enhanced) - native)
+        return float(native * self.contrast("soft") + iodine * self.contrast("iodine"))
+
+    def swallowed(self, low: float, high: float) -> float:
+        """HU of bowel content: diluted iodine where the patient drank some, low to high at 120 kV."""
+        return self.rng.uniform(low, high) * self.contrast("iodine")
 
     def paint(self, shapes: list, hu: float, label: int = 0, where: np.ndarray | None = None):
         """Give the shapes, united, this HU and label, where that is allowed (default: in the abdominal cavity).
@@ -211,9 +245,9 @@ def _body(s: Scene) -> None:
     hu = s.hu
     inside = depth < 0
     hu[depth < fat + 3] = 25  # skin
-    hu[depth < fat] = FAT
-    hu[depth < muscle] = s.now((54, 62, 60))
-    hu[(depth < muscle - 3) & (depth > 3) & (s.texture > 1.6)] = FAT  # between the muscles
+    hu[depth < fat] = s.fat_hu
+    hu[depth < muscle] = s.now((54, 54, 62, 60))
+    hu[(depth < muscle - 3) & (depth > 3) & (s.texture > 1.6)] = s.fat_hu  # between the muscles
     seam = np.minimum(np.abs(x), np.abs(np.abs(x) - 62)) < 2
     hu[seam & (depth < muscle) & (y < -30)] = -30  # linea alba, and the outer borders of the rectus muscles
 
@@ -222,8 +256,9 @@ def _body(s: Scene) -> None:
     near = (depth > 0.5) & (depth < 8.5) & (slope > 95) & (np.abs(x) > 24)
     phase = np.abs((slope[near] / 27) % 1 - 0.5) * 27
     shell = np.maximum(phase / 6.5, np.abs(depth[near] - 4.5) / 3.8)
+    mineral = s.contrast("bone")
     bone = np.where(shell > 0.6, 520, 230)
-    bone = np.where(y[near] < -62, 115, bone)
+    bone = np.where(y[near] < -62, 115, bone) * mineral
     hu[near] = np.where(shell < 1, bone, hu[near])
 
     # The diaphragm's dome: the lungs reach lowest behind.
@@ -232,12 +267,12 @@ def _body(s: Scene) -> None:
     lung = inside & (dome > 1)
     hu[lung] = -860 + 40 * s.texture[lung]
     hu[lung & (s.texture > 2)] = -150  # vessels
-    hu[inside & ~lung] = s.now((50, 60, 58))  # the diaphragm, of which only the border will be seen
+    hu[inside & ~lung] = s.now((50, 50, 60, 58))  # the diaphragm, of which only the border will be seen
     s.free = inside & (dome < 0.97)
-    hu[s.free] = FAT + 8 * s.texture[s.free]
-    box, mask, _ = s.paint([Ellipsoid((22, -42, 240), (66, 48, 40), 20)], s.now((190, 140, 115)), where=inside)
+    hu[s.free] = s.fat_hu + 8 * s.texture[s.free]
+    box, mask, _ = s.paint([Ellipsoid((22, -42, 240), (66, 48, 40), 20)], s.now((40, 190, 140, 115)), where=inside)
     s.free[box] &= ~mask  # the heart
-    box, mask, _ = s.paint([Tube(((4, 28, 150, 25), (4, 28, 240, 25)))], FAT, where=lung)
+    box, mask, _ = s.paint([Tube(((4, 28, 150, 25), (4, 28, 240, 25)))], s.fat_hu, where=lung)
     s.free[box] |= mask  # the mediastinum
 
     # Spine: vertebrae and discs; arch, spinous and transverse processes around the canal.
@@ -247,11 +282,11 @@ def _body(s: Scene) -> None:
     level = np.abs((z / 33) % 1 - 0.5) * 33  # mm from a vertebra's middle
     body = (x / 23) ** 2 + ((y - 56) / 18) ** 2
     canal = (x / 10) ** 2 + ((y - 80) / 8) ** 2
-    value[(np.abs(x) < 42 - 0.5 * level) & (np.abs(y - 84 - 0.12 * np.abs(x)) < 4) & (level < 8)] = 300
-    value[(canal < 2.6) & (level < 13)] = 380
-    value[(np.abs(x) < 3.5) & (y > 86) & (y < 112) & (level < 11)] = 320
+    value[(np.abs(x) < 42 - 0.5 * level) & (np.abs(y - 84 - 0.12 * np.abs(x)) < 4) & (level < 8)] = 300 * mineral
+    value[(canal < 2.6) & (level < 13)] = 380 * mineral
+    value[(np.abs(x) < 3.5) & (y > 86) & (y < 112) & (level < 11)] = 320 * mineral
     marrow = np.where(body > 0.8, 380, 190 + 30 * np.clip(level - 9, 0, 4))
-    value[body < 1] = np.where(level < 13, marrow, 90)[body < 1]
+    value[body < 1] = np.where(level < 13, marrow * mineral, 90)[body < 1]
     value[canal < 1] = 30
     hu[near] = value
     bone = np.zeros_like(s.free)
@@ -260,7 +295,7 @@ def _body(s: Scene) -> None:
     for side in (-1, 1):  # psoas, and the crura of the diaphragm beside the aorta
         for shape in (Tube(((side * 42, 54, -20, 19), (side * 33, 58, 60, 14), (side * 27, 60, 120, 6))),
                       Tube(((side * 15, 38, 95, 4), (side * 17, 33, 150, 6), (side * 19, 28, 195, 4)))):
-            box, mask, _ = s.paint([shape], s.now((55, 64, 62)))
+            box, mask, _ = s.paint([shape], s.now((55, 55, 64, 62)))
             s.free[box] &= ~mask
 
     # The couch: a curved plate under the back.
@@ -275,23 +310,23 @@ def _body(s: Scene) -> None:
 
 def _bowel(s: Scene) -> None:
     """Everything in the cavity that BTCV does not label: bowel, duodenum, mesenteric vessels."""
-    rng, uniform, wall = s.rng, s.rng.uniform, s.now((78, 92, 80))
+    rng, uniform, wall = s.rng, s.rng.uniform, s.now((40, 78, 92, 80))
     for _ in range(24):  # vessels from the root of the mesentery to the gut
         start = np.array([uniform(-12, 12), uniform(0, 12), uniform(20, 100)])
         end = np.array([uniform(-90, 90), uniform(-80, 0), start[2] + uniform(-50, 20)])
         middle = (start + end) / 2 + uniform(-18, 18, 3)
-        s.paint([Tube(((*start, 3.2), (*middle, 2.5), (*end, 1.5)))], s.now((150, 140, 110)))
+        s.paint([Tube(((*start, 3.2), (*middle, 2.5), (*end, 1.5)))], s.now((40, 150, 140, 110)))
     for points in (((58, 36, 94, 5), (16, 13, 97, 4), (-16, 20, 97, 5)), ((-56, 38, 80, 5), (-20, 22, 88, 5))):
-        s.paint([Tube(points)], s.now((120, 160, 125)))  # renal veins
+        s.paint([Tube(points)], s.now((40, 120, 160, 125)))  # renal veins
     for _ in range(54):
         a = np.array([uniform(-80, 88), uniform(-82, 25), uniform(-20, 88)])
         b, c = a + uniform(-1, 1, 3) * (26, 20, 16), a + uniform(-1, 1, 3) * (40, 30, 24)
         r = uniform(8, 14)
-        content = uniform(160, 320) if s.oral and rng.random() < 0.6 else uniform(5, 60)
+        content = s.swallowed(160, 320) if s.oral and rng.random() < 0.6 else uniform(5, 60)
         gas = uniform(0.2, 0.6) if rng.random() < 0.25 else 0
         s.hollow([Tube(((*a, r), (*b, r), (*c, r)))], wall, content, gas, 0.55)
     s.hollow([Tube(((-34, -34, 116, 11), (-50, 2, 104, 12), (-46, 14, 76, 12), (-12, 9, 66, 10), (24, 9, 72, 11),
-                    (36, -14, 88, 11)))], wall, 250 if s.oral else 25, 0, 0.5)  # duodenum
+                    (36, -14, 88, 11)))], wall, s.swallowed(250, 250) if s.oral else 25, 0, 0.5)  # duodenum
     flexure = uniform(118, 150)
     colon = (
         ((-98, 8, -25, 22), (-100, 10, 10, 25), (-98, 2, 40, 21), (-88, -14, 66, 20)),
@@ -317,9 +352,10 @@ def _organs(s: Scene) -> None:
         about = np.mean([shape.centre for shape in shapes], axis=0)
         shift = rng.normal(0, (2, 2, 2.5) if label in (5, 8, 9, 10, 12, 13) else (3, 3, 4))
         shapes = [shape.scaled(about, scale, shift) for shape in shapes]
-        value = s.now(hu) + rng.normal(0, 9 if label in (6, 8, 9) else 5)
+        fatty = s.liver - hu[0] if label == 6 else 0  # takes up contrast like a healthy one
+        value = s.now(tuple(h + fatty for h in hu)) + rng.normal(0, 9 if label in (6, 8, 9) else 5)
         if label == 7:
-            content = uniform(150, 260) if s.oral else uniform(0, 60)
+            content = s.swallowed(150, 260) if s.oral else uniform(0, 60)
             s.hollow(shapes, value, content, uniform(0, 0.3), 0.72, label)
             continue
         box, mask, square = s.paint(shapes, value, label)
@@ -327,27 +363,27 @@ def _organs(s: Scene) -> None:
         if label == 6:
             _liver_vessels(s, about + shift)
         elif label == 1:  # early on, the spleen takes up contrast in stripes
-            here[mask] += 45 * max(0, 1 - s.phase) * np.sin(3 * texture[mask])
+            here[mask] += s.iodine * 45 * max(0, 1 - s.phase) * np.sin(3 * texture[mask])
         elif label in (2, 3):
             medulla = mask & (square < 0.62 + 0.1 * texture)
-            here[medulla] = s.now((95, 165, 162))
+            here[medulla] = s.now((32, 95, 165, 162))
             side = -1 if label == 2 else 1
             centre = shapes[0].centre - np.array([side * 15, 5, 0]) * scale
             sinus = [Ellipsoid(centre, np.array([15, 10, 24]) * scale, 25 * side)]
-            s.paint(sinus, FAT)  # the sinus is fat and urine, not kidney
-            s.paint([sinus[0].scaled(centre, 0.45, 0)], s.now((60, 90, 230)))
+            s.paint(sinus, s.fat_hu)  # the sinus is fat and urine, not kidney
+            s.paint([sinus[0].scaled(centre, 0.45, 0)], s.now((5, 60, 90, 230)))
         elif label == 11:  # lobules with fat between them
             here[mask] -= 45 * np.clip(texture[mask] - 0.7, 0, 1.2)
         elif label == 5:
             here[mask & (square < 0.12)] = uniform(-500, 30)
         elif label == 8 and rng.random() < 0.5:  # calcified wall
-            here[mask & (square > 0.6) & (texture > 1.1)] = 520
+            here[mask & (square > 0.6) & (texture > 1.1)] = 520 * s.contrast("bone")
 
 
 def _liver_vessels(s: Scene, liver: np.ndarray) -> None:
     """Hepatic and portal veins within the liver, which remain liver in the labels, and sometimes cysts."""
     rng, uniform = s.rng, s.rng.uniform
-    inside, vein = s.labels == 6, s.now((90, 160, 135))
+    inside, vein = s.labels == 6, s.now((40, 90, 160, 135))
     roots = {(-22, 16, 202): ((-92, 10, 178), (-70, -45, 188), (-22, -52, 190)),  # hepatic veins
              (-50, -14, 160): ((-100, 0, 150), (-85, -40, 128), (-5, -48, 168))}  # portal vein
     for root, ends in roots.items():
@@ -372,7 +408,8 @@ def patient(seed: int, number: int, shape: tuple[int, int, int] = (40, 192, 192)
     # The scanner: texture where there is tissue, then noise; one in-plane point spread blurs both, so that
     # borders are soft and the noise is correlated, as a reconstruction kernel leaves them.
     s.hu += np.where(s.hu > -300, 5 * s.texture, 0)
-    s.hu += s.rng.uniform(22, 42) * s.rng.standard_normal(s.shape, dtype=np.float32)
+    noise = s.rng.uniform(22, 42) * (120 / s.kv) ** NOISE_EXPONENT  # 10 to 18 HU at 120 kV, once blurred
+    s.hu += np.float32(noise) * s.rng.standard_normal(s.shape, dtype=np.float32)
     for axis in (1, 2):
         s.hu = gaussian_filter1d(s.hu, 0.65, axis, truncate=3)
     return np.clip(np.rint(s.hu), -1024, 3071).astype(np.int16), s.labels, tuple(float(v) for v in s.spacing)

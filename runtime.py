@@ -30,6 +30,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from segment import checksum
 from volumes import BadInput
 from whitening import fold, to_batch_norm, whiten_last_norm
 
@@ -180,6 +181,18 @@ def hardware() -> str:
     return f"{name}, torch {torch.__version__}, torchvision {torchvision.__version__}"
 
 
+def memory(device: torch.device) -> int:
+    """Bytes of the device's memory, of the machine's for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def seed_suffix(seed: int) -> str:
+    """What the names of runs with another seed than 0 end in."""
+    return f"-seed{seed}" if seed else ""
+
+
 def commit() -> str:
     """The commit of the code that runs, with + where the tree has changes; 'unknown' outside a clone."""
     run = ["git", "-C", str(Path(__file__).parent)]
@@ -316,7 +329,7 @@ class Run:
             old = json.loads((self.folder / "config.json").read_text())
         except ValueError:
             raise BadInput(f"{self.folder / 'config.json'}: damaged; start over with --overwrite") from None
-        new = json.loads(json.dumps(new))
+        old, new = (dict(_flat(config)) for config in (old, json.loads(json.dumps(new))))
         differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new})
                      if old.get(k) != new.get(k)]
         if differing:
@@ -371,6 +384,15 @@ class Run:
     def log(self, records: list[dict]) -> None:
         if records:
             on_main(self.main, lambda: append(self.folder / "log.jsonl", records))
+
+
+def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """A config's settings with those of its parts under their full names, part.setting."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -472,6 +494,21 @@ def architecture(arch: str) -> nn.Module:
     return torchvision.models.get_model(arch, weights=None)
 
 
+def resolve(name: str, out: Path, phantom: bool) -> str:
+    """What a name of a backbone stands for: a run of `out` (`moco` also for `phantom-moco`, on the phantom) or the
+    folder of one, imagenet, random or a file. Raises BadInput for none of them.
+    """
+    for run in (name, "phantom-" * phantom + name):
+        if (out / run / "checkpoint.pt").exists():
+            return run
+    if (Path(name) / "checkpoint.pt").exists():
+        return str(Path(name).resolve())
+    if name in ("imagenet", "random") or Path(name).is_file():
+        return name
+    raise BadInput(f"{name}: no such run in {out} and no such file; pre-train it first (torchrun train_ssl.py --local "
+                   "--zca) or name another")
+
+
 def build_backbone(init: str, arch: str) -> nn.Module:
     """A ResNet with `init` imagenet | random | FILE. Raises BadInput when a file fits not or a download fails."""
     backbone = architecture(arch)
@@ -509,27 +546,49 @@ def load_backbone(backbone: nn.Module, path: Path, arch: str) -> nn.Module:
     return backbone
 
 
-def open_backbone(name: str, out: Path, arch: str, seed: int, whitening: str, phantom: bool) -> nn.Module:
-    """A backbone by name: a run of `out`, imagenet, random or a file (the latter three of architecture `arch`).
+@dataclass(frozen=True)
+class Backbone:
+    """A network with what is known of its pre-training: what stands beside every number measured on it.
+
+    pretraining: arch, checksum of the weights and, of a run, its step and horizon, the gap of its last look (see
+    train_ssl.py), view_px and slice_px; those are None for a file, for ImageNet's and for random weights.
+    """
+
+    net: nn.Module
+    name: str
+    pretraining: dict
+
+
+def open_backbone(name: str, out: Path, arch: str, seed: int, whitening: str, phantom: bool) -> Backbone:
+    """A backbone by name, see `resolve`: a run of `out`, imagenet, random or a file (these of architecture `arch`).
 
     A run is read from its checkpoint; whitening: 'fold' it, or 'bn' for a plain BN in its place. Raises BadInput
     when there is no such thing, or where a run on the phantom would meet real CT, or the reverse.
     """
     seed_torch(seed, INIT)
-    folder = out / name
+    name = resolve(name, out, phantom)
+    folder, state = out / name, {}
     if not (folder / "checkpoint.pt").exists():
-        return build_backbone(name, arch)
-    if (json.loads((folder / "config.json").read_text())["data"] == "phantom") != phantom:
-        raise BadInput(f"{folder}: was pre-trained on {'real CT' if phantom else 'the phantom'}; a backbone of the "
-                       "phantom is measured on the phantom only, and no other there")
-    state = load(folder / "checkpoint.pt")
-    backbone = architecture(state["arch"])
-    if state["zca"]:
-        whiten_last_norm(backbone, group_size=state["zca"][0], iterations=state["zca"][1])
-    prefix = "encoder_q.backbone."
-    weights = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
-    backbone.load_state_dict(weights | {k: v for k, v in backbone.state_dict().items() if k.startswith("fc.")})
-    return fold(backbone) if whitening == "fold" else to_batch_norm(backbone)
+        net = build_backbone(name, arch)
+    else:
+        if (json.loads((folder / "config.json").read_text())["data"] == "phantom") != phantom:
+            raise BadInput(f"{folder}: was pre-trained on {'real CT' if phantom else 'the phantom'}; a backbone of the "
+                           "phantom is measured on the phantom only, and no other there")
+        state = load(folder / "checkpoint.pt")
+        arch, net = state["arch"], architecture(state["arch"])
+        if state["zca"]:
+            whiten_last_norm(net, group_size=state["zca"][0], iterations=state["zca"][1])
+        prefix = "encoder_q.backbone."
+        weights = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
+        net.load_state_dict(weights | {k: v for k, v in net.state_dict().items() if k.startswith("fc.")})
+        net = fold(net) if whitening == "fold" else to_batch_norm(net)
+    known = {key: state.get(key) for key in ("step", "horizon", "gap", "view_px", "slice_px")}
+    return Backbone(net, title_of(name), {"arch": arch, "checksum": checksum(net), **known})
+
+
+def title_of(name: str) -> str:
+    """The short name of a resolved backbone, for folders and tables: a run's own, a file's without its suffix."""
+    return Path(name).stem if Path(name).is_file() else Path(name).name
 
 
 def export(backbone: nn.Module) -> dict[str, Tensor]:

@@ -145,7 +145,7 @@ class Segmenter(nn.Module):
             layer3 = net.layer3(layer2)
             return layer1, layer2, layer3, net.layer4(layer3)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor | tuple[Tensor, ...], labels: Tensor | None = None) -> Tensor:
         """Images (N, 3, H, W) -> logits (N, classes, H, W), float32 also under autocast.
 
         With labels, `loss(images, labels)` instead: DistributedDataParallel sees only calls of `forward`.
@@ -154,12 +154,12 @@ class Segmenter(nn.Module):
             return self.loss(images, labels)
         return self._logits(self.features(images), images.shape[2:])
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Images (N, 3, H, W) and labels (N, H, W) int64, 255 to ignore -> the loss, a scalar.
+    def loss(self, images: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Images (N, 3, H, W), or their `features`, and labels (N, H, W) int64, 255 to ignore -> the loss, a scalar.
 
         Cross entropy at the labels' size, for DeepLabv3+ plus AUX_WEIGHT times that of the auxiliary head.
         """
-        features = self.features(images)
+        features = self.features(images) if isinstance(images, Tensor) else images
         loss = _cross_entropy(self._logits(features, labels.shape[1:]), labels)
         if self.auxiliary is not None:
             auxiliary = _resize(self.auxiliary(features[2]).float(), labels.shape[1:])

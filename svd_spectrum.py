@@ -45,17 +45,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.common()
     parser.add_argument("backbones", nargs="*", help="runs of --out, files, imagenet or random (default: all runs)")
     parser.add_argument("--positions", action="store_true", help="every position of the last map, not their mean")
-    parser.add_argument("--image-size", type=int, help="pixels (224) [128 on the phantom]")
+    parser.add_argument("--image-size", type=int, help="pixels of a slice's side (224) [64 on the phantom]")
     parser.add_argument("--arch", help="of imagenet, random and files (resnet50) [resnet18]")
     args = parser.parse_args(argv)
     data, phantom = datasets.locate(args.data, "BTCV")
-    args.image_size = args.image_size or (128 if phantom else 224)
+    args.image_size = args.image_size or (64 if phantom else 224)
     args.arch = args.arch or ("resnet18" if phantom else "resnet50")
-    names = args.backbones or runs_in(args.out, phantom)
-    for name in names:
-        if name not in ("imagenet", "random") and not (args.out / name / "checkpoint.pt").exists() \
-                and not Path(name).is_file():
-            raise BadInput(f"{args.out / name}: no such run and no such file; pre-train it first (train_ssl.py)")
+    names = [runtime.resolve(n, args.out, phantom) for n in args.backbones or runs_in(args.out, phantom)]
     store = datasets.prepare(data, args.store or datasets.default_store(data), "segment", tuple(args.window),
                              workers=args.workers)
     device = runtime.start().device
@@ -66,10 +62,10 @@ def main(argv: list[str] | None = None) -> None:
                                                for i in tqdm(slices, "slices", disable=None, leave=False)]))
     runs = []
     for name in tqdm(names, "features", unit="run", disable=None, leave=False):
-        vectors = features(runtime.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom), squares,
-                           args.image_size, args.positions, device)
+        backbone = runtime.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
+        vectors = features(backbone.net, squares, args.image_size, args.positions, device)
         values = metrics.singular_values(vectors)
-        runs.append((name, values, metrics.effective_rank(values)))
+        runs.append((backbone.name, values, metrics.effective_rank(values)))
         tqdm.write(f"{name}: effective rank {runs[-1][2]:.2f} of {vectors.shape[1]}, {len(vectors):,} vectors of "
                    f"{len(slices)} slices")
     what = f"{len(vectors):,} vectors ({'positions of' if args.positions else 'one for each of'} {len(slices)} slices)"

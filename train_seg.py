@@ -11,6 +11,7 @@ What is done is skipped; what stopped continues. The reported model is the last 
 chooses nothing.
 """
 
+import argparse
 import functools
 import hashlib
 import json
@@ -33,13 +34,17 @@ import predict
 import runtime
 import volumes
 from datasets import ORGANS
-from metrics import DRAWS, ROWS
+from metrics import DRAWS
 from runtime import BadInput
 from segment import PROTOCOLS, Segmenter, checksum
 
 MOMENTUM, WEIGHT_DECAY, LR_END, POWER = 0.9, 5e-4, 1e-4, 0.9  # mmsegmentation's schedule_40k
-PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, lr=0.01)
-PHANTOM = dict(arch="resnet18", iterations=100, crop_size=128, batch_size=4, lr=0.05)
+PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, lr=0.01, whole_slices=False)
+# The phantom's preset. The frozen head sees whole slices, so that their features are computed once.
+PHANTOM = dict(arch="resnet18", crop_size=96, batch_size=16)
+PHANTOM_RECIPES = {"linear-frozen": dict(iterations=300, lr=0.2, whole_slices=True),
+                   "linear-finetune": dict(iterations=100, lr=0.05, whole_slices=False),
+                   "deeplabv3plus": dict(iterations=100, lr=0.05, whole_slices=False)}
 CHECKPOINT = 4000  # iterations between two checkpoints and evaluations; the last one has both, too
 FLUSH = 10  # iterations between two looks at the loss
 SHOWN = 6  # slices in overlays.png
@@ -53,13 +58,17 @@ def parse(argv: list[str] | None):
     add("--split", help="percent of BTCV's training volumes: 12.5, 25 or 100")
     add("--draw", type=int, help="one of the random choices of volumes, 0 to 2 (default: all)")
     add("--protocol", choices=PROTOCOLS, help="default: all three")
-    add("--backbone", help="a RUN of --out, a FILE of weights, imagenet, random or all (default moco-local-zca)")
+    add("--backbone", help="a RUN of --out or its folder, a FILE of weights, imagenet, random or all (default: "
+        "moco-local-zca)")
     add("--whitening", choices=("bn", "fold"), default="bn",
         help="a whitened run, fine-tuned: plain BN as in the paper, or folded; frozen is always folded")
     add("--arch", help="of --backbone imagenet, random or FILE (resnet50) [resnet18]")
-    add("--iterations", type=int, help="(40000) [100]")
-    add("--crop-size", type=int, help="pixels of a training crop's side (512) [128]")
-    add("--batch-size", type=int, help="crops an iteration, over all processes (16) [4]")
+    add("--iterations", type=int, help="(40000) [300 of the frozen head, 100 of the others]")
+    add("--crop-size", type=int, help="pixels of a training crop's side, and of a slice's when evaluated (512) [96]")
+    add("--batch-size", type=int, help="crops an iteration, over all processes (16) [16]")
+    add("--lr", type=float, help="learning rate (0.01) [0.2 of the frozen head, 0.05 of the others]")
+    add("--whole-slices", action=argparse.BooleanOptionalAction, help="linear-frozen trains on whole slices instead "
+        "of random crops: their features are computed once, which is fast and not the paper's (no) [yes]")
     add("--overwrite", action="store_true", help="start over what has been run")
     add("--save-predictions", action="store_true", help="keep those of the validation set as NIfTI, on its own grid")
     add("--report", action="store_true", help="print Tables 1 and 2 of what has been run; report.{md,csv,png} of --out")
@@ -69,16 +78,18 @@ def parse(argv: list[str] | None):
 
 
 def settle(args, phantom: bool) -> None:
+    """Fill the defaults that all runs share, and refuse what cannot work; see `recipe` for the rest."""
     for key, value in (PHANTOM if phantom else PAPER).items():
-        if getattr(args, key, None) is None:
+        if getattr(args, key) is None:
             setattr(args, key, value)
+    args.phantom = phantom
     if args.split is None:
         raise BadInput("--split is missing: give --split 12.5, 25 or 100 (or --report)")
     if args.split not in DRAWS:
         raise BadInput(f"--split {args.split}: no such split; there are {', '.join(DRAWS)}")
     for key, least in (("iterations", 1), ("crop_size", 32), ("batch_size", 2)):
-        if getattr(args, key) < least:
-            raise BadInput(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least {least}")
+        if (value := getattr(args, key)) is not None and value < least:
+            raise BadInput(f"--{key.replace('_', '-')} {value}: must be at least {least}")
     args.draws = range(DRAWS[args.split]) if args.draw is None else [args.draw]
     for draw in args.draws:
         if draw not in range(DRAWS[args.split]):
@@ -86,35 +97,40 @@ def settle(args, phantom: bool) -> None:
     args.protocols = PROTOCOLS if args.protocol is None else (args.protocol,)
 
 
+def recipe(args, protocol: str) -> argparse.Namespace:
+    """The settings of one run: `args` with what the phantom's preset has for its protocol."""
+    chosen = {k: v for k, v in vars(args).items() if v is not None}
+    run = argparse.Namespace(**(vars(args) | (PHANTOM_RECIPES[protocol] if args.phantom else {}) | chosen))
+    run.whole_slices = run.whole_slices and protocol == "linear-frozen"  # no other has features that stay
+    return run
+
+
 # ----------------------------------------------------------------------------------------------------- backbones
 
 
 def choose_backbones(args, phantom: bool) -> list[str]:
     """The names behind --backbone: runs of --out, files, imagenet or random. Raises BadInput for none."""
-    prefix = "phantom-" * phantom
-    untrained = "random" if phantom else "imagenet"
-    if args.backbone == "all":
-        runs = [prefix + r for r in (*list(ROWS.values())[1:], "moco-nogeo", "moco-zca-nogeo")]
-        absent = [r for r in runs[:4] if not (args.out / r / "checkpoint.pt").exists()]
-        if absent:
-            print(f"not run yet, left out: {', '.join(absent)} (train_ssl.py)", file=sys.stderr)
-        return [untrained] + [r for r in runs if (args.out / r / "checkpoint.pt").exists()]
-    name = args.backbone or prefix + "moco-local-zca"
-    if name in ("imagenet", "random") or (args.out / name / "checkpoint.pt").exists():
-        return [name]
-    if (args.out / (prefix + name) / "checkpoint.pt").exists():
-        return [prefix + name]
-    if Path(name).is_file():
-        return [name]
-    raise BadInput(f"--backbone {name}: no such run in {args.out} and no such file; pre-train it first "
-                   "(torchrun train_ssl.py --local --zca) or name another")
+    prefix, seed = "phantom-" * phantom, runtime.seed_suffix(args.seed)
+    if args.backbone != "all":
+        return [runtime.resolve(args.backbone or f"moco-local-zca{seed}", args.out, phantom)]
+    rows = [r for r in metrics.ROWS | metrics.BEYOND if r not in ("imagenet", "random")]
+    runs = {r: args.out / f"{prefix}{r}{seed}" for r in rows}
+    present = [r for r, folder in runs.items() if (folder / "checkpoint.pt").exists()]
+    if absent := [runs[r].name for r in rows[1:5] if r not in present]:
+        print(f"not run yet, left out: {', '.join(absent)} (train_ssl.py)", file=sys.stderr)
+    # beside them what they started from: ImageNet's weights, or random ones (and the run of those)
+    inits = {json.loads((runs[r] / "config.json").read_text())["init"] for r in present}
+    return ["imagenet" if "imagenet" in inits or not (inits or phantom) else "random", *(runs[r].name for r in present)]
 
 
 # ------------------------------------------------------------------------------------------------------ training
 
 
 class Crops:
-    """Which slices and crops iteration t has: a function of (seed, t) alone."""
+    """Which slices and crops iteration t has: a function of (seed, t) alone.
+
+    With --whole-slices a crop is the whole slice (of one that is not square, the middle), as it is.
+    """
 
     def __init__(self, args, store: datasets.Store, slices: np.ndarray, processes: runtime.Processes):
         self.args, self.store, self.slices = args, store, slices
@@ -130,13 +146,24 @@ class Crops:
         places = range(t * self.args.batch_size, (t + 1) * self.args.batch_size)
         return [int(self.order(p // len(self.slices))[p % len(self.slices)]) for p in places]
 
-    def fetch(self, t: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def fetch(self, t: int) -> list:
+        """What iteration t reads for this process: pairs of slice and labels; slice numbers where features are kept."""
+        if self.args.whole_slices:
+            return self.indices(t)[self.local]
         return [(torch.from_numpy(self.store.slice(i)), torch.from_numpy(self.store.slice(i, label=True)))
                 for i in self.indices(t)[self.local]]
 
     def apply(self, t: int, pairs: list, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         drawn = augment.draw_crops(runtime.rng(self.args.seed, runtime.CROPS, t), self.args.batch_size)
-        drawn = {k: v[self.local] for k, v in drawn.items()}
+        return self._crop({k: v[self.local] for k, v in drawn.items()}, pairs, device)
+
+    def whole(self, indices: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slices by their numbers, whole, and their labels at the size of a crop."""
+        pairs = [(torch.from_numpy(self.store.slice(i)), torch.from_numpy(self.store.slice(i, label=True)))
+                 for i in indices]
+        return self._crop(augment.undrawn_crops(len(pairs)), pairs, device)
+
+    def _crop(self, drawn: augment.Params, pairs: list, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = zip(*pairs, strict=True)
         return augment.apply_crops([i.to(device, non_blocking=True) for i in images],
                                    [x.to(device, non_blocking=True) for x in labels], drawn, self.args.crop_size)
@@ -161,12 +188,17 @@ class Trainer:
         self.optimizer = torch.optim.SGD(trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.backbone = checksum(model.backbone)  # before training
+        self.kept = self.features_once() if args.whole_slices else None
         self.started = time.time()
 
     def step(self, t: int, pairs: list) -> torch.Tensor:
         """One optimizer step on this process's slices and labels -> its loss, a scalar on the device."""
         runtime.seed_torch(self.args.seed, runtime.DROPOUT, t)
-        images, labels = self.crops.apply(t, pairs, self.device)
+        if self.kept:
+            images, labels = [torch.stack([self.kept[i][part] for i in pairs]) for part in (0, 1)]
+            images = (None, None, None, images)
+        else:
+            images, labels = self.crops.apply(t, pairs, self.device)
         with runtime.autocast(self.amp, self.device):
             loss = self.net(images, labels)
         self.scaler.scale(loss).backward()
@@ -176,6 +208,21 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    @torch.no_grad()
+    def features_once(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """{slice number: (layer4's output (C, h, w), labels)} of the split. Raises BadInput where they are too many."""
+        numbers, kept = [int(i) for i in self.crops.slices], {}
+        for part in (numbers[i : i + 32] for i in range(0, len(numbers), 32)):
+            images, labels = self.crops.whole(part, self.device)
+            with runtime.autocast(self.amp, self.device):
+                features = self.model.features(images.contiguous(memory_format=torch.channels_last))[3]
+            needed = len(numbers) * (features[0].nbytes + labels[0].nbytes)
+            if needed > runtime.memory(self.device) / 2:
+                raise BadInput(f"--whole-slices: the features of {len(numbers):,} slices at {self.args.crop_size} px "
+                               f"take {needed / 1e9:,.0f} GB; lower --crop-size or give --no-whole-slices")
+            kept |= zip(part, zip(features, labels, strict=True), strict=True)
+        return kept
 
     def predictions(self) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
         """Of each validation volume: its record in the store, truth and prediction, (Z, H, W) uint8."""
@@ -201,13 +248,14 @@ class Trainer:
 def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phantom: bool,
           processes: runtime.Processes) -> None:
     """One run: one backbone, protocol, split and draw, from the start or its checkpoint to its result."""
-    title = f"{Path(name).stem if Path(name).is_file() else name}-{protocol}-{args.split}-{draw}"
+    args = recipe(args, protocol)
+    whitening = "fold" if protocol == "linear-frozen" else args.whitening
+    # before the run folder: a backbone that does not fit leaves nothing behind
+    backbone = runtime.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom)
+    title = f"{backbone.name}-{protocol}-{args.split}-{draw}"
     folder = args.out / "seg" / title
     done = (folder / "result.json").exists() and not args.overwrite
-    config = configure(args, name, protocol, draw, store, phantom)
-    if not done:  # before the run folder: a backbone that does not fit leaves nothing behind
-        model = Segmenter(runtime.open_backbone(name, args.out, args.arch, args.seed, config["whitening"], phantom),
-                          protocol, len(ORGANS))
+    config = configure(args, backbone, protocol, draw, store, phantom)
     run = runtime.Run(folder, config, args.overwrite, processes.is_main)
     if done:
         if processes.is_main:
@@ -220,7 +268,7 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
     amp = runtime.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], processes.device)
     runtime.announce_changes(saved, amp, processes)
     crops = Crops(args, store, store.of(config["cases"]), processes)
-    trainer = Trainer(args, model, crops, processes, amp)
+    trainer = Trainer(args, Segmenter(backbone.net, protocol, len(ORGANS)), crops, processes, amp)
     first = trainer.load(saved) if saved else 0
     curve = folder / "validation.jsonl"
     if processes.is_main and curve.exists():  # as the log: cut back to the checkpoint
@@ -230,18 +278,18 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
     runtime.on_main(processes.is_main, lambda: finish(trainer, run, config))
 
 
-def configure(args, name: str, protocol: str, draw: int, store: datasets.Store, phantom: bool) -> dict:
+def configure(args, backbone: runtime.Backbone, protocol: str, draw: int, store: datasets.Store,
+              phantom: bool) -> dict:
     """What decides a run's result, and what its model is: config.json."""
-    pretrained = args.out / name / "config.json"
-    arch = json.loads(pretrained.read_text())["arch"] if pretrained.exists() else args.arch
     split = datasets.SPLITS / f"btcv_{'train' if args.split == '100' else f'{args.split}_{draw}'}.txt"
     sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (split, datasets.SPLITS / "btcv_val.txt")]
-    return {"backbone": name, "arch": arch, "protocol": protocol, "split": args.split, "draw": draw,
+    return {"backbone": backbone.name, "arch": backbone.pretraining["arch"], "pretraining": backbone.pretraining,
+            "protocol": protocol, "split": args.split, "draw": draw,
             "whitening": "fold" if protocol == "linear-frozen" else args.whitening, "iterations": args.iterations,
             "crop_size": args.crop_size, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
-            "window": list(args.window), "data": "phantom" if phantom else Path(store.data).name,
-            "slices": len(store), "cases": datasets.cases(args.split, draw), "split_sha256": sums[0],
-            "validation_sha256": sums[1]}
+            "whole_slices": args.whole_slices, "window": list(args.window),
+            "data": "phantom" if phantom else Path(store.data).name, "slices": len(store),
+            "cases": datasets.cases(args.split, draw), "split_sha256": sums[0], "validation_sha256": sums[1]}
 
 
 def fit(trainer: Trainer, run: runtime.Run, first: int) -> None:
@@ -391,7 +439,8 @@ def main(argv: list[str] | None = None) -> None:
         if phantom:
             runtime.announce_phantom()
         print(f"{len(names) * len(args.protocols) * len(args.draws)} runs: {', '.join(names)} x "
-              f"{', '.join(args.protocols)} x {len(args.draws)} draw(s) of {args.split} %, {args.iterations:,} "
+              f"{', '.join(args.protocols)} x {len(args.draws)} draw(s) of {args.split} %, "
+              f"{'/'.join(dict.fromkeys(f'{recipe(args, p).iterations:,}' for p in args.protocols))} "
               f"iterations of {args.batch_size} crops of {args.crop_size} px each, in {args.out / 'seg'}; "
               f"{runtime.hardware()}")
     for name in names:

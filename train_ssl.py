@@ -1,6 +1,7 @@
 """Pre-train a ResNet on CT slices: MoCo v2, with the paper's local loss (--local) and ZCA whitening (--zca).
 
     torchrun train_ssl.py --local --zca                                the paper's method, one GPU or the CPU
+    torchrun train_ssl.py --local --zca --geometric                    beyond it: crops and flips kept, cells aligned
     torchrun --nproc-per-node 8 train_ssl.py --local --zca             eight GPUs, the same result
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_ssl.py --local --zca
     python train_ssl.py --data my_ct --name mine                       plain MoCo v2 on a folder of NIfTI volumes
@@ -11,10 +12,12 @@ for the whole global batch, so a run does not depend on the number of processes 
 
 import argparse
 import contextlib
+import json
 import math
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,9 +39,13 @@ from whitening import whiten_last_norm
 MOMENTUM, WEIGHT_DECAY, DIM = 0.9, 1e-4, 128  # mmselfsup's mocov2_resnet50_8xb32-coslr-200e
 PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, bn_group=32, epochs=200, lr=None,
              queue=65536, ema=0.999, zca_group=64, size=datasets.SIZE)
-PHANTOM = dict(arch="resnet18", init="random", image_size=128, batch_size=64, bn_group=16, epochs=3, lr=0.03,
-               queue=1024, ema=0.99, zca_group=32, size=192)
+# The phantom's preset: see README, "Few slices, one small GPU". Its rows start from a run of START, the stand-in for
+# ImageNet weights: MoCo v2 without geometry, which learns from random weights where MoCo v2 with crops does not.
+PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=8, lr=0.01, queue=256, ema=0.99,
+               zca_group=64, size=192)
+START = dict(init="random", local=False, zca=False, geometric=False, epochs=6, steps=None, overwrite=False)
 HELD_OUT = 128  # slices (an eighth of a small data set) on which the signs of collapse are looked at: never trained on
+FEW = 20_000  # slices: below, the paper's settings are looked at for what cannot work
 FLUSH = 10  # steps between two looks at the losses; each look waits for the device
 
 
@@ -47,27 +54,28 @@ def parse(argv: list[str] | None):
                             epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
     parser.common()
     add = parser.add_argument
-    add("--local", action="store_true", help="local loss on the first stage's feature map, Eq. 2 (no geometry)")
+    add("--local", action="store_true", help="local loss on the first stage's feature map, Eq. 2")
     add("--zca", action="store_true", help="ZCA whitening in place of the backbone's last BN, Eq. 5")
-    add("--geometric", action=argparse.BooleanOptionalAction, help="crops and flips (default: unless --local)")
+    add("--geometric", action=argparse.BooleanOptionalAction,
+        help="crops and flips (default: unless --local; with it, Eq. 2 takes what both crops show: not the paper's)")
     add("--arch", help="any torchvision resnet (resnet50) [resnet18]")
-    add("--init", help="imagenet, random or a FILE of weights (imagenet) [random]")
-    add("--name", help="of the run (default moco[-local][-zca])")
+    add("--init", help="imagenet, random, a RUN of --out or a FILE (imagenet) [phantom-start, which is trained first]")
+    add("--name", help="of the run (default moco[-local][-zca][-nogeo|-aligned][-seedN])")
     add("--overwrite", action="store_true", help="start over where a run of this name exists")
     add("--size", type=int, help="pixels of a stored slice's side (512) [192]")
-    add("--image-size", type=int, help="pixels of a view's side (224) [128]")
+    add("--image-size", type=int, help="pixels of a view's side (224) [64]")
     add("--batch-size", type=int, help="slices a step, over all processes (256) [64]")
-    add("--bn-group", type=int, help="slices that share batch statistics (32) [16]")
-    add("--epochs", type=int, help="horizon of the schedule (200) [3]")
+    add("--bn-group", type=int, help="slices that share batch statistics (32) [32]")
+    add("--epochs", type=int, help="horizon of the schedule (200) [8]")
     add("--steps", type=int, help="stop after so many optimizer steps in all (default: all epochs)")
-    add("--lr", type=float, help="learning rate as it is (0.03 x batch / 256) [0.03]")
-    add("--queue", type=int, help="keys kept, a multiple of the batch (65536) [1024]")
+    add("--lr", type=float, help="learning rate as it is (0.03 x batch / 256) [0.01]")
+    add("--queue", type=int, help="keys kept, a multiple of the batch (65536) [256]")
     add("--ema", type=float, help="momentum of the key encoder (0.999) [0.99]")
     add("--temperature", type=float, default=0.2, help="of Eq. 1")
     add("--temperature-local", type=float, default=0.2, help="of Eq. 2")
     add("--lambda-local", type=float, default=1.0, help="weight of the local loss, Eq. 3")
     add("--patches", type=int, default=20, help="K of Eq. 2")
-    add("--zca-group", type=int, help="channels whitened together (64) [32]")
+    add("--zca-group", type=int, help="channels whitened together (64) [64]")
     add("--zca-iterations", type=int, default=5, help="T of Newton's iteration")
     add("--compile", action="store_true", help="torch.compile the encoders")
     return parser.parse_args(argv)
@@ -80,8 +88,6 @@ def settle(args, phantom: bool) -> None:
             setattr(args, key, value)
     if args.geometric is None:
         args.geometric = not args.local
-    if args.local and args.geometric:
-        raise BadInput("--local with --geometric: locations of the two views would no longer correspond; drop one")
     args.lr = 0.03 * args.batch_size / 256 if args.lr is None else args.lr
     for key in ("size", "image_size", "batch_size", "bn_group", "epochs", "queue", "patches", "zca_group",
                 "zca_iterations"):
@@ -93,10 +99,16 @@ def settle(args, phantom: bool) -> None:
         raise BadInput(f"--image-size {args.image_size}: too small for a ResNet of stride 32; give 32 or more")
     if args.queue % args.batch_size:
         raise BadInput(f"--queue {args.queue}: must be a multiple of --batch-size {args.batch_size}")
+    args.init = args.init or start_of(args)
     if args.name is None:
-        control = "-nogeo" if not args.geometric and not args.local else ""
-        args.name = "moco" + "-local" * args.local + "-zca" * args.zca + control
-        args.name = "phantom-" * phantom + args.name
+        views = {(False, False): "-nogeo", (True, True): "-aligned"}.get((args.local, args.geometric), "")
+        args.name = "phantom-" * phantom + "moco" + "-local" * args.local + "-zca" * args.zca + views
+        args.name += runtime.seed_suffix(args.seed)
+
+
+def start_of(args) -> str:
+    """The run from which the phantom's rows of this seed start."""
+    return "phantom-start" + runtime.seed_suffix(args.seed)
 
 
 def check_groups(args, world: int) -> None:
@@ -108,9 +120,34 @@ def check_groups(args, world: int) -> None:
                       "statistics; lower --bn-group or raise --batch-size", stacklevel=2)
 
 
-def build(args) -> MoCo:
-    runtime.seed_torch(args.seed, runtime.INIT)
-    backbone = runtime.build_backbone(args.init, args.arch)
+def advice(args, trained: int, horizon: int) -> list[str]:
+    """What cannot work with few slices to train on, as lines with the flags that can; [] where nothing is wrong.
+
+    The paper's settings are for 215,325 slices; those that were seen to work on a few hundred or thousand stand in
+    README, "Few slices, one small GPU".
+    """
+    if trained >= FEW:
+        return []
+    wrong = []
+    if args.queue > trained // 2:
+        wrong.append(f"the queue of {args.queue:,} keys holds {args.queue / trained:.1f} keys of every slice, old ones "
+                     f"of the query's own among them (--queue {4 * args.batch_size})")
+    if horizon * (1 - args.ema) < 1:
+        wrong.append(f"the key encoder moves {1 - args.ema:.4f} of the way a step, too slow for {horizon:,} steps "
+                     "(--ema 0.99)")
+    if horizon < 1000 and args.geometric and args.init == "random":
+        wrong.append(f"from random weights, {horizon:,} steps with crops were never enough to tell slices apart (first "
+                     "a run with --no-geometric --name start, then --init start)")
+    return wrong
+
+
+def build(args, phantom: bool = False) -> MoCo:
+    args.init = runtime.resolve(args.init, args.out, phantom)
+    run = args.out / args.init / "config.json"
+    if run.exists() and (arch := json.loads(run.read_text())["arch"]) != args.arch:
+        raise BadInput(f"--init {args.init}: is a {arch}; give --arch {arch} or another start")
+    opened = runtime.open_backbone(args.init, args.out, args.arch, args.seed, "fold", phantom)
+    backbone, args.init_checksum = opened.net, opened.pretraining["checksum"]
     if args.zca:
         width = backbone.fc.in_features
         if width % args.zca_group:
@@ -146,6 +183,13 @@ class Batches:
         drawn = augment.draw(runtime.rng(self.args.seed, purpose, t), self.args.batch_size, self.args.geometric)
         return {k: v[self.local] for k, v in drawn.items()}
 
+    def parts(self, t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What both views of the global batch show: boxes and flips of the queries, of the keys, and usable pairs."""
+        query, key = (augment.draw(runtime.rng(self.args.seed, purpose, t), self.args.batch_size)
+                      for purpose in (runtime.VIEW_Q, runtime.VIEW_K))
+        boxes_q, boxes_k, usable = augment.common_parts(query, key, self.args.size)
+        return boxes_q, query["flip"], boxes_k, key["flip"], usable
+
     def permutation(self, t: int) -> torch.Tensor:
         return torch.from_numpy(runtime.rng(self.args.seed, runtime.SHUFFLE, t).permutation(self.args.batch_size))
 
@@ -172,6 +216,7 @@ class Trainer:
         self.optimizer = torch.optim.SGD(self.trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.skipped = 0  # steps that fp16's scaler left out
+        self.gap = None  # of the last look at the held-out slices
         self.horizon = args.epochs * batches.steps_per_epoch
 
     def lr(self, t: int) -> float:
@@ -180,17 +225,20 @@ class Trainer:
     def step(self, t: int, slices: torch.Tensor) -> torch.Tensor:
         """One optimizer step on this process's slices (B, H, W) uint8.
 
-        Returns its mean (L, L_global, L_local, accuracy, cosine to the own key, to the queue) and the norm of the
-        step's gradient.
+        Returns its mean (L, L_global, L_local, queue's accuracy, cosine to the own key, to the queue) and the norm of
+        the step's gradient.
         """
         args, moco = self.args, self.moco
         slices = slices.to(self.device, non_blocking=True)
         drawn_q = self.batches.views(t, runtime.VIEW_Q)
         view_k = augment.apply(slices, self.batches.views(t, runtime.VIEW_K), args.image_size)
         patches = self.batches.patches(t).to(self.device) if args.local else None
+        aligned = args.local and args.geometric
+        boxes_q, flip_q, boxes_k, flip_k, usable = self.batches.parts(t) if aligned else [None] * 5
         moco.update_key_encoder()
         with runtime.autocast(self.amp, self.device):
-            keys, cells = moco.keys(view_k, self.batches.permutation(t).to(self.device))
+            keys, cells = moco.keys(view_k, self.batches.permutation(t).to(self.device),
+                                    self.to_device(boxes_k, flip_k) if aligned else None)
         groups = len(slices) // args.bn_group
         parts = [slice(g * args.bn_group, (g + 1) * args.bn_group) for g in range(groups)]
         self.statistics.begin()
@@ -199,10 +247,16 @@ class Trainer:
             # gradients add up over the groups; DDP exchanges them once, with the last
             several = self.model is not moco and part is not parts[-1]
             view_q = augment.apply(slices[part], {k: v[part] for k, v in drawn_q.items()}, args.image_size)
+            common = None
+            if aligned:
+                first = self.batches.local.start + part.start  # of this group in the global batch
+                here = slice(first, first + args.bn_group)
+                pairs = usable[(usable >= here.start) & (usable < here.stop)] - first
+                common = self.to_device(boxes_q[here], flip_q[here], pairs)
             with self.statistics.group(), self.model.no_sync() if several else contextlib.nullcontext():
                 with runtime.autocast(self.amp, self.device):
                     loss_global, loss_local = self.model(view_q, keys[part], cells[part] if args.local else None,
-                                                         patches[part] if args.local else None)
+                                                         patches[part] if args.local else None, common)
                 loss = moco.total(loss_global, loss_local)
                 self.scaler.scale(loss / groups).backward()
             losses = torch.stack([loss.detach(), loss_global.detach(), loss_local.detach()])
@@ -218,6 +272,9 @@ class Trainer:
         moco.enqueue(keys)
         return torch.cat([torch.stack(records).mean(0), norm[None]])
 
+    def to_device(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
+        return tuple(augment.to_device(a, self.device) for a in arrays)
+
     def count_skipped(self, records: list[dict]) -> None:
         """Under fp16 a gradient that is not finite ends no run: the scaler leaves its step out, counted here."""
         for r in records if self.amp == "fp16" else ():
@@ -227,15 +284,16 @@ class Trainer:
 
     def state(self, step: int) -> dict:
         return {"step": step, "model": self.moco.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "skipped": self.skipped, "amp": self.amp,
-                "threads": torch.get_num_threads(), "arch": self.args.arch,
+                "scaler": self.scaler.state_dict(), "skipped": self.skipped, "gap": self.gap, "amp": self.amp,
+                "threads": torch.get_num_threads(), "arch": self.args.arch, "horizon": self.horizon,
+                "view_px": self.args.image_size, "slice_px": self.args.size,
                 "zca": [self.args.zca_group, self.args.zca_iterations] if self.args.zca else []}
 
     def load(self, state: dict) -> int:
         self.moco.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.skipped = state["skipped"]
+        self.skipped, self.gap = state["skipped"], state["gap"]
         return state["step"]
 
 
@@ -247,14 +305,22 @@ def main(argv: list[str] | None = None) -> None:
     store = datasets.prepare(data, args.store or datasets.default_store(data), "pretrain", tuple(args.window),
                              args.size, args.workers)
     processes = runtime.start()
+    if args.init == start_of(args) and not (args.out / args.init / "backbone.pth").exists():
+        settings = vars(args) | PHANTOM | START | dict(name=args.init, size=args.size)
+        pretrain(argparse.Namespace(**settings), store, data, phantom, processes)
+    pretrain(args, store, data, phantom, processes)
+
+
+def pretrain(args, store: datasets.Store, data: Path, phantom: bool, processes: runtime.Processes) -> None:
+    """One run, from the start or its checkpoint to backbone.pth."""
     check_groups(args, processes.world)
     batches = Batches(args, len(store), processes)
     if not batches.steps_per_epoch:
         raise BadInput(f"{data}: {len(store)} slices are fewer than one batch of {args.batch_size} besides "
                        f"{len(batches.held_out)} held-out ones; lower --batch-size")
-    kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp")
+    kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp")  # out of the config
+    moco = build(args, phantom)  # before the run folder: weights that do not fit leave nothing behind
     config = {k: v for k, v in vars(args).items() if k not in kept}
-    moco = build(args)  # before the run folder: weights that do not fit leave nothing behind
     config |= {"data": "phantom" if phantom else data.name, "volumes": len(store.volumes), "slices": len(store)}
     run = runtime.Run(args.out / args.name, config, args.overwrite, processes.is_main)
     saved = run.resume()
@@ -284,9 +350,8 @@ def introduce(args, store, phantom, processes, amp, first, last, trainer) -> Non
     print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
           f"{processes.world} process(es), precision {amp}, {args.image_size} px; about {megabytes:,.0f} MB in "
           f"{args.out / args.name}; the time needed is told after {FLUSH} steps")
-    if args.queue > len(store):
-        print(f"note: the queue of {args.queue:,} is longer than the {len(store):,} slices; a slice will meet its own "
-              "earlier keys as negatives (--queue)", file=sys.stderr)
+    for line in advice(args, len(trainer.batches.trained), trainer.horizon):
+        print(f"note: {len(trainer.batches.trained):,} slices are few: {line}", file=sys.stderr)
     if first:
         print("finished before; nothing left to train" if first >= last else f"continuing after step {first:,}")
 
@@ -302,8 +367,12 @@ class Signs:
 
     @torch.no_grad()
     def look(self, step: int) -> dict[str, float]:
-        """All in evaluation mode: effective ranks of the pooled features and of the embeddings (unit length, as
-        Eq. 1 sees them) of the slices as they are; mean cosines of two fixed views, of one slice and of two.
+        """All in evaluation mode, with the encoders as they are now, so that no key is older than another.
+
+        Of the slices as they are: effective ranks of the pooled features and of the embeddings (unit length, as Eq. 1
+        sees them). Of two fixed views of each: mean cosines of query and key of one slice and of two, the first less
+        the second (`held_out_gap`), and the share of queries to which their own key is the nearest of all
+        (`instance_accuracy`, by chance 1 / number of slices).
         """
         moco, args, device = self.trainer.moco.eval(), self.trainer.args, self.trainer.device
         outputs: list[tuple] = []
@@ -323,20 +392,29 @@ class Signs:
                  for x in (features, embeddings)]  # where one is not finite, the checkpoint that follows is refused
         cosines = queries @ keys.mT
         own, count = cosines.diagonal().sum(), len(cosines)
-        return {"effective_rank": ranks[0], "effective_rank_embedding": ranks[1],
-                "held_out_positive": (own / count).item(),
-                "held_out_negative": ((cosines.sum() - own) / (count * (count - 1))).item(),
+        positive, negative = (own / count).item(), ((cosines.sum() - own) / (count * (count - 1))).item()
+        nearest = cosines.argmax(1) == torch.arange(count, device=cosines.device)
+        self.trainer.gap = positive - negative
+        return {"effective_rank": ranks[0], "effective_rank_embedding": ranks[1], "held_out_positive": positive,
+                "held_out_negative": negative, "held_out_gap": positive - negative,
+                "instance_accuracy": nearest.float().mean().item(), "instance_chance": 1 / count,
                 "queue_filled": min(1.0, step * args.batch_size / args.queue)}
 
-    def warning(self, signs: dict[str, float]) -> str:
-        """What the signs mean where they are bad, else ''."""
-        width = self.trainer.moco.encoder_q.projector[0].in_features
-        if signs["held_out_negative"] > 0.9:
-            return (f"warning: views of different slices have a mean cosine of {signs['held_out_negative']:.2f}: "
-                    "everything is mapped to one point (complete collapse); check --lr and the data")
+    def warning(self, signs: dict[str, float], step: int) -> str:
+        """What the signs mean where they are bad, else ''. Nothing is said before the queue was full for an epoch."""
+        args, width = self.trainer.args, self.trainer.moco.encoder_q.projector[0].in_features
+        if (step - self.trainer.batches.steps_per_epoch) * args.batch_size < args.queue:
+            return ""
+        if signs["held_out_gap"] < metrics.LEAST_GAP:
+            return (f"warning: the model does not tell slices apart (cosine of two views of a slice less that of two "
+                    f"slices: {signs['held_out_gap']:.3f}, instance accuracy {signs['instance_accuracy']:.3f}, chance "
+                    f"{signs['instance_chance']:.3f}). Its loss and the queue's accuracy come from the age of the "
+                    "queue's keys, and its effective rank means nothing. Try a start that is not random (--init), a "
+                    "shorter --queue, a lower --lr")
         if signs["effective_rank"] < min(width, 10 * (len(self.slices) - 1)) / 100:
-            return (f"warning: the {width} features have an effective rank of {signs['effective_rank']:.1f}: only so "
-                    "many directions are used (dimensional collapse, Fig. 1); see --local --zca")
+            return (f"warning: slices are told apart (gap {signs['held_out_gap']:.2f}), but the {width} features have "
+                    f"an effective rank of {signs['effective_rank']:.1f}: few directions are used (dimensional "
+                    "collapse, Fig. 1); see --local --zca")
         return ""
 
 
@@ -348,7 +426,7 @@ class Journal:
         self.first, self.last, self.chance = first, last, math.log(1 + args.queue)
         self.bar = tqdm(total=last, initial=first, unit="step", disable=None if processes.is_main else True)
         self.signs = Signs(trainer, store) if processes.is_main else None
-        self.rank = ""  # of the last look
+        self.seen = ""  # in the last look
         self.pending, self.waited, self.since = [], 0.0, time.perf_counter()
 
     def flush(self, done: int, tell: bool, look: bool) -> None:
@@ -357,7 +435,7 @@ class Journal:
         now, trainer = time.perf_counter(), self.trainer
         spent = now - self.since
         rate = len(values) * self.args.batch_size / spent
-        records = [{"step": step, "loss": v[0], "loss_global": v[1], "loss_local": v[2], "accuracy": v[3],
+        records = [{"step": step, "loss": v[0], "loss_global": v[1], "loss_local": v[2], "queue_accuracy": v[3],
                     "similarity_positive": v[4], "similarity_negative": v[5], "grad_norm": v[6],
                     "lr": trainer.lr(step - 1), "images_per_s": round(rate, 2),
                     "data_share": round(self.waited / spent, 4)}
@@ -368,11 +446,13 @@ class Journal:
         told, warning = records[-1], ""
         if look and self.signs:
             told |= self.signs.look(done)
-            warning, self.rank = self.signs.warning(told), f", effective rank {told['effective_rank']:.1f}"
+            warning = self.signs.warning(told, done)
+            self.seen = (f", instance accuracy {told['instance_accuracy']:.2f} (chance {told['instance_chance']:.2f}), "
+                         f"gap {told['held_out_gap']:.2f}, effective rank {told['effective_rank']:.1f}")
         text = (f"loss {told['loss_global']:.2f} (chance {self.chance:.2f})"
                 + (f" local {told['loss_local']:.2f}" if self.args.local else "")
-                + f" accuracy {told['accuracy']:.2f}, {rate:.1f} images/s"
-                + self.rank + (f", {trainer.skipped} steps skipped" if trainer.skipped else ""))
+                + f", {rate:.1f} images/s{self.seen}"
+                + (f", {trainer.skipped} steps skipped" if trainer.skipped else ""))
         self.run.log(records)
         self.bar.set_postfix_str(text)
         self.bar.update(len(values))
@@ -400,7 +480,7 @@ def train(args, store, processes, run, trainer, first, last) -> None:
             stopping, done = processes.any(stop.signal != 0), t + 1
             epoch_ends = done % batches.steps_per_epoch == 0 or done == last
             if len(journal.pending) == FLUSH or epoch_ends or stopping:
-                journal.flush(done, epoch_ends or stopping, done % batches.steps_per_epoch == 0)
+                journal.flush(done, epoch_ends or stopping, epoch_ends)
             if epoch_ends or stopping:
                 run.checkpoint(trainer.state(done))
             if stopping and done < last:

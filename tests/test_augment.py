@@ -9,6 +9,7 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 import augment
+from local_loss import pool_boxes
 
 SIDE = 96
 RESAMPLERS = [augment.crops_one_by_one, augment.crops_by_products]
@@ -270,3 +271,36 @@ def test_a_gpu_gives_the_same_views_without_a_wait():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(views.cpu(), augment.apply(batch, params, 224), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("side", [192, 512])
+def test_common_parts_show_the_same_places(side):
+    """Maps that hold the slice's coordinates: the cells of two random views agree to under half a feature pixel."""
+    n, stride, size = 64, 4, 64
+    query, key = (augment.draw(np.random.default_rng(seed), n) for seed in (1, 2))
+    *boxes, usable = augment.common_parts(query, key, side)
+    assert 0 < len(usable) <= n
+    cells, pixels = [], []
+    for params, box in zip((query, key), boxes, strict=True):
+        top, left, height, width = (augment.pixel_boxes(params["box"], side) / side).T[..., None]
+        at = (np.arange(size // stride) + 0.5) * stride / size  # centres of the feature map's pixels in the view
+        rows, columns = top + at * height, left + np.where(params["flip"][:, None], 1 - at, at) * width
+        maps = np.stack(np.broadcast_arrays(rows[:, :, None], columns[:, None, :]), 1)
+        cells.append(pool_boxes(torch.from_numpy(maps), torch.from_numpy(box), torch.from_numpy(params["flip"])))
+        pixels.append(np.concatenate([height, width], 1) * stride / size)
+    pixel = torch.from_numpy(np.maximum(*pixels))[usable, None]
+    assert ((cells[0] - cells[1]).abs()[usable] < 0.5 * pixel).all()
+    # and they are those of the intersection, computed by hand
+    for i in usable:
+        ends = [augment.pixel_boxes(p["box"], side)[i] / side for p in (query, key)]
+        for axis in (0, 1):
+            low, high = max(e[axis] for e in ends), min(e[axis] + e[axis + 2] for e in ends)
+            assert high - low >= 0.1
+            expected = low + (np.arange(7) + 0.5) / 7 * (high - low)
+            seen = cells[0][i].reshape(7, 7, 2)[..., axis].numpy()
+            seen = seen[:, 3] if axis == 0 else seen[3]
+            assert np.abs(seen - expected).max() < 0.5 * float(pixel[list(usable).index(i), 0, axis])
+    for i in set(range(n)) - set(usable.tolist()):
+        ends = [augment.pixel_boxes(p["box"], side)[i] / side for p in (query, key)]
+        overlap = [min(e[a] + e[a + 2] for e in ends) - max(e[a] for e in ends) for a in (0, 1)]
+        assert min(overlap) < 0.1

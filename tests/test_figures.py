@@ -105,7 +105,7 @@ def test_validation_and_report(drawn):
               "protocol": "linear-frozen", "mDS": 0.25, "organs": [0.25] * 12 + [None]}
     others = [result | {"backbone": f"run{i}", "draw": 0} for i in range(9)]  # more than there are markers
     drawn(figures.report, metrics.cells([result, *others], ("linear-frozen", "a", "b")), ORGANS[1:])
-    assert {"linear-frozen, 25 % of generated phantom", "No SSL", "run8", "pancreas"} <= set(drawn.texts)
+    assert {"linear-frozen, 25 % of generated phantom", "Random weights", "run8", "pancreas"} <= set(drawn.texts)
 
 
 def test_spectrum_draws_no_numerical_zeros_and_is_readable_in_grey(drawn):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from local_loss import local_info_nce, pool_cells, take_patches
+from local_loss import local_info_nce, pool_boxes, pool_cells, take_patches
 
 
 def test_eq_2_against_a_loop():
@@ -52,3 +52,27 @@ def test_patches_are_the_cells_asked_for_and_too_many_are_refused():
         local_info_nce(torch.randn(1, 50, 3), torch.randn(1, 50, 3), 0.2)
     with pytest.raises(ValueError, match="6, 9"):
         pool_cells(torch.randn(1, 3, 6, 9))
+
+
+@pytest.mark.parametrize("side", [7, 14, 56])
+def test_whole_boxes_are_the_cells(side):
+    x = torch.randn(3, 5, side, side)
+    whole, still = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 3), torch.zeros(3, dtype=torch.bool)
+    torch.testing.assert_close(pool_boxes(x, whole, still), pool_cells(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pool_boxes(x.flip(3), whole, ~still), pool_cells(x), rtol=0, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pool_boxes(x.bfloat16(), whole, still).dtype == torch.float32
+
+
+def test_boxes_are_read_where_they_lie_and_gradients_reach_them():
+    """A box of whole pixels against the mean of its blocks, in a mirrored and in a plain map."""
+    x = torch.randn(2, 3, 28, 28)
+    box = torch.tensor([[7 / 28, 14 / 28, 7 / 28, 14 / 28]] * 2)  # rows 7 to 13, columns 14 to 27
+    blocks = x[:, :, 7:14, 14:28].reshape(2, 3, 7, 1, 7, 2).mean((3, 5)).flatten(2).mT
+    for mirrored in (False, True):
+        seen = (x.flip(3) if mirrored else x).clone().requires_grad_()
+        cells = pool_boxes(seen, box, torch.full((2,), mirrored))
+        torch.testing.assert_close(cells, blocks, rtol=0, atol=1e-5)
+        cells.sum().backward()
+        grad = seen.grad.flip(3) if mirrored else seen.grad
+        assert (grad[:, :, 7:14, 14:28] > 0).all() and grad.abs().sum() == pytest.approx(2 * 3 * 49, rel=1e-4)

@@ -32,7 +32,7 @@ def runs(small_phantom):
     data, store = small_phantom / "AbdomenCT-1K", small_phantom.parent / "store"
     train_ssl.main([str(a) for a in ("--data", data, "--store", store, "--out", out, "--image-size", 64, "--amp", "off",
                                      "--batch-size", 8, "--bn-group", 4, "--queue", 32, "--zca-group", 16, "--local",
-                                     "--zca", "--steps", 2)])
+                                     "--zca", "--init", "random", "--steps", 2)])
     return out
 
 
@@ -49,7 +49,7 @@ def flags(small_phantom, runs):
 def test_three_protocols_leave_results_and_are_skipped_when_done(flags, runs, capsys):
     train_seg.main(flags("--split", "12.5", "--draw", 1, "--iterations", 2))
     first = capsys.readouterr().out
-    assert "PHANTOM" in first and "| 12.5 % | Ours: both |" in first
+    assert "PHANTOM" in first and "| 12.5 % | MoCo v2 + local + ZCA" in first
     lines = [json.loads(x) for x in (runs / "results.jsonl").read_text().splitlines()]
     assert [x["protocol"] for x in lines] == ["linear-frozen", "linear-finetune", "deeplabv3plus"]
     for x in lines:
@@ -261,25 +261,33 @@ def result(split, draw, mds, backbone="moco", data="BTCV", slices=3779, **more):
 
 
 def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
+    trained = {"step": 184, "horizon": 184, "gap": 0.3, "view_px": 64, "slice_px": 192}
     rows = [result("12.5", d, m) for d, m in enumerate((0.40, 0.46, 0.43))]
     rows += [result("25", 0, 0.5), result("25", 0, 0.6), result("100", 0, 0.7, "mine"),
-             result("100", 0, 0.1, "phantom-moco", "phantom", 1193), result("100", 0, 0.2, slices=231),
-             result("12.5", 0, 0.3, "imagenet", seed=4)]
+             result("100", 0, 0.1, "phantom-moco", "phantom", 1193, pretraining=trained | {"gap": 0.003}, seed=0),
+             result("100", 0, 0.3, "phantom-moco-seed1", "phantom", 1193, pretraining=trained, seed=1),
+             result("100", 0, 0.5, "phantom-moco-local-zca-aligned", "phantom", 1193,
+                    pretraining=trained | {"step": 9}),
+             result("100", 0, 0.2, slices=231), result("12.5", 0, 0.3, "imagenet", lr=4)]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     train_seg.main(["--report", "--out", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "| 46.04 ± 4.37 | 43.00 ± 3.00 (n = 3) |" in out  # the paper's, ours
+    assert "| 46.04 ± 4.37 | 43.00 ± 3.00 (n = 3) |" in out  # the paper's, those of here
     assert "| 66.17 ± 6.16 | 60.00 (n = 1) |" in out  # the newest of two counts
     assert "| 100 % | mine | not run | 70.00 (n = 1) | not run |" in out
-    assert "| 100 % | MoCo v2 | not run | 10.00 (n = 1) | not run |" in out and "not BTCV results" in out
-    assert "ours on BTCV of 231 slices" in out  # a folder of that name with other slices is another data set
-    assert len(re.findall(r"^Table 1", out, re.M)) == 3  # they never share a table
-    assert out.count("**The settings differ:**") == 1 and "seed 4" in out
+    # seeds are replicates; what did not train, or has not finished, says so; nothing is shown of what was not run
+    assert re.search(r"\| 100 % \| MoCo v2 \(\*\*did not train\*\*[^|]*\) \| 20.00 ± 14.14 \(n = 2\) \|$", out, re.M)
+    assert re.search(r"Beyond the paper, on the generated phantom.*?\| 100 % \| MoCo v2 \+ aligned local \+ ZCA "
+                     r"\(\*\*unfinished: step 9 of 184\*\*\) \| 50.00", out, re.S)
+    assert "no BTCV results" in out and "views of 64 px of slices of 192 px" in out
+    assert "on BTCV of 231 slices" in out  # a folder of that name with other slices is another data set
+    assert len(re.findall(r"^(?:Table|The paper's rows|Beyond|Others)", out, re.M)) == 5  # Table 2 has no result
+    assert out.count("**the settings differ:**") == 1 and "lr 4" in out
     assert (tmp_path / "report.md").read_text() in out
     assert (tmp_path / "report.png").stat().st_size > 10_000
     cells = list(csv.DictReader((tmp_path / "report.csv").open()))
-    # three data sets with 9 + 5 rows each and one other, three protocols
-    assert len(cells) == 3 * (3 * (9 + 5) + 1)
+    # three protocols: Table 1 of BTCV and one other row of it; two rows of the phantom, one of the third
+    assert len(cells) == 3 * (9 + 1 + 2 + 1)
 
     def cell(data, split, method, protocol="linear-finetune"):
         return [c for c in cells if (c["data"], c["split"], c["method"], c["protocol"])
@@ -287,10 +295,54 @@ def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
 
     told = cell("BTCV", "12.5", "MoCo v2")
     assert [told[k] for k in ("paper mDS", "paper sd", "mDS", "sd", "n")] == ["46.04", "4.37", "43.00", "3.00", "3"]
-    told = cell("BTCV", "100", "Ours: both", "deeplabv3plus")
+    told = cell("BTCV", "100", "MoCo v2 + local + ZCA", "deeplabv3plus")
     assert [told[k] for k in ("paper mDS", "paper sd", "mDS", "sd", "n", "settings")] == ["81.22", "", "", "", "", ""]
     told = cell("phantom", "100", "MoCo v2")
-    assert [told[k] for k in ("paper mDS", "mDS", "sd", "n")] == ["", "10.00", "", "1"]
+    assert [told[k] for k in ("paper mDS", "mDS", "sd", "n")] == ["", "20.00", "14.14", "2"]
+
+
+def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_path, monkeypatch, no_pictures):
+    """Features computed once are those of every iteration: the same losses as with the backbone run each time."""
+    args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
+                   "--iterations", 4), "--whole-slices"]
+    train_seg.main([*args, "--out", str(tmp_path / "once")])
+
+    def each_time(trainer, t, pairs):
+        runtime.seed_torch(trainer.args.seed, runtime.DROPOUT, t)
+        drawn = augment.undrawn_crops(len(pairs))
+        images, labels = ([torch.from_numpy(trainer.store.slice(i, label)) for i in pairs] for label in (False, True))
+        loss = trainer.model(*augment.apply_crops(images, labels, drawn, trainer.args.crop_size))
+        loss.backward()
+        trainer.optimizer.param_groups[0]["lr"] = train_seg.lr(t, trainer.args)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        return loss.detach()
+
+    monkeypatch.setattr(train_seg.Trainer, "step", each_time)
+    train_seg.main([*args, "--out", str(tmp_path / "each")])
+    once, each = (runtime.read_log(tmp_path / x / "seg/random-linear-frozen-25-1/log.jsonl") for x in ("once", "each"))
+    assert [r["loss"] for r in once] == pytest.approx([r["loss"] for r in each], abs=1e-5) and len(once) == 4
+
+
+def test_a_backbone_made_anew_is_another_run(flags, small_phantom, tmp_path, refusal, no_pictures):
+    data, store = small_phantom / "AbdomenCT-1K", small_phantom.parent / "store"
+
+    def pretrain(*more):
+        train_ssl.main([str(a) for a in ("--data", data, "--store", store, "--out", tmp_path, "--image-size", 64,
+                                         "--amp", "off", "--batch-size", 8, "--bn-group", 4, "--queue", 32, "--init",
+                                         "random", "--name", "mine", *more)])
+
+    pretrain("--steps", 1)
+    args = flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "mine", "--iterations", 1,
+                 out=tmp_path)
+    train_seg.main(args)
+    result = json.loads((tmp_path / "seg/mine-linear-frozen-25-1/result.json").read_text())
+    assert result["pretraining"]["step"] == 1 < result["pretraining"]["horizon"]
+    assert (result["pretraining"]["view_px"], result["pretraining"]["slice_px"]) == (64, 192)
+    pretrain("--steps", 2)
+    line = refusal(train_seg.main, args)
+    assert "pretraining.checksum" in line and "pretraining.step: 1 there, 2 here" in line and "--overwrite" in line
+    train_seg.main([*args, "--overwrite"])
 
 
 def test_spectrum_command(flags, runs, small_phantom, capsys):
@@ -309,7 +361,7 @@ def test_bad_input_ends_in_one_line(flags, runs, tmp_path, refusal, small_phanto
     assert "--split 50: no such split" in line("--split", "50")
     assert "--draw 3: split 25 has draws 0 to 2" in line("--split", "25", "--draw", 3)
     assert "--split is missing" in line()
-    assert "--backbone moco-nope: no such run" in line("--split", "25", "--backbone", "moco-nope")
+    assert "moco-nope: no such run" in line("--split", "25", "--backbone", "moco-nope")
     assert "batch-size 1" in line("--split", "25", "--batch-size", 1)
     torch.save({"a": 1}, tmp_path / "x.pth")
     assert "x.pth: not a backbone of architecture resnet18" in line("--split", "25", "--backbone", tmp_path / "x.pth")

@@ -26,8 +26,8 @@ def flags(small_phantom, tmp_path_factory):
 
     def make(out, *more):
         return [str(a) for a in ("--data", small_phantom / "AbdomenCT-1K", "--store", store, "--out", out, "--amp",
-                                 "off", "--image-size", 64, "--batch-size", 8, "--bn-group", 4, "--queue", 32,
-                                 "--zca-group", 16, *more)]
+                                 "off", "--init", "random", "--image-size", 64, "--batch-size", 8, "--bn-group", 4,
+                                 "--queue", 32, "--zca-group", 16, *more)]
 
     return make
 
@@ -63,36 +63,48 @@ def test_a_run_leaves_its_files_and_a_torchvision_backbone(flags, tmp_path, caps
     assert [r["step"] for r in records] == [1, 2]
     for r in records:
         assert math.isclose(r["loss"], r["loss_global"] + r["loss_local"], rel_tol=1e-5)
-        assert 0 < r["loss_local"] < 2 * math.log(20) and 0 <= r["accuracy"] <= 1
+        assert 0 < r["loss_local"] < 2 * math.log(20) and 0 <= r["queue_accuracy"] <= 1
     missing, unexpected = torchvision.models.resnet18().load_state_dict(backbone, strict=False)
     assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
     assert checkpoint["model"]["pointer"] == 16 and checkpoint["step"] == 2
 
 
-def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys, no_pictures):
+def without_looks(records):
+    """A run that stops within an epoch is looked at there: another look, of nothing else that differs."""
+    return [{k: v for k, v in r.items() if k in ("step", "loss", "loss_global", "loss_local", "queue_accuracy",
+                                                 "grad_norm", "lr")} for r in records]
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys, no_pictures, aligned):
+    name = "phantom-moco-local-zca" + "-aligned" * aligned
+    common = ["--local", "--zca", *["--geometric"] * aligned]
     for more in (["--steps", 2], ["--steps", 3], ["--steps", 4]):
-        train_ssl.main(flags(tmp_path / "a", "--local", "--zca", *more))
-    train_ssl.main(flags(tmp_path / "b", "--local", "--zca", "--steps", 4))
-    a, b = (outcome(tmp_path / x / "phantom-moco-local-zca") for x in "ab")
-    assert a[0] == b[0] and len(a[0]) == 4
+        train_ssl.main(flags(tmp_path / "a", *common, *more))
+    train_ssl.main(flags(tmp_path / "b", *common, "--steps", 4))
+    a, b = (outcome(tmp_path / x / name) for x in "ab")
+    assert without_looks(a[0]) == without_looks(b[0]) and len(a[0]) == 4 and a[0][-1] == b[0][-1]
     for x, y in ((a[1], b[1]), (a[2], b[2])):
         for (name, v), (_, w) in zip(flat(x), flat(y), strict=True):
             assert torch.equal(v, w) if isinstance(v, torch.Tensor) else v == w, name
     capsys.readouterr()
-    train_ssl.main(flags(tmp_path / "b", "--local", "--zca", "--steps", 4))
+    train_ssl.main(flags(tmp_path / "b", *common, "--steps", 4))
     assert "finished before" in capsys.readouterr().out
 
 
-def test_one_process_with_two_groups_equals_two_processes(flags, tmp_path, no_pictures):
+@pytest.mark.parametrize("aligned", [False, True])
+def test_one_process_with_two_groups_equals_two_processes(flags, tmp_path, no_pictures, aligned):
     """Every loss and every tensor of backbone.pth, buffers included, in float32 on gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    method = ["--local", "--zca", *["--geometric"] * aligned, "--steps", 3]
     # "--": without it argparse of Python before 3.12.7 takes --local for an option of torchrun
-    two = subprocess.Popen([*command, "--", "train_ssl.py", *flags(tmp_path / "2", "--local", "--zca", "--steps", 3)],
+    two = subprocess.Popen([*command, "--", "train_ssl.py", *flags(tmp_path / "2", *method)],
                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    train_ssl.main(flags(tmp_path / "1", "--local", "--zca", "--steps", 3))
+    train_ssl.main(flags(tmp_path / "1", *method))
     told, _ = two.communicate(timeout=300)
     assert two.returncode == 0, told
-    (log1, _, one), (log2, _, two) = (outcome(tmp_path / w / "phantom-moco-local-zca") for w in "12")
+    (log1, _, one), (log2, _, two) = (outcome(tmp_path / w / ("phantom-moco-local-zca" + "-aligned" * aligned))
+                                        for w in "12")
     for r1, r2 in zip(log1, log2, strict=True):
         assert r1 == pytest.approx(r2, abs=1e-5)
     assert one.keys() == two.keys()
@@ -137,12 +149,17 @@ def test_schedule_is_torchs_cosine(flags, tmp_path):
 
 def test_names_and_defaults_are_the_papers(tmp_path):
     expected = {(): "moco", ("--local",): "moco-local", ("--zca",): "moco-zca", ("--local", "--zca"): "moco-local-zca",
-                ("--no-geometric",): "moco-nogeo", ("--zca", "--no-geometric"): "moco-zca-nogeo"}
+                ("--no-geometric",): "moco-nogeo", ("--zca", "--no-geometric"): "moco-zca-nogeo",
+                ("--local", "--geometric"): "moco-local-aligned", ("--seed", "3"): "moco-seed3",
+                ("--local", "--zca", "--geometric"): "moco-local-zca-aligned"}
+    geometric = {(), ("--zca",), ("--seed", "3"), ("--local", "--geometric"), ("--local", "--zca", "--geometric")}
     for more, name in expected.items():
         for phantom in (False, True):
             args = train_ssl.parse(list(more))
             train_ssl.settle(args, phantom)
-            assert args.name == "phantom-" * phantom + name and args.geometric == (not more or more == ("--zca",))
+            assert args.name == "phantom-" * phantom + name and args.geometric == (more in geometric)
+            seed = "-seed3" * ("--seed" in more)
+            assert args.init == (f"phantom-start{seed}" if phantom else "imagenet")
     args = train_ssl.parse(["--local", "--zca"])
     train_ssl.settle(args, False)
     assert (args.arch, args.init, args.batch_size, args.bn_group, args.queue, args.epochs, args.lr, args.ema,
@@ -155,11 +172,10 @@ def test_bad_flags_end_in_one_line(flags, tmp_path, refusal):
 
     assert "multiple of 1 processes x --bn-group 3" in line("--bn-group", 3)
     assert "--queue 36" in line("--queue", 36)
-    assert "--geometric" in line("--local", "--geometric")
     assert "--patches 50" in line("--local", "--patches", 50)
     assert "fewer than one batch" in line("--batch-size", 4096, "--queue", 4096)
     assert "--arch resnet19" in line("--arch", "resnet19")
-    assert "nothing.pth: no such file" in line("--init", tmp_path / "nothing.pth")
+    assert "nothing.pth: no such run in" in line("--init", tmp_path / "nothing.pth")
     assert "divide the 512 channels" in line("--zca", "--zca-group", 48)
     assert "no such folder" in line("--data", tmp_path / "nowhere")
     assert "unrecognized arguments: --lokal" in line("--lokal")
@@ -169,7 +185,7 @@ def test_bad_flags_end_in_one_line(flags, tmp_path, refusal):
 
 def test_another_config_is_refused_with_the_difference(flags, tmp_path, refusal, no_pictures):
     train_ssl.main(flags(tmp_path, "--steps", 1))
-    assert "lr: 0.03 there, 0.01 here" in refusal(train_ssl.main, flags(tmp_path, "--steps", 1, "--lr", 0.01))
+    assert "lr: 0.01 there, 0.02 here" in refusal(train_ssl.main, flags(tmp_path, "--steps", 1, "--lr", 0.02))
 
 
 def test_bad_volumes_stop_the_run_before_it_starts(tmp_path, flags, refusal):
@@ -183,7 +199,7 @@ def test_bad_volumes_stop_the_run_before_it_starts(tmp_path, flags, refusal):
 def test_one_group_warns_and_a_long_queue_is_noted(flags, tmp_path, capsys, no_pictures):
     with pytest.warns(UserWarning, match="one group only"):
         train_ssl.main(flags(tmp_path, "--bn-group", 8, "--steps", 1, "--queue", 80))
-    assert "the queue of 80 is longer" in capsys.readouterr().err
+    assert "the queue of 80 keys holds" in capsys.readouterr().err
 
 
 def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, small_phantom):
@@ -221,10 +237,121 @@ def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, sma
         share = values[values > 1e-12 * values.max()] / values.sum()
         assert told[key] == pytest.approx(torch.exp(-(share * share.log()).sum()).item(), rel=1e-3)
     assert told["queue_filled"] == 0.5
-    healthy = told | {"effective_rank": 100.0, "held_out_negative": 0.1}
-    assert signs.warning(healthy) == ""
-    assert "dimensional collapse" in signs.warning(healthy | {"effective_rank": 0.05})
-    assert "complete collapse" in signs.warning(healthy | {"held_out_negative": 0.95})
+    assert told["held_out_gap"] == pytest.approx(told["held_out_positive"] - told["held_out_negative"], abs=1e-6)
+    first = sum(cosines[i, i] >= cosines[i].max() for i in range(len(images)))
+    assert told["instance_accuracy"] == pytest.approx(first.item() / len(images))
+    assert told["instance_chance"] == pytest.approx(1 / len(images)) and trainer.gap == told["held_out_gap"]
+
+
+def test_warnings_look_at_gap_and_rank_together_once_the_queue_was_full_for_an_epoch(flags, tmp_path, small_phantom):
+    args = train_ssl.parse(flags(tmp_path))
+    train_ssl.settle(args, True)
+    store = datasets.prepare(small_phantom / "AbdomenCT-1K", args.store, "pretrain", size=args.size)
+    processes = runtime.Processes(0, 1, torch.device("cpu"))
+    trainer = train_ssl.Trainer(args, train_ssl.build(args), train_ssl.Batches(args, len(store), processes), processes,
+                                "off")
+    monitor = train_ssl.Signs(trainer, store)
+    healthy = {"held_out_gap": 0.3, "effective_rank": 100.0, "instance_accuracy": 0.5, "instance_chance": 0.1}
+    full = trainer.batches.steps_per_epoch + args.queue // args.batch_size
+    assert monitor.warning(healthy, full) == ""
+    apart = monitor.warning(healthy | {"held_out_gap": 0.01}, full)
+    assert "does not tell slices apart" in apart and "effective rank means nothing" in apart
+    assert all(flag in apart for flag in ("--init", "--queue", "--lr"))
+    assert "dimensional collapse" in monitor.warning(healthy | {"effective_rank": 0.05}, full)
+    assert "dimensional collapse" not in monitor.warning(healthy | {"effective_rank": 0.05, "held_out_gap": 0.0}, full)
+    for bad in ({"held_out_gap": 0.0}, {"effective_rank": 0.05}):
+        assert monitor.warning(healthy | bad, full - 1) == ""
+
+
+class Brightness(torch.nn.Module):
+    """An encoder whose embedding is one direction that turns with `age`, or one for each mean grey value."""
+
+    def __init__(self, apart: bool):
+        super().__init__()
+        self.apart, self.age = apart, 0.0
+        self.projector = torch.nn.Sequential(torch.nn.Linear(2, 2))
+
+    def features(self, images):
+        grey = images.mean((1, 2, 3))
+        angle = (20 * grey if self.apart else 0 * grey) + self.age
+        return images, torch.stack([angle.cos(), angle.sin()], 1)
+
+    def forward(self, images):
+        return images, self.features(images)[1]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_model_that_only_drifts_brings_the_warning(flags, tmp_path, small_phantom, monkeypatch, apart):
+    """Its own key is fresh and the queue's are old, so it wins against the queue; among fresh keys it does not."""
+    args = train_ssl.parse(flags(tmp_path, "--no-geometric"))
+    train_ssl.settle(args, True)
+    store = datasets.prepare(small_phantom / "AbdomenCT-1K", args.store, "pretrain", size=args.size)
+    processes = runtime.Processes(0, 1, torch.device("cpu"))
+    trainer = train_ssl.Trainer(args, train_ssl.build(args), train_ssl.Batches(args, len(store), processes), processes,
+                                "off")
+    moco = trainer.moco
+    moco.encoder_q = moco.encoder_k = Brightness(apart)
+    moco.queue = torch.zeros(32, 2)
+    monkeypatch.setattr(augment, "JITTER_P", 0.0)  # the views of a slice have its brightness
+    full = trainer.batches.steps_per_epoch + args.queue // args.batch_size
+    images = torch.zeros(8, 3, 8, 8)
+    for step in range(full):
+        moco.encoder_q.age = 0.1 * step
+        keys = torch.nn.functional.normalize(moco.encoder_k(images)[1], dim=1)
+        moco(images, keys, None, None)
+        moco.enqueue(keys)
+    assert moco.signs[0] == 1  # the queue's accuracy
+    monitor = train_ssl.Signs(trainer, store)
+    told = monitor.look(full)
+    assert ("does not tell slices apart" in monitor.warning(told, full)) is not apart
+    assert (told["held_out_gap"] > 0.1) is apart
+    assert (told["instance_accuracy"] > 2 * told["instance_chance"]) is apart
+
+
+def test_rows_start_from_a_run_of_out(flags, tmp_path, refusal, capsys, no_pictures):
+    train_ssl.main(flags(tmp_path, "--no-geometric", "--name", "start", "--steps", 2))
+    train_ssl.main([*flags(tmp_path, "--steps", 1, "--lr", 1e-9), "--init", "start"])
+    start, row = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("start", "phantom-moco"))
+    for name, weight in start.items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(row[name], weight, rtol=0, atol=1e-5)
+    config = json.loads((tmp_path / "phantom-moco/config.json").read_text())
+    assert config["init"] == "start" and config["init_checksum"]
+    assert "give --arch resnet18" in refusal(train_ssl.main, [*flags(tmp_path), "--init", "start", "--arch", "resnet34",
+                                                              "--name", "x"])
+    # another start under the same name is another run
+    train_ssl.main(flags(tmp_path, "--no-geometric", "--name", "start", "--steps", 1, "--overwrite"))
+    assert "init_checksum" in refusal(train_ssl.main, [*flags(tmp_path, "--steps", 2, "--lr", 1e-9), "--init", "start"])
+
+
+def test_the_phantoms_start_is_trained_first_and_once(flags, tmp_path, monkeypatch, capsys, no_pictures):
+    small = dict(image_size=32, batch_size=8, bn_group=4, queue=32, epochs=1)
+    monkeypatch.setattr(train_ssl, "PHANTOM", train_ssl.PHANTOM | small)
+    monkeypatch.setattr(train_ssl, "START", train_ssl.START | dict(epochs=1))
+    argv = [x for x in flags(tmp_path, "--seed", 2) if x not in ("--init", "random")]
+    train_ssl.main([*argv, "--steps", "1"])
+    out = capsys.readouterr().out
+    places = [out.index(f"{run}: resnet18 from {init}") for run, init in (
+        ("phantom-start-seed2", "random"), ("phantom-moco-seed2", "phantom-start-seed2"))]
+    assert places == sorted(places)
+    config = json.loads((tmp_path / "phantom-start-seed2/config.json").read_text())
+    assert not config["geometric"] and not config["local"] and not config["zca"]
+    train_ssl.main([*argv, "--zca", "--steps", "1"])
+    assert "phantom-start-seed2: resnet18 from random" not in capsys.readouterr().out
+
+
+def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
+    args = train_ssl.parse([])
+    train_ssl.settle(args, False)
+    assert train_ssl.advice(args, 215_197, 168_000) == []
+    told = " ".join(train_ssl.advice(args, 1_500, 1_000))
+    assert "--queue 1024" in told
+    args.init = "random"
+    told = " ".join(train_ssl.advice(args, 1_500, 300))
+    assert "--ema 0.99" in told and "--init start" in told
+    args = train_ssl.parse(["--data", "x"])
+    train_ssl.settle(args, True)
+    assert train_ssl.advice(args, 1_473, 184) == []
 
 
 @pytest.mark.gpu
