@@ -252,7 +252,8 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
     whitening = "fold" if protocol == "linear-frozen" else args.whitening
     # before the run folder: a backbone that does not fit leaves nothing behind
     backbone = runtime.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom)
-    title = f"{backbone.name}-{protocol}-{args.split}-{draw}"
+    seed = runtime.seed_suffix(args.seed)  # a run of this seed has it in its name already
+    title = f"{backbone.name.removesuffix(seed)}{seed}-{protocol}-{args.split}-{draw}"
     folder = args.out / "seg" / title
     done = (folder / "result.json").exists() and not args.overwrite
     config = configure(args, backbone, protocol, draw, store, phantom)

@@ -129,9 +129,10 @@ def advice(args, trained: int, horizon: int) -> list[str]:
     if trained >= FEW:
         return []
     wrong = []
-    if args.queue > trained // 2:
+    if args.queue > max(trained // 2, args.batch_size):
+        fitting = args.batch_size * min(4, max(1, trained // 2 // args.batch_size))
         wrong.append(f"the queue of {args.queue:,} keys holds {args.queue / trained:.1f} keys of every slice, old ones "
-                     f"of the query's own among them (--queue {4 * args.batch_size})")
+                     f"of the query's own among them (--queue {fitting})")
     if horizon * (1 - args.ema) < 1:
         wrong.append(f"the key encoder moves {1 - args.ema:.4f} of the way a step, too slow for {horizon:,} steps "
                      "(--ema 0.99)")
