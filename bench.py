@@ -116,10 +116,11 @@ def steps(table: Table, s: Setting) -> None:
     """The full step against the bare step, plain and with both contributions; the step's growth with the queue."""
     what = f"{s.arch}, {s.size} px, batch {s.batch} as {s.batch // s.group} x {s.group}, {s.amp}"
     slices, plain = s.slices(), s.trainer()
-    ours = s.trainer("--local", "--zca")
+    ours, aligned = s.trainer("--local", "--zca"), s.trainer("--local", "--zca", "--geometric")
     found = medians(s.repeats, bare=s.bare(plain), moco=lambda: plain.step(0, slices),
-                    both=lambda: ours.step(0, slices))
-    for name, flags, target in (("moco", "", 1.06), ("both", " --local --zca", 1.11)):
+                    both=lambda: ours.step(0, slices), aligned=lambda: aligned.step(0, slices))
+    for name, flags, target in (("moco", "", 1.06), ("both", " --local --zca", 1.11),
+                                ("aligned", " --local --zca --geometric", 1.13)):
         ratio = found[name] / found["bare"]
         table.add(f"full step{flags} / bare step, {what}", ratio, f"at most {target}",
                   f"{ratio:.3f} ({found[name]:.2f} s / {found['bare']:.2f} s)", ratio <= target)

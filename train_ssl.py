@@ -446,10 +446,12 @@ class Journal:
                                                          for i in trainer.batches.indices(step - 1)], self.run)
         told, warning = records[-1], ""
         if look and self.signs:
-            told |= self.signs.look(done)
-            warning = self.signs.warning(told, done)
-            self.seen = (f", instance accuracy {told['instance_accuracy']:.2f} (chance {told['instance_chance']:.2f}), "
-                         f"gap {told['held_out_gap']:.2f}, effective rank {told['effective_rank']:.1f}")
+            signs = self.signs.look(done)
+            warning = self.signs.warning(signs, done)
+            self.seen = (f", instance accuracy {signs['instance_accuracy']:.2f} (chance {signs['instance_chance']:.2f})"
+                         f", gap {signs['held_out_gap']:.2f}, effective rank {signs['effective_rank']:.1f}")
+            if done % trainer.batches.steps_per_epoch == 0:  # where --steps ends, a longer run would not look
+                told |= signs
         text = (f"loss {told['loss_global']:.2f} (chance {self.chance:.2f})"
                 + (f" local {told['loss_local']:.2f}" if self.args.local else "")
                 + f", {rate:.1f} images/s{self.seen}"

@@ -74,8 +74,8 @@ class Bench:
     def command(self, script: str, out: Path, amp: str = "off", steps: int = STEPS) -> list[str]:
         if script == "train_ssl":  # 48 px: with one cell in the last stage, BN over 4 numbers would amplify rounding
             flags = ("--data", self.data / "AbdomenCT-1K", "--store", self.folder / "store" / self.data.name,
-                     "--image-size", 48, "--batch-size", 8, "--bn-group", 4, "--queue", 32, "--zca-group", 16, "--size",
-                     64, "--local", "--zca", "--epochs", 1000, "--steps", steps)
+                     "--init", "random", "--image-size", 48, "--batch-size", 8, "--bn-group", 4, "--queue", 32,
+                     "--zca-group", 16, "--size", 64, "--local", "--zca", "--epochs", 1000, "--steps", steps)
         else:
             flags = ("--data", self.data / "BTCV", "--store", self.folder / "seg", "--crop-size", 32, "--batch-size", 2,
                      "--split", 25, "--draw", 1, "--protocol", "linear-finetune", "--backbone", "random",
