@@ -7,42 +7,16 @@ differ in the unit (the whole set, or a volume), in whether background is averag
 absent from a volume's truth is worth. All Dice lie in [0, 1]; NaN is "undefined".
 """
 
-import csv
 import math
-import re
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
 IGNORE = 255  # the label of pixels that count nowhere
 CASE_COLUMNS = ("case", "organ id", "organ", "intersection", "prediction", "truth", "dice", "hd95_mm")
-# Backbones and the rows they are: first what the paper has, in its order; the stand-ins for its ImageNet weights
-# (random ones, and the run that all rows of small data start from) come before it.
-ROWS = {"imagenet": "No SSL", "random": "Random weights", "start": "The start", "moco": "MoCo v2",
-        "moco-local": "MoCo v2 + local", "moco-zca": "MoCo v2 + ZCA", "moco-local-zca": "MoCo v2 + local + ZCA"}
-BEYOND = {"moco-nogeo": "MoCo v2, no geometry", "moco-zca-nogeo": "MoCo v2 + ZCA, no geometry",
-          "moco-local-aligned": "MoCo v2 + aligned local", "moco-local-zca-aligned": "MoCo v2 + aligned local + ZCA"}
-TABLE_1 = ("No SSL", "MoCo v2", "MoCo v2 + local + ZCA")
 LEAST_GAP = 0.02  # cosine of two views of a slice less that of two slices; below it nothing is told apart
-DRAWS = {"12.5": 3, "25": 3, "100": 1}  # random choices of training volumes of each split
-BTCV = 3779  # slices of its 30 volumes: a data set that counts another number is not the paper's
-# mean Dice in %, as printed in the paper: (split, row) -> linear frozen, linear fine-tuned, DeepLabv3+
-PRINTED = {
-    ("12.5", "No SSL"): ("", "42.55 ± 2.41", "53.17 ± 3.86"),
-    ("12.5", "MoCo v2"): ("", "46.04 ± 4.37", "54.55 ± 6.33"),
-    ("12.5", "MoCo v2 + local + ZCA"): ("", "52.32 ± 4.75", "56.47 ± 4.41"),
-    ("25", "No SSL"): ("", "62.95 ± 7.17", "67.78 ± 6.00"),
-    ("25", "MoCo v2"): ("", "66.17 ± 6.16", "68.56 ± 6.5"),
-    ("25", "MoCo v2 + local + ZCA"): ("", "67.72 ± 5.39", "68.82 ± 4.67"),
-    ("100", "No SSL"): ("32.61", "63.31", "78.79"),
-    ("100", "MoCo v2"): ("44.30", "78.21", "81.09"),
-    ("100", "MoCo v2 + local"): ("44.17", "78.98", "79.67"),
-    ("100", "MoCo v2 + ZCA"): ("45.27", "74.36", "81.02"),
-    ("100", "MoCo v2 + local + ZCA"): ("51.86", "79.38", "81.22"),
-}
 
 # -------------------------------------------------------------------------------------------------------- counts
 
@@ -263,139 +237,6 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     Raises ValueError for no value.
     """
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def cells(results: Sequence[dict], protocols: Sequence[str]) -> list[dict]:
-    """Results (a dict a run, oldest first) -> every cell of the tables that have one, a table for each data set.
-
-    Of the paper's own data Tables 1 and 2, whole; of other data one table of the paper's rows, those that were run.
-    Rows that the paper lacks come after them: "Beyond the paper", "Others". A cell: table, data, split, method,
-    protocol, `paper` (as printed; "" where it has none), `values` (mDS in % of the draws and seeds run; of equal runs
-    the newest), `organs` (their mean Dice of each organ), `settings`, `remarks` on its pre-training.
-    """
-    newest = {(data_of(r), r["split"], method_of(r), r["protocol"], r["draw"], r.get("seed")): r for r in results}
-    groups: dict[tuple, list[dict]] = {}
-    for key, r in newest.items():
-        groups.setdefault(key[:4], []).append(r)
-    out = []
-    for data in sorted({k[0] for k in groups}, key=lambda d: (d != "BTCV", d)):
-        run, known = {k[1:3] for k in groups if k[0] == data}, [*ROWS.values()]
-        if data == "BTCV":
-            rows = [("Table 1", *k) for k in PRINTED if k[1] in TABLE_1]
-            rows += [("Table 2", *k) for k in PRINTED if k[0] == "100"]
-            known = ["No SSL", *known[3:]]
-        else:
-            rows = [("The paper's rows", split, m) for split in DRAWS for m in known if (split, m) in run]
-        rows += [("Beyond the paper", split, m) for split in DRAWS for m in BEYOND.values() if (split, m) in run]
-        rows += [("Others", *k) for k in sorted(run) if k[1] not in (*known, *BEYOND.values())]
-        for table, split, method in rows:
-            printed = PRINTED.get((split, method), ("",) * 3) if data == "BTCV" else ("",) * 3
-            for protocol, paper in zip(protocols, printed, strict=True):
-                found = groups.get((data, split, method, protocol), [])
-                organs = _nan_mean(np.array([r["organs"] for r in found], float), 0).tolist() if found else []
-                out.append({"table": table, "data": data, "split": split, "method": method, "protocol": protocol,
-                            "paper": paper, "values": [100 * r["mDS"] for r in found], "organs": organs,
-                            "settings": " / ".join(sorted({settings_of(r) for r in found})),
-                            "remarks": sorted({remark for r in found for remark in remarks_on(r)})})
-    filled = {(c["table"], c["data"]) for c in out if c["values"]}
-    return [c for c in out if (c["table"], c["data"]) in filled]
-
-
-def data_of(result: dict) -> str:
-    """The data set in words: "BTCV" only with all the slices of the paper's, whatever its folder is called."""
-    if result["data"] == "phantom":
-        return "phantom"
-    return "BTCV" if result["slices"] == BTCV else f"{result['data']} of {result['slices']:,} slices"
-
-
-def method_of(result: dict) -> str:
-    """The row that a result belongs to, whatever its seed; a file, or a run of another name, is its own."""
-    name, pretraining = result["backbone"], result.get("pretraining", {})
-    run = re.sub(r"-seed\d+$", "", name.removeprefix("phantom-") if result["data"] == "phantom" else name)
-    row = (ROWS | BEYOND).get(run)
-    if row and run not in ("imagenet", "random") and pretraining and pretraining["step"] is None:
-        return f"{name} (a file)"
-    return row or name
-
-
-def settings_of(result: dict) -> str:
-    """What runs of one table must have in common to be compared: the side of what is looked at (the probe) included."""
-    arch, iterations, batch, crop, lr = (result.get(k, "?") for k in (
-        "arch", "iterations", "batch_size", "crop_size", "lr"))
-    folded = ", whitening folded" * (result.get("whitening") == "fold" and result["protocol"] != "linear-frozen")
-    shown = "whole slices" if result.get("whole_slices") else "crops"
-    return f"{arch}, {iterations} iterations of {batch} {shown} of {crop} px, lr {lr}{folded}, evaluated at {crop} px"
-
-
-def remarks_on(result: dict) -> list[str]:
-    """What stands beside a result, of the pre-training that it measures."""
-    known = result.get("pretraining", {})
-    if known.get("horizon") is None:  # no run of ours
-        return []
-    told = [f"views of {known['view_px']} px of slices of {known['slice_px']} px"]
-    if known["step"] < known["horizon"]:
-        told.append(f"**unfinished: step {known['step']} of {known['horizon']}**")
-    if known["gap"] is not None and known["gap"] < LEAST_GAP:
-        told.append("**did not train**: it does not tell slices apart")
-    return told
-
-
-def markdown(report: Sequence[dict]) -> str:
-    """Cells as Markdown: the paper's figures and those of here in columns of their own, mean ± deviation (n).
-
-    Columns of the paper's own data are all there; of others those in which something was run.
-    """
-    text = []
-    for table, data in dict.fromkeys((c["table"], c["data"]) for c in report):
-        own = [c for c in report if (c["table"], c["data"]) == (table, data)]
-        protocols = list(dict.fromkeys(c["protocol"] for c in own if data == "BTCV" or c["values"]))
-        own = [c for c in own if c["protocol"] in protocols]
-        protocols = list(dict.fromkeys(c["protocol"] for c in own))
-        beside = data == "BTCV" and table.startswith("Table")
-        where = "the generated phantom (these are no BTCV results)" if data == "phantom" else data
-        columns = [f"{p}, paper | {p}, here" if beside else p for p in protocols]
-        text.append(f"{table}, on {where}. Mean Dice over 13 organs in %, pooled over the validation set; "
-                    "± standard deviation over draws and seeds (n - 1), n their number.")
-        for protocol in protocols:
-            settings = sorted({c["settings"] for c in own if c["protocol"] == protocol} - {""})
-            differ = "**the settings differ:** " * (len(settings) > 1 or " / " in "".join(settings))
-            text += [f"- {protocol}: {differ}{' / '.join(settings)}"] * bool(settings)
-        views = {r for c in own for r in c["remarks"] if r.startswith("views")}
-        text += [f"- pre-training: {' / '.join(sorted(views))}"] * bool(views)
-        text += ["", "| split | method | " + " | ".join(columns) + " |",
-                 "|---" * (2 + len(protocols) * (1 + beside)) + "|"]
-        for split, method in dict.fromkeys((c["split"], c["method"]) for c in own):
-            line = [c for c in own if (c["split"], c["method"]) == (split, method)]
-            remarks = sorted({r for c in line for r in c["remarks"]} - (views if len(views) == 1 else set()))
-            shown = [f"{split} %", method + f" ({'; '.join(remarks)})" * bool(remarks)]
-            for c in line:
-                shown += [c["paper"], _told(c["values"])] if beside else [_told(c["values"])]
-            text.append("| " + " | ".join(shown) + " |")
-        text.append("")
-    return "\n".join(text)
-
-
-def _told(values: list[float]) -> str:
-    if not values:
-        return "not run"
-    mean, deviation = mean_std(values)
-    return f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "") + f" (n = {len(values)})"
-
-
-def write_csv(path: Path, rows: Sequence[Sequence]) -> None:
-    with open(path, "w", newline="") as f:
-        csv.writer(f).writerows(rows)
-
-
-def csv_rows(report: Sequence[dict]) -> list[list]:
-    """Cells as rows under a header; a cell that was not run is empty."""
-    rows = [["table", "data", "split", "method", "protocol", "paper mDS", "paper sd", "mDS", "sd", "n", "settings"]]
-    for c in report:
-        mean, _, deviation = c["paper"].partition(" ± ")
-        ours = mean_std(c["values"]) if c["values"] else (None, None)
-        rows.append([c["table"], c["data"], c["split"], c["method"], c["protocol"], mean, deviation,
-                     *("" if x is None else f"{x:.2f}" for x in ours), len(c["values"]) or "", c["settings"]])
-    return rows
 
 
 def _nan_mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 import augment
 import datasets
-import figures
 import metrics
-import runtime
-from runtime import BadInput
+from ct import intake, prepare, tasks
+from ct.volumes import BadInput
+from engine import backbones, figures, processes, report
 
 
 @torch.no_grad()
@@ -33,36 +33,36 @@ def features(backbone: nn.Module, slices: torch.Tensor, size: int, positions: bo
     stages = nn.Sequential(*list(backbone.children())[:-2]).to(device).eval()
     vectors = []
     for part in slices.split(32):
-        with runtime.autocast(amp, device):
+        with processes.autocast(amp, device):
             maps = stages(augment.whole(part.to(device), size)).float()
         vectors.append(maps.movedim(1, -1).flatten(0, 2) if positions else maps.mean((2, 3)))
     return torch.cat(vectors).cpu().numpy()
 
 
-@runtime.command
+@processes.command
 def main(argv: list[str] | None = None) -> None:
-    parser = runtime.Parser(prog="svd_spectrum.py", description=__doc__.split("\n\n")[0])
+    parser = processes.Parser(prog="svd_spectrum.py", description=__doc__.split("\n\n")[0])
     parser.common()
     parser.add_argument("backbones", nargs="*", help="runs of --out, files, imagenet or random (default: all runs)")
     parser.add_argument("--positions", action="store_true", help="every position of the last map, not their mean")
     parser.add_argument("--image-size", type=int, help="pixels of a slice's side (224) [64 on the phantom]")
     parser.add_argument("--arch", help="of imagenet, random and files (resnet50) [resnet18]")
     args = parser.parse_args(argv)
-    data, phantom = datasets.locate(args.data, "BTCV")
+    data, phantom = intake.locate(args.data, "BTCV")
     args.image_size = args.image_size or (64 if phantom else 224)
     args.arch = args.arch or ("resnet18" if phantom else "resnet50")
-    names = [runtime.resolve(n, args.out, phantom) for n in args.backbones or runs_in(args.out, phantom)]
-    store = datasets.prepare(data, args.store or datasets.default_store(data), "segment", tuple(args.window),
+    names = [backbones.resolve(n, args.out, phantom) for n in args.backbones or runs_in(args.out, phantom)]
+    store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
                              workers=args.workers)
-    device = runtime.start().device
+    device = processes.start().device
     if phantom:
-        runtime.announce_phantom()
-    slices = store.of(datasets.cases("val"))
-    squares = torch.from_numpy(np.concatenate([datasets.square(store.slice(int(i))[None], max(args.image_size, 32))
+        processes.announce_phantom()
+    slices = store.of(tasks.cases("val"))
+    squares = torch.from_numpy(np.concatenate([prepare.square(store.slice(int(i))[None], max(args.image_size, 32))
                                                for i in tqdm(slices, "slices", disable=None, leave=False)]))
     runs = []
     for name in tqdm(names, "features", unit="run", disable=None, leave=False):
-        backbone = runtime.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
+        backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
         vectors = features(backbone.net, squares, args.image_size, args.positions, device)
         values = metrics.singular_values(vectors)
         runs.append((backbone.name, values, metrics.effective_rank(values)))
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     path = args.out / ("spectrum-positions" if args.positions else "spectrum")
     args.out.mkdir(parents=True, exist_ok=True)
     header = ["backbone", "data", "vectors", "effective_rank", *range(1, 1 + max(len(r[1]) for r in runs))]
-    metrics.write_csv(path.with_suffix(".csv"), [header, *(
+    report.write_csv(path.with_suffix(".csv"), [header, *(
         [name, "phantom" if phantom else data.name, len(vectors), f"{rank:.4f}", *(f"{v:.6e}" for v in values)]
         for name, values, rank in runs)])
     drawn = figures.attempt(figures.spectrum, path.with_suffix(".png"), runs, f"{where}; {what}")

@@ -26,16 +26,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import augment
 import datasets
-import figures
 import metrics
-import predict
-import runtime
-import volumes
-from datasets import ORGANS
-from metrics import DRAWS
-from runtime import BadInput
+from ct import intake, prepare, tasks, volumes
+from ct.tasks import ORGANS
+from ct.volumes import BadInput
+from engine import backbones, figures, predict, processes, report, runs
+from engine.report import DRAWS
 from segment import PROTOCOLS, Segmenter, checksum
 
 MOMENTUM, WEIGHT_DECAY, LR_END, POWER = 0.9, 5e-4, 1e-4, 0.9  # mmsegmentation's schedule_40k
@@ -51,7 +48,7 @@ SHOWN = 6  # slices in overlays.png
 
 
 def parse(argv: list[str] | None):
-    parser = runtime.Parser(prog="train_seg.py", description=__doc__.split("\n\n")[0],
+    parser = processes.Parser(prog="train_seg.py", description=__doc__.split("\n\n")[0],
                             epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
     parser.common()
     add = parser.add_argument
@@ -110,10 +107,10 @@ def recipe(args, protocol: str) -> argparse.Namespace:
 
 def choose_backbones(args, phantom: bool) -> list[str]:
     """The names behind --backbone: runs of --out, files, imagenet or random. Raises BadInput for none."""
-    prefix, seed = "phantom-" * phantom, runtime.seed_suffix(args.seed)
+    prefix, seed = "phantom-" * phantom, processes.seed_suffix(args.seed)
     if args.backbone != "all":
-        return [runtime.resolve(args.backbone or f"moco-local-zca{seed}", args.out, phantom)]
-    rows = [r for r in metrics.ROWS | metrics.BEYOND if r not in ("imagenet", "random")]
+        return [backbones.resolve(args.backbone or f"moco-local-zca{seed}", args.out, phantom)]
+    rows = [r for r in report.ROWS | report.BEYOND if r not in ("imagenet", "random")]
     runs = {r: args.out / f"{prefix}{r}{seed}" for r in rows}
     present = [r for r, folder in runs.items() if (folder / "checkpoint.pt").exists()]
     if absent := [runs[r].name for r in rows[1:5] if r not in present]:
@@ -126,49 +123,6 @@ def choose_backbones(args, phantom: bool) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ training
 
 
-class Crops:
-    """Which slices and crops iteration t has: a function of (seed, t) alone.
-
-    With --whole-slices a crop is the whole slice (of one that is not square, the middle), as it is.
-    """
-
-    def __init__(self, args, store: datasets.Store, slices: np.ndarray, processes: runtime.Processes):
-        self.args, self.store, self.slices = args, store, slices
-        share = args.batch_size // processes.world
-        self.local = slice(processes.rank * share, (processes.rank + 1) * share)
-        self.order = functools.lru_cache(2)(self._order)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return runtime.rng(self.args.seed, runtime.SLICES, epoch).permutation(self.slices)
-
-    def indices(self, t: int) -> list[int]:
-        """Slice numbers of the global batch: one shuffled pass over the split after the other."""
-        places = range(t * self.args.batch_size, (t + 1) * self.args.batch_size)
-        return [int(self.order(p // len(self.slices))[p % len(self.slices)]) for p in places]
-
-    def fetch(self, t: int) -> list:
-        """What iteration t reads for this process: pairs of slice and labels; slice numbers where features are kept."""
-        if self.args.whole_slices:
-            return self.indices(t)[self.local]
-        return [(torch.from_numpy(self.store.slice(i)), torch.from_numpy(self.store.slice(i, label=True)))
-                for i in self.indices(t)[self.local]]
-
-    def apply(self, t: int, pairs: list, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        drawn = augment.draw_crops(runtime.rng(self.args.seed, runtime.CROPS, t), self.args.batch_size)
-        return self._crop({k: v[self.local] for k, v in drawn.items()}, pairs, device)
-
-    def whole(self, indices: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slices by their numbers, whole, and their labels at the size of a crop."""
-        pairs = [(torch.from_numpy(self.store.slice(i)), torch.from_numpy(self.store.slice(i, label=True)))
-                 for i in indices]
-        return self._crop(augment.undrawn_crops(len(pairs)), pairs, device)
-
-    def _crop(self, drawn: augment.Params, pairs: list, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = zip(*pairs, strict=True)
-        return augment.apply_crops([i.to(device, non_blocking=True) for i in images],
-                                   [x.to(device, non_blocking=True) for x in labels], drawn, self.args.crop_size)
-
-
 def lr(t: int, args) -> float:
     """Polynomial decay from args.lr to LR_END over args.iterations (mmsegmentation's PolyLR)."""
     return (args.lr - LR_END) * (1 - t / args.iterations) ** POWER + LR_END
@@ -177,12 +131,12 @@ def lr(t: int, args) -> float:
 class Trainer:
     """Model, optimizer and one iteration; its state is what continuing, and with config.json predicting, needs."""
 
-    def __init__(self, args, model: Segmenter, crops: Crops, processes: runtime.Processes, amp: str):
+    def __init__(self, args, model: Segmenter, crops: datasets.Crops, ranks: processes.Processes, amp: str):
         self.args, self.crops, self.store, self.amp = args, crops, crops.store, amp
-        self.processes, self.device = processes, processes.device
+        self.ranks, self.device = ranks, ranks.device
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.net: nn.Module = model
-        if processes.world > 1:
+        if ranks.world > 1:
             self.net = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model))
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
@@ -193,13 +147,13 @@ class Trainer:
 
     def step(self, t: int, pairs: list) -> torch.Tensor:
         """One optimizer step on this process's slices and labels -> its loss, a scalar on the device."""
-        runtime.seed_torch(self.args.seed, runtime.DROPOUT, t)
+        processes.seed_torch(self.args.seed, processes.DROPOUT, t)
         if self.kept:
             images, labels = [torch.stack([self.kept[i][part] for i in pairs]) for part in (0, 1)]
             images = (None, None, None, images)
         else:
             images, labels = self.crops.apply(t, pairs, self.device)
-        with runtime.autocast(self.amp, self.device):
+        with processes.autocast(self.amp, self.device):
             loss = self.net(images, labels)
         self.scaler.scale(loss).backward()
         for group in self.optimizer.param_groups:
@@ -215,10 +169,10 @@ class Trainer:
         numbers, kept = [int(i) for i in self.crops.slices], {}
         for part in (numbers[i : i + 32] for i in range(0, len(numbers), 32)):
             images, labels = self.crops.whole(part, self.device)
-            with runtime.autocast(self.amp, self.device):
+            with processes.autocast(self.amp, self.device):
                 features = self.model.features(images.contiguous(memory_format=torch.channels_last))[3]
             needed = len(numbers) * (features[0].nbytes + labels[0].nbytes)
-            if needed > runtime.memory(self.device) / 2:
+            if needed > processes.memory(self.device) / 2:
                 raise BadInput(f"--whole-slices: the features of {len(numbers):,} slices at {self.args.crop_size} px "
                                f"take {needed / 1e9:,.0f} GB; lower --crop-size or give --no-whole-slices")
             kept |= zip(part, zip(features, labels, strict=True), strict=True)
@@ -227,7 +181,7 @@ class Trainer:
     def predictions(self) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
         """Of each validation volume: its record in the store, truth and prediction, (Z, H, W) uint8."""
         records = {v["id"]: v for v in self.store.volumes}
-        for case in tqdm(datasets.cases("val"), "evaluating", unit="volume", disable=None, leave=False):
+        for case in tqdm(tasks.cases("val"), "evaluating", unit="volume", disable=None, leave=False):
             levels, truth = (np.stack([self.store.slice(int(i), label) for i in self.store.of([case])])
                              for label in (False, True))
             yield records[case], truth, predict.volume(self.model, levels, self.args.crop_size, self.amp, self.device)
@@ -246,78 +200,78 @@ class Trainer:
 
 
 def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phantom: bool,
-          processes: runtime.Processes) -> None:
+          ranks: processes.Processes) -> None:
     """One run: one backbone, protocol, split and draw, from the start or its checkpoint to its result."""
     args = recipe(args, protocol)
     whitening = "fold" if protocol == "linear-frozen" else args.whitening
     # before the run folder: a backbone that does not fit leaves nothing behind
-    backbone = runtime.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom)
-    seed = runtime.seed_suffix(args.seed)  # a run of this seed has it in its name already
+    backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom)
+    seed = processes.seed_suffix(args.seed)  # a run of this seed has it in its name already
     title = f"{backbone.name.removesuffix(seed)}{seed}-{protocol}-{args.split}-{draw}"
     folder = args.out / "seg" / title
     done = (folder / "result.json").exists() and not args.overwrite
     config = configure(args, backbone, protocol, draw, store, phantom)
-    run = runtime.Run(folder, config, args.overwrite, processes.is_main)
+    run = runs.Run(folder, config, args.overwrite, ranks.is_main)
     if done:
-        if processes.is_main:
+        if ranks.is_main:
             result = json.loads((folder / "result.json").read_text())
             print(f"{title}: done before, mDS {100 * result['mDS']:.2f} %")
             if args.save_predictions:
-                predict.files(validation_files(store), folder, args.amp, processes.device)
+                predict.files(validation_files(store), folder, args.amp, ranks.device)
         return
     saved = run.resume()
-    amp = runtime.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], processes.device)
-    runtime.announce_changes(saved, amp, processes)
-    crops = Crops(args, store, store.of(config["cases"]), processes)
-    trainer = Trainer(args, Segmenter(backbone.net, protocol, len(ORGANS)), crops, processes, amp)
+    amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
+    runs.announce_changes(saved, amp, ranks)
+    crops = datasets.Crops(args, store, store.of(config["cases"]), ranks)
+    trainer = Trainer(args, Segmenter(backbone.net, protocol, len(ORGANS)), crops, ranks, amp)
     first = trainer.load(saved) if saved else 0
     curve = folder / "validation.jsonl"
-    if processes.is_main and curve.exists():  # as the log: cut back to the checkpoint
-        kept = [r for r in runtime.read_log(curve) if r["step"] <= min(first, args.iterations - 1)]
-        runtime.write_text(curve, "".join(json.dumps(r) + "\n" for r in kept))
+    if ranks.is_main and curve.exists():  # as the log: cut back to the checkpoint
+        kept = [r for r in runs.read_log(curve) if r["step"] <= min(first, args.iterations - 1)]
+        runs.write_text(curve, "".join(json.dumps(r) + "\n" for r in kept))
     fit(trainer, run, first)
-    runtime.on_main(processes.is_main, lambda: finish(trainer, run, config))
+    processes.on_main(ranks.is_main, lambda: finish(trainer, run, config))
 
 
-def configure(args, backbone: runtime.Backbone, protocol: str, draw: int, store: datasets.Store,
+def configure(args, backbone: backbones.Backbone, protocol: str, draw: int, store: datasets.Store,
               phantom: bool) -> dict:
     """What decides a run's result, and what its model is: config.json."""
-    split = datasets.SPLITS / f"btcv_{'train' if args.split == '100' else f'{args.split}_{draw}'}.txt"
-    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (split, datasets.SPLITS / "btcv_val.txt")]
+    split = tasks.SPLITS / f"btcv_{'train' if args.split == '100' else f'{args.split}_{draw}'}.txt"
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (split, tasks.SPLITS / "btcv_val.txt")]
     return {"backbone": backbone.name, "arch": backbone.pretraining["arch"], "pretraining": backbone.pretraining,
             "protocol": protocol, "split": args.split, "draw": draw,
             "whitening": "fold" if protocol == "linear-frozen" else args.whitening, "iterations": args.iterations,
             "crop_size": args.crop_size, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
             "whole_slices": args.whole_slices, "window": list(args.window),
             "data": "phantom" if phantom else Path(store.data).name, "slices": len(store),
-            "cases": datasets.cases(args.split, draw), "split_sha256": sums[0], "validation_sha256": sums[1]}
+            "cases": tasks.cases(args.split, draw), "split_sha256": sums[0], "validation_sha256": sums[1]}
 
 
-def fit(trainer: Trainer, run: runtime.Run, first: int) -> None:
+def fit(trainer: Trainer, run: runs.Run, first: int) -> None:
     """Iterations `first` to the last, with log, checkpoints and validation curve; a stop request saves and exits."""
-    args, crops, processes, title = trainer.args, trainer.crops, trainer.processes, run.folder.name
-    bar = tqdm(desc=title, total=args.iterations, initial=first, unit="it", disable=None if processes.is_main else True)
+    args, crops, ranks, title = trainer.args, trainer.crops, trainer.ranks, run.folder.name
+    bar = tqdm(desc=title, total=args.iterations, initial=first, unit="it", disable=None if ranks.is_main else True)
     pending, started = [], time.perf_counter()
-    with runtime.StopRequest() as stop:
+    with processes.StopRequest() as stop:
         for t, pairs in datasets.prefetch(crops.fetch, range(first, args.iterations), args.workers):
             pending.append(trainer.step(t, pairs))
             done = t + 1
-            stopping, due = processes.any(stop.signal != 0), done % CHECKPOINT == 0 or done == args.iterations
+            stopping, due = ranks.any(stop.signal != 0), done % CHECKPOINT == 0 or done == args.iterations
             if len(pending) == FLUSH or due or stopping:
-                values = runtime.mean_over_processes(torch.stack(pending), processes).tolist()
+                values = processes.mean_over_processes(torch.stack(pending), ranks).tolist()
                 records = [{"step": done - len(values) + i + 1, "loss": v, "lr": lr(done - len(values) + i, args)}
                            for i, v in enumerate(values)]
-                runtime.refuse_non_finite(records, lambda step: [trainer.store.where(*trainer.store.place(i))
+                runs.refuse_non_finite(records, lambda step: [trainer.store.where(*trainer.store.place(i))
                                                                  for i in crops.indices(step - 1)], run)
                 run.log(records)
                 bar.set_postfix_str(f"loss {values[-1]:.3f}")
                 bar.update(len(values))
                 pending = []
-            if processes.is_main and done == first + FLUSH < args.iterations:
+            if ranks.is_main and done == first + FLUSH < args.iterations:
                 left = (time.perf_counter() - started) / FLUSH * (args.iterations - done)
-                tqdm.write(f"{title}: about {runtime.duration(left)} to go")
+                tqdm.write(f"{title}: about {processes.duration(left)} to go")
             if due and done < args.iterations:
-                runtime.on_main(processes.is_main, functools.partial(validate, trainer, run, done))
+                processes.on_main(ranks.is_main, functools.partial(validate, trainer, run, done))
             if due or stopping:
                 run.checkpoint(trainer.state(done))
             if stopping and done < args.iterations:
@@ -325,7 +279,7 @@ def fit(trainer: Trainer, run: runtime.Run, first: int) -> None:
     bar.close()
 
 
-def validate(trainer: Trainer, run: runtime.Run, done: int) -> None:
+def validate(trainer: Trainer, run: runs.Run, done: int) -> None:
     """A point of the validation curve: it is recorded and drawn, and decides nothing."""
     told = {record["id"]: metrics.count_slices(labels, truth, len(ORGANS))
             for record, truth, labels in trainer.predictions()}
@@ -333,14 +287,14 @@ def validate(trainer: Trainer, run: runtime.Run, done: int) -> None:
     tqdm.write(f"{run.folder.name}: iteration {done:,}/{trainer.args.iterations:,}, validation mDS {100 * mds:.2f} %")
 
 
-def note(run: runtime.Run, done: int, table: np.ndarray, ids: np.ndarray) -> dict:
+def note(run: runs.Run, done: int, table: np.ndarray, ids: np.ndarray) -> dict:
     """Append every convention's mean of a table to validation.jsonl; returns them."""
     summary = metrics.summarise(table, ids)
-    runtime.append(run.folder / "validation.jsonl", [{"step": done, **summary}])
+    runs.append(run.folder / "validation.jsonl", [{"step": done, **summary}])
     return summary
 
 
-def finish(trainer: Trainer, run: runtime.Run, config: dict) -> None:
+def finish(trainer: Trainer, run: runs.Run, config: dict) -> None:
     """Evaluate the last iteration's model: result.json, a line of results.jsonl, dice.csv, predictions, pictures."""
     args, folder, title = trainer.args, run.folder, run.folder.name
     after = checksum(trainer.model.backbone)
@@ -356,13 +310,13 @@ def finish(trainer: Trainer, run: runtime.Run, config: dict) -> None:
     result = {**config, **note(run, args.iterations, table, ids), **metrics.summarise_hd95(list(distances.values())),
               "backbone_before": trainer.backbone, "backbone_after": after,
               "wall_s": round(time.time() - trainer.started, 1), "amp": trainer.amp,
-              "processes": trainer.processes.world, "hardware": runtime.hardware(), "commit": runtime.commit(),
+              "processes": trainer.ranks.world, "hardware": processes.hardware(), "commit": processes.commit(),
               "date": time.strftime("%Y-%m-%d")}
-    metrics.write_csv(folder / "dice.csv", [metrics.CASE_COLUMNS, *metrics.per_case(table, ids, distances, ORGANS)])
-    runtime.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
-    runtime.write_text(folder / "result.json", json.dumps(result) + "\n")
+    report.write_csv(folder / "dice.csv", [metrics.CASE_COLUMNS, *metrics.per_case(table, ids, distances, ORGANS)])
+    runs.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
+    runs.write_text(folder / "result.json", json.dumps(result) + "\n")
     print(f"{title}: mDS {100 * result['mDS']:.2f} % (13 organs, pooled over the validation set), with background "
-          f"{100 * result['mDice_with_background']:.2f} %, {runtime.duration(result['wall_s'])}")
+          f"{100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
     if args.save_predictions:
         for name, path in validation_files(trainer.store).items():
             predict.write(folder, name, predicted[name.removeprefix("img")], volumes.read_volume(path))
@@ -380,7 +334,7 @@ def pictures(store: datasets.Store, folder: Path, title: str, table: np.ndarray,
         rank = "worst: " if i == 0 else "best: " if i == len(shown) - 1 else ""
         rows.append((f"{rank}{case} slice {z}, Dice {100 * score:.0f} %", store.slice(place),
                      store.slice(place, label=True), predicted[case][z]))
-    curve = runtime.read_log(folder / "validation.jsonl")
+    curve = runs.read_log(folder / "validation.jsonl")
     if len(curve) > 1:
         figures.attempt(figures.validation, folder / "validation.png", curve, title)
     figures.attempt(figures.overlays, folder / "overlays.png", rows,
@@ -390,67 +344,47 @@ def pictures(store: datasets.Store, folder: Path, title: str, table: np.ndarray,
 def validation_files(store: datasets.Store) -> dict[str, Path]:
     """{name of its prediction: file} of each validation volume."""
     files = {v["id"]: Path(v["source"]["image"]["file"]) for v in store.volumes}
-    return {f"img{case}": files[case] for case in datasets.cases("val")}
+    return {f"img{case}": files[case] for case in tasks.cases("val")}
 
 
-# -------------------------------------------------------------------------------------------------------- report
-
-
-def report(out: Path) -> list[dict]:
-    """The cells of Tables 1 and 2 of all results in `out`. Raises BadInput when there are none."""
-    path = out / "results.jsonl"
-    if not path.exists():
-        raise BadInput(f"{path}: no results yet; run python train_seg.py --split 12.5 first")
-    return metrics.cells(runtime.read_log(path), PROTOCOLS)
-
-
-def write_report(out: Path) -> None:
-    cells = report(out)
-    text = metrics.markdown(cells)
-    runtime.write_text(out / "report.md", text)
-    metrics.write_csv(out / "report.csv", metrics.csv_rows(cells))
-    drawn = figures.attempt(figures.report, out / "report.png", cells, ORGANS[1:])
-    print(text + f"written: {', '.join(str(out / f'report.{x}') for x in ('md', 'csv', *['png'] * drawn))}")
-
-
-@runtime.command
+@processes.command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.report:
-        return write_report(args.out)
+        return report.write_report(args.out)
     if args.predict or args.run:
         if not (args.predict and args.run):
             raise BadInput("--predict VOLUME_OR_FOLDER and --run RUN: give both")
         return predict.files(predict.find_volumes(args.predict), predict.find_run(args.run, args.out), args.amp,
-                             runtime.start().device)
-    data, phantom = datasets.locate(args.data, "BTCV")
+                             processes.start().device)
+    data, phantom = intake.locate(args.data, "BTCV")
     settle(args, phantom)
     names = choose_backbones(args, phantom)
-    store = datasets.prepare(data, args.store or datasets.default_store(data), "segment", tuple(args.window),
+    store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
                              workers=args.workers)
-    for cases in [datasets.cases(args.split, d) for d in args.draws] + [datasets.cases("val")]:
+    for cases in [tasks.cases(args.split, d) for d in args.draws] + [tasks.cases("val")]:
         store.of(cases)
-    processes = runtime.start()
-    if processes.world > 1 and processes.device.type == "cpu":
+    ranks = processes.start()
+    if ranks.world > 1 and ranks.device.type == "cpu":
         raise BadInput("segmentation on several processes needs GPUs (synchronised batch statistics); "
                        "run python train_seg.py as one process")
-    if args.batch_size % processes.world:
-        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {processes.world} processes")
-    if processes.is_main:
+    if args.batch_size % ranks.world:
+        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {ranks.world} processes")
+    if ranks.is_main:
         if phantom:
-            runtime.announce_phantom()
+            processes.announce_phantom()
         print(f"{len(names) * len(args.protocols) * len(args.draws)} runs: {', '.join(names)} x "
               f"{', '.join(args.protocols)} x {len(args.draws)} draw(s) of {args.split} %, "
               f"{'/'.join(dict.fromkeys(f'{recipe(args, p).iterations:,}' for p in args.protocols))} "
               f"iterations of {args.batch_size} crops of {args.crop_size} px each, in {args.out / 'seg'}; "
-              f"{runtime.hardware()}")
+              f"{processes.hardware()}")
     for name in names:
         for draw in args.draws:
             for protocol in args.protocols:
-                train(args, name, protocol, draw, store, phantom, processes)
-    if processes.is_main:
-        here = metrics.data_of({"data": "phantom" if phantom else Path(store.data).name, "slices": len(store)})
-        print(metrics.markdown([c for c in report(args.out) if c["data"] == here]))
+                train(args, name, protocol, draw, store, phantom, ranks)
+    if ranks.is_main:
+        here = report.data_of({"data": "phantom" if phantom else Path(store.data).name, "slices": len(store)})
+        print(report.markdown([c for c in report.cells_of(args.out) if c["data"] == here]))
 
 
 if __name__ == "__main__":

@@ -21,36 +21,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import augment
 import datasets
-import figures
-import metrics
-import runtime
+from ct import intake, prepare
+from ct.volumes import BadInput
+from engine import backbones, figures, monitor, processes, runs
 from local_loss import CELLS
 from moco import GroupStatistics, MoCo
-from runtime import BadInput
 from whitening import whiten_last_norm
 
 MOMENTUM, WEIGHT_DECAY, DIM = 0.9, 1e-4, 128  # mmselfsup's mocov2_resnet50_8xb32-coslr-200e
 PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, bn_group=32, epochs=200, lr=None,
-             queue=65536, ema=0.999, zca_group=64, size=datasets.SIZE)
+             queue=65536, ema=0.999, zca_group=64, size=prepare.SIZE)
 # The phantom's preset: see README, "Few slices, one small GPU". Its rows start from a run of START, the stand-in for
 # ImageNet weights: MoCo v2 without geometry, which learns from random weights where MoCo v2 with crops does not.
 PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=8, lr=0.01, queue=256, ema=0.99,
                zca_group=64, size=192)
 START = dict(init="random", local=False, zca=False, geometric=False, epochs=6, steps=None, overwrite=False)
-HELD_OUT = 128  # slices (an eighth of a small data set) on which the signs of collapse are looked at: never trained on
 FEW = 20_000  # slices: below, the paper's settings are looked at for what cannot work
-FLUSH = 10  # steps between two looks at the losses; each look waits for the device
 
 
 def parse(argv: list[str] | None):
-    parser = runtime.Parser(prog="train_ssl.py", description=__doc__.split("\n\n")[0],
+    parser = processes.Parser(prog="train_ssl.py", description=__doc__.split("\n\n")[0],
                             epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
     parser.common()
     add = parser.add_argument
@@ -103,12 +98,12 @@ def settle(args, phantom: bool) -> None:
     if args.name is None:
         views = {(False, False): "-nogeo", (True, True): "-aligned"}.get((args.local, args.geometric), "")
         args.name = "phantom-" * phantom + "moco" + "-local" * args.local + "-zca" * args.zca + views
-        args.name += runtime.seed_suffix(args.seed)
+        args.name += processes.seed_suffix(args.seed)
 
 
 def start_of(args) -> str:
     """The run from which the phantom's rows of this seed start."""
-    return "phantom-start" + runtime.seed_suffix(args.seed)
+    return "phantom-start" + processes.seed_suffix(args.seed)
 
 
 def check_groups(args, world: int) -> None:
@@ -143,11 +138,11 @@ def advice(args, trained: int, horizon: int) -> list[str]:
 
 
 def build(args, phantom: bool = False) -> MoCo:
-    args.init = runtime.resolve(args.init, args.out, phantom)
+    args.init = backbones.resolve(args.init, args.out, phantom)
     run = args.out / args.init / "config.json"
     if run.exists() and (arch := json.loads(run.read_text())["arch"]) != args.arch:
         raise BadInput(f"--init {args.init}: is a {arch}; give --arch {arch} or another start")
-    opened = runtime.open_backbone(args.init, args.out, args.arch, args.seed, "fold", phantom)
+    opened = backbones.open_backbone(args.init, args.out, args.arch, args.seed, "fold", phantom)
     backbone, args.init_checksum = opened.net, opened.pretraining["checksum"]
     if args.zca:
         width = backbone.fc.in_features
@@ -158,59 +153,17 @@ def build(args, phantom: bool = False) -> MoCo:
                 args.temperature_local, args.lambda_local)
 
 
-class Batches:
-    """Which slices, views, shuffle and patches step t has: a function of (seed, t) alone.
-
-    Of the store's slices, `held_out` are kept apart; the others are trained on.
-    """
-
-    def __init__(self, args, slices: int, processes: runtime.Processes):
-        drawn = runtime.rng(args.seed, runtime.SIGNS).permutation(slices)
-        self.held_out, self.trained = np.split(drawn, [min(HELD_OUT, max(2, slices // 8))])
-        self.args, self.steps_per_epoch = args, len(self.trained) // args.batch_size
-        share = args.batch_size // processes.world
-        self.local = slice(processes.rank * share, (processes.rank + 1) * share)
-        self.epoch, self.order = -1, None
-
-    def indices(self, t: int) -> np.ndarray:
-        """Slice numbers of step t's global batch: an epoch is a shuffled pass without its last partial batch."""
-        epoch, position = divmod(t, self.steps_per_epoch)
-        order = self.order if epoch == self.epoch else runtime.rng(self.args.seed, runtime.SLICES,
-                                                                   epoch).permutation(self.trained)
-        self.epoch, self.order = epoch, order
-        return order[position * self.args.batch_size :][: self.args.batch_size]
-
-    def views(self, t: int, purpose: int) -> dict[str, np.ndarray]:
-        drawn = augment.draw(runtime.rng(self.args.seed, purpose, t), self.args.batch_size, self.args.geometric)
-        return {k: v[self.local] for k, v in drawn.items()}
-
-    def parts(self, t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What both views of the global batch show: boxes and flips of the queries, of the keys, and usable pairs."""
-        query, key = (augment.draw(runtime.rng(self.args.seed, purpose, t), self.args.batch_size)
-                      for purpose in (runtime.VIEW_Q, runtime.VIEW_K))
-        boxes_q, boxes_k, usable = augment.common_parts(query, key, self.args.size)
-        return boxes_q, query["flip"], boxes_k, key["flip"], usable
-
-    def permutation(self, t: int) -> torch.Tensor:
-        return torch.from_numpy(runtime.rng(self.args.seed, runtime.SHUFFLE, t).permutation(self.args.batch_size))
-
-    def patches(self, t: int) -> torch.Tensor:
-        """(B, K): K of the 49 cells per image, without replacement."""
-        draw = runtime.rng(self.args.seed, runtime.PATCHES, t).random((self.args.batch_size, CELLS**2))
-        return torch.from_numpy(draw.argsort(1)[self.local, : self.args.patches].copy())
-
-
 class Trainer:
     """Model, optimizer and one step."""
 
-    def __init__(self, args, moco: MoCo, batches: Batches, processes: runtime.Processes, amp: str):
-        self.args, self.batches, self.device, self.amp = args, batches, processes.device, amp
+    def __init__(self, args, moco: MoCo, batches: datasets.Batches, ranks: processes.Processes, amp: str):
+        self.args, self.batches, self.device, self.amp = args, batches, ranks.device, amp
         self.moco = moco.to(self.device, memory_format=torch.channels_last)
         if args.compile:
             self.moco.encoder_q.compile()
             self.moco.encoder_k.compile()
         self.model: nn.Module = self.moco
-        if processes.world > 1:
+        if ranks.world > 1:
             self.model = DistributedDataParallel(self.moco, broadcast_buffers=False)
         self.statistics = GroupStatistics(self.moco.encoder_q)
         self.trained = [p for p in self.moco.parameters() if p.requires_grad]
@@ -231,13 +184,13 @@ class Trainer:
         """
         args, moco = self.args, self.moco
         slices = slices.to(self.device, non_blocking=True)
-        drawn_q = self.batches.views(t, runtime.VIEW_Q)
-        view_k = augment.apply(slices, self.batches.views(t, runtime.VIEW_K), args.image_size)
+        drawn_q = self.batches.views(t, processes.VIEW_Q)
+        view_k = augment.apply(slices, self.batches.views(t, processes.VIEW_K), args.image_size)
         patches = self.batches.patches(t).to(self.device) if args.local else None
         aligned = args.local and args.geometric
         boxes_q, flip_q, boxes_k, flip_k, usable = self.batches.parts(t) if aligned else [None] * 5
         moco.update_key_encoder()
-        with runtime.autocast(self.amp, self.device):
+        with processes.autocast(self.amp, self.device):
             keys, cells = moco.keys(view_k, self.batches.permutation(t).to(self.device),
                                     self.to_device(boxes_k, flip_k) if aligned else None)
         groups = len(slices) // args.bn_group
@@ -255,7 +208,7 @@ class Trainer:
                 pairs = usable[(usable >= here.start) & (usable < here.stop)] - first
                 common = self.to_device(boxes_q[here], flip_q[here], pairs)
             with self.statistics.group(), self.model.no_sync() if several else contextlib.nullcontext():
-                with runtime.autocast(self.amp, self.device):
+                with processes.autocast(self.amp, self.device):
                     loss_global, loss_local = self.model(view_q, keys[part], cells[part] if args.local else None,
                                                          patches[part] if args.local else None, common)
                 loss = moco.total(loss_global, loss_local)
@@ -266,7 +219,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(t)
         self.scaler.unscale_(self.optimizer)
-        norm = runtime.gradient_norm(self.trained)
+        norm = runs.gradient_norm(self.trained)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -298,24 +251,24 @@ class Trainer:
         return state["step"]
 
 
-@runtime.command
+@processes.command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    data, phantom = datasets.locate(args.data, "AbdomenCT-1K")
+    data, phantom = intake.locate(args.data, "AbdomenCT-1K")
     settle(args, phantom)
-    store = datasets.prepare(data, args.store or datasets.default_store(data), "pretrain", tuple(args.window),
+    store = datasets.prepare(data, args.store or prepare.default_store(data), "pretrain", tuple(args.window),
                              args.size, args.workers)
-    processes = runtime.start()
+    ranks = processes.start()
     if args.init == start_of(args) and not (args.out / args.init / "backbone.pth").exists():
         settings = vars(args) | PHANTOM | START | dict(name=args.init, size=args.size)
-        pretrain(argparse.Namespace(**settings), store, data, phantom, processes)
-    pretrain(args, store, data, phantom, processes)
+        pretrain(argparse.Namespace(**settings), store, data, phantom, ranks)
+    pretrain(args, store, data, phantom, ranks)
 
 
-def pretrain(args, store: datasets.Store, data: Path, phantom: bool, processes: runtime.Processes) -> None:
+def pretrain(args, store: datasets.Store, data: Path, phantom: bool, ranks: processes.Processes) -> None:
     """One run, from the start or its checkpoint to backbone.pth."""
-    check_groups(args, processes.world)
-    batches = Batches(args, len(store), processes)
+    check_groups(args, ranks.world)
+    batches = datasets.Batches(args, len(store), ranks)
     if not batches.steps_per_epoch:
         raise BadInput(f"{data}: {len(store)} slices are fewer than one batch of {args.batch_size} besides "
                        f"{len(batches.held_out)} held-out ones; lower --batch-size")
@@ -323,171 +276,60 @@ def pretrain(args, store: datasets.Store, data: Path, phantom: bool, processes: 
     moco = build(args, phantom)  # before the run folder: weights that do not fit leave nothing behind
     config = {k: v for k, v in vars(args).items() if k not in kept}
     config |= {"data": "phantom" if phantom else data.name, "volumes": len(store.volumes), "slices": len(store)}
-    run = runtime.Run(args.out / args.name, config, args.overwrite, processes.is_main)
+    run = runs.Run(args.out / args.name, config, args.overwrite, ranks.is_main)
     saved = run.resume()
-    amp = runtime.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], processes.device)
-    runtime.announce_changes(saved, amp, processes)
-    trainer = Trainer(args, moco, batches, processes, amp)
+    amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
+    runs.announce_changes(saved, amp, ranks)
+    trainer = Trainer(args, moco, batches, ranks, amp)
     first = trainer.load(saved) if saved else 0
     last = min(trainer.horizon, args.steps or trainer.horizon)
-    if processes.is_main:
-        introduce(args, store, phantom, processes, amp, first, last, trainer)
+    if ranks.is_main:
+        introduce(args, store, phantom, ranks, amp, first, last, trainer)
     if first < last:
-        train(args, store, processes, run, trainer, first, last)
-    if processes.is_main:
-        runtime.save(runtime.export(trainer.moco.encoder_q.backbone), run.folder / "backbone.pth")
+        train(args, store, ranks, run, trainer, first, last)
+    if ranks.is_main:
+        runs.save(backbones.export(trainer.moco.encoder_q.backbone), run.folder / "backbone.pth")
         print(f"{run.folder / 'backbone.pth'}: the backbone, whitening folded, under torchvision's names")
-        figures.attempt(figures.curves, run.folder / "curves.png", runtime.read_log(run.folder / "log.jsonl"),
+        figures.attempt(figures.curves, run.folder / "curves.png", runs.read_log(run.folder / "log.jsonl"),
                         math.log(1 + args.queue))
 
 
-def introduce(args, store, phantom, processes, amp, first, last, trainer) -> None:
+def introduce(args, store, phantom, ranks, amp, first, last, trainer) -> None:
     """Say what will be done, on what, and what it takes."""
     if phantom:
-        runtime.announce_phantom()
+        processes.announce_phantom()
     megabytes = sum(p.numel() for p in trainer.moco.encoder_q.parameters()) * 4 * 3 * 2 / 1e6 + args.queue * DIM * 8e-6
     print(f"{args.name}: {args.arch} from {args.init} on {len(store):,} slices of {len(store.volumes):,} volumes "
-          f"({store.folder}), {runtime.hardware()}")
+          f"({store.folder}), {processes.hardware()}")
     print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
-          f"{processes.world} process(es), precision {amp}, {args.image_size} px; about {megabytes:,.0f} MB in "
-          f"{args.out / args.name}; the time needed is told after {FLUSH} steps")
+          f"{ranks.world} process(es), precision {amp}, {args.image_size} px; about {megabytes:,.0f} MB in "
+          f"{args.out / args.name}; the time needed is told after {monitor.FLUSH} steps")
     for line in advice(args, len(trainer.batches.trained), trainer.horizon):
         print(f"note: {len(trainer.batches.trained):,} slices are few: {line}", file=sys.stderr)
     if first:
         print("finished before; nothing left to train" if first >= last else f"continuing after step {first:,}")
 
 
-class Signs:
-    """Is it collapsing? Looked at each epoch on the held-out slices; the training is not touched by it."""
-
-    def __init__(self, trainer: Trainer, store: datasets.Store):
-        self.trainer, args = trainer, trainer.args
-        self.slices = torch.from_numpy(store.batch(trainer.batches.held_out))
-        self.views = [augment.draw(runtime.rng(args.seed, runtime.SIGNS, i), len(self.slices), args.geometric)
-                      for i in (1, 2)]
-
-    @torch.no_grad()
-    def look(self, step: int) -> dict[str, float]:
-        """All in evaluation mode, with the encoders as they are now, so that no key is older than another.
-
-        Of the slices as they are: effective ranks of the pooled features and of the embeddings (unit length, as Eq. 1
-        sees them). Of two fixed views of each: mean cosines of query and key of one slice and of two, the first less
-        the second (`held_out_gap`), and the share of queries to which their own key is the nearest of all
-        (`instance_accuracy`, by chance 1 / number of slices).
-        """
-        moco, args, device = self.trainer.moco.eval(), self.trainer.args, self.trainer.device
-        outputs: list[tuple] = []
-        for start in range(0, len(self.slices), args.bn_group):
-            part = slice(start, start + args.bn_group)
-            slices = self.slices[part].to(device)
-            with runtime.autocast(self.trainer.amp, device):
-                pooled = moco.encoder_q.features(augment.whole(slices, args.image_size))[1]
-                views = [augment.apply(slices, {k: v[part] for k, v in drawn.items()}, args.image_size)
-                         for drawn in self.views]
-                outputs.append((pooled, moco.encoder_q.projector(pooled), moco.encoder_q(views[0])[1],
-                                moco.encoder_k(views[1])[1]))
-        moco.train()
-        features, *embeddings = (torch.cat(x).float() for x in zip(*outputs, strict=True))
-        embeddings, queries, keys = (F.normalize(x, dim=1) for x in embeddings)
-        ranks = [metrics.effective_rank(metrics.singular_values(x.cpu().numpy())) if x.isfinite().all() else math.nan
-                 for x in (features, embeddings)]  # where one is not finite, the checkpoint that follows is refused
-        cosines = queries @ keys.mT
-        own, count = cosines.diagonal().sum(), len(cosines)
-        positive, negative = (own / count).item(), ((cosines.sum() - own) / (count * (count - 1))).item()
-        nearest = cosines.argmax(1) == torch.arange(count, device=cosines.device)
-        self.trainer.gap = positive - negative
-        return {"effective_rank": ranks[0], "effective_rank_embedding": ranks[1], "held_out_positive": positive,
-                "held_out_negative": negative, "held_out_gap": positive - negative,
-                "instance_accuracy": nearest.float().mean().item(), "instance_chance": 1 / count,
-                "queue_filled": min(1.0, step * args.batch_size / args.queue)}
-
-    def warning(self, signs: dict[str, float], step: int) -> str:
-        """What the signs mean where they are bad, else ''. Nothing is said before the queue was full for an epoch."""
-        args, width = self.trainer.args, self.trainer.moco.encoder_q.projector[0].in_features
-        if (step - self.trainer.batches.steps_per_epoch) * args.batch_size < args.queue:
-            return ""
-        if signs["held_out_gap"] < metrics.LEAST_GAP:
-            return (f"warning: the model does not tell slices apart (cosine of two views of a slice less that of two "
-                    f"slices: {signs['held_out_gap']:.3f}, instance accuracy {signs['instance_accuracy']:.3f}, chance "
-                    f"{signs['instance_chance']:.3f}). Its loss and the queue's accuracy come from the age of the "
-                    "queue's keys, and its effective rank means nothing. Try a start that is not random (--init), a "
-                    "shorter --queue, a lower --lr")
-        if signs["effective_rank"] < min(width, 10 * (len(self.slices) - 1)) / 100:
-            return (f"warning: slices are told apart (gap {signs['held_out_gap']:.2f}), but the {width} features have "
-                    f"an effective rank of {signs['effective_rank']:.1f}: few directions are used (dimensional "
-                    "collapse, Fig. 1); see --local --zca")
-        return ""
-
-
-class Journal:
-    """What the steps gave: kept on the device, then averaged over the processes, logged and shown, FLUSH at a time."""
-
-    def __init__(self, args, store, run, trainer: Trainer, processes, first: int, last: int):
-        self.args, self.store, self.run, self.trainer, self.processes = args, store, run, trainer, processes
-        self.first, self.last, self.chance = first, last, math.log(1 + args.queue)
-        self.bar = tqdm(total=last, initial=first, unit="step", disable=None if processes.is_main else True)
-        self.signs = Signs(trainer, store) if processes.is_main else None
-        self.seen = ""  # in the last look
-        self.pending, self.waited, self.since = [], 0.0, time.perf_counter()
-
-    def flush(self, done: int, tell: bool, look: bool) -> None:
-        """Log what is pending up to step `done`; tell: also a line where there is no bar; look: for collapse."""
-        values = runtime.mean_over_processes(torch.stack(self.pending), self.processes).tolist()
-        now, trainer = time.perf_counter(), self.trainer
-        spent = now - self.since
-        rate = len(values) * self.args.batch_size / spent
-        records = [{"step": step, "loss": v[0], "loss_global": v[1], "loss_local": v[2], "queue_accuracy": v[3],
-                    "similarity_positive": v[4], "similarity_negative": v[5], "grad_norm": v[6],
-                    "lr": trainer.lr(step - 1), "images_per_s": round(rate, 2),
-                    "data_share": round(self.waited / spent, 4)}
-                   for step, v in enumerate(values, done - len(values) + 1)]
-        trainer.count_skipped(records)
-        runtime.refuse_non_finite(records, lambda step: [self.store.where(*self.store.place(i))
-                                                         for i in trainer.batches.indices(step - 1)], self.run)
-        told, warning = records[-1], ""
-        if look and self.signs:
-            signs = self.signs.look(done)
-            warning = self.signs.warning(signs, done)
-            self.seen = (f", instance accuracy {signs['instance_accuracy']:.2f} (chance {signs['instance_chance']:.2f})"
-                         f", gap {signs['held_out_gap']:.2f}, effective rank {signs['effective_rank']:.1f}")
-            if done % trainer.batches.steps_per_epoch == 0:  # where --steps ends, a longer run would not look
-                told |= signs
-        text = (f"loss {told['loss_global']:.2f} (chance {self.chance:.2f})"
-                + (f" local {told['loss_local']:.2f}" if self.args.local else "")
-                + f", {rate:.1f} images/s{self.seen}"
-                + (f", {trainer.skipped} steps skipped" if trainer.skipped else ""))
-        self.run.log(records)
-        self.bar.set_postfix_str(text)
-        self.bar.update(len(values))
-        if self.processes.is_main and self.first + FLUSH == done:
-            tqdm.write(f"about {runtime.duration((self.last - done) * self.args.batch_size / rate)} to go")
-        if self.processes.is_main and self.bar.disable and tell:
-            print(f"step {done}/{self.last}: {text}", flush=True)
-        if warning:
-            tqdm.write(warning, file=sys.stderr)
-        self.pending, self.waited, self.since = [], 0.0, time.perf_counter()
-
-
-def train(args, store, processes, run, trainer, first, last) -> None:
-    batches, journal = trainer.batches, Journal(args, store, run, trainer, processes, first, last)
+def train(args, store, ranks, run, trainer, first, last) -> None:
+    batches, journal = trainer.batches, monitor.Journal(args, store, run, trainer, ranks, first, last)
 
     def fetch(t: int) -> torch.Tensor:
         slices = torch.from_numpy(store.batch(batches.indices(t)[batches.local]))
-        return slices.pin_memory() if processes.device.type == "cuda" else slices
+        return slices.pin_memory() if ranks.device.type == "cuda" else slices
 
     asked = time.perf_counter()
-    with runtime.StopRequest() as stop:
+    with processes.StopRequest() as stop:
         for t, slices in datasets.prefetch(fetch, range(first, last), args.workers):
             journal.waited += time.perf_counter() - asked
             journal.pending.append(trainer.step(t, slices))
-            stopping, done = processes.any(stop.signal != 0), t + 1
+            stopping, done = ranks.any(stop.signal != 0), t + 1
             epoch_ends = done % batches.steps_per_epoch == 0 or done == last
-            if len(journal.pending) == FLUSH or epoch_ends or stopping:
+            if len(journal.pending) == monitor.FLUSH or epoch_ends or stopping:
                 journal.flush(done, epoch_ends or stopping, epoch_ends)
             if epoch_ends or stopping:
                 run.checkpoint(trainer.state(done))
             if stopping and done < last:
-                if processes.is_main:
+                if ranks.is_main:
                     print(f"stopped after step {done}; the same command continues", file=sys.stderr)
                 raise SystemExit(stop.exit_code)
             asked = time.perf_counter()

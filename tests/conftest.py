@@ -7,8 +7,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the other core is for stres
 
 import pytest  # noqa: E402
 
-import figures  # noqa: E402
-import phantom  # noqa: E402
+from ct import phantom  # noqa: E402
+from engine import figures  # noqa: E402
 
 STRESS = pytest.StashKey()
 

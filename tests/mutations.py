@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-import volumes
+from ct import volumes
 
 TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
          1536: "g"}

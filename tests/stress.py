@@ -34,11 +34,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import datasets  # noqa: E402
-import figures  # noqa: E402
-import phantom  # noqa: E402
-import runtime  # noqa: E402
 import train_seg  # noqa: E402
 import train_ssl  # noqa: E402
+from ct import phantom, volumes  # noqa: E402
+from engine import figures, processes, runs  # noqa: E402
 
 STEPS = 5  # of pre-training, with checkpoints after 3 and 5; of segmentation, after 2, 4 and 5
 TIMES = {"images_per_s", "data_share", "wall_s"}
@@ -88,13 +87,13 @@ class Bench:
     def outcome(self, script: str, out: Path) -> dict:
         """Every tensor and number that a finished run leaves, without the times."""
         folder = self.run_folder(script, out)
-        kept = {"checkpoint": runtime.load(folder / "checkpoint.pt"), "log": runtime.read_log(folder / "log.jsonl")}
+        kept = {"checkpoint": runs.load(folder / "checkpoint.pt"), "log": runs.read_log(folder / "log.jsonl")}
         if script == "train_ssl":
-            kept["backbone"] = runtime.load(folder / "backbone.pth")
+            kept["backbone"] = runs.load(folder / "backbone.pth")
         else:
             kept["result"] = json.loads((folder / "result.json").read_text())
-            kept["results"] = runtime.read_log(out / "results.jsonl")[-1]  # the newest counts
-            kept["validation"] = runtime.read_log(folder / "validation.jsonl")
+            kept["results"] = runs.read_log(out / "results.jsonl")[-1]  # the newest counts
+            kept["validation"] = runs.read_log(folder / "validation.jsonl")
         return {name: v for name, v in flat(kept) if name.rpartition(".")[2] not in TIMES}
 
     def reference(self, script: str, amp: str = "off", world: int = 1) -> tuple[dict, Counter, float]:
@@ -118,7 +117,7 @@ class Bench:
         for name, value in wanted.items():
             same = torch.equal(value, left[name]) if isinstance(value, torch.Tensor) else value == left[name]
             check(same, f"{out}: {name} differs")
-        steps = [r["step"] for r in runtime.read_log(self.run_folder(script, out) / "log.jsonl")]
+        steps = [r["step"] for r in runs.read_log(self.run_folder(script, out) / "log.jsonl")]
         check(steps == list(range(1, len(steps) + 1)), f"{out}: logged steps {steps}")
         rest = [p.name for p in self.run_folder(script, out).iterdir() if "part" in p.name or "next" in p.name]
         check(not rest, f"{out}: left behind {rest}")
@@ -275,7 +274,7 @@ def watch(folder: Path, touch: tuple | None) -> Counter:
         real_fsync(descriptor)
 
     os.fsync = fsync
-    runtime.open = lambda path, mode="r": (File if mode in ("wb", "ab+") else open)(path, mode)
+    runs.open = lambda path, mode="r": (File if mode in ("wb", "ab+") else open)(path, mode)
     sys.addaudithook(hook)
     return seen
 
@@ -343,8 +342,8 @@ def signals(bench: Bench, given: tuple = SIGNALS) -> list[str]:
         codes, wanted = started.wait(), 128 + number
         # a process that another one's signal stopped says SIGTERM
         check(codes == ([wanted] if world == 1 else [128 + signal.SIGTERM, wanted]), f"{out}: ended with {codes}")
-        saved = runtime.load(bench.run_folder("train_ssl", out) / "checkpoint.pt")["step"]
-        check(saved == runtime.read_log(log)[-1]["step"] and "the same command continues" in started.told(), saved)
+        saved = runs.load(bench.run_folder("train_ssl", out) / "checkpoint.pt")["step"]
+        check(saved == runs.read_log(log)[-1]["step"] and "the same command continues" in started.told(), saved)
         reference = bench.folder / f"never-stopped-{number}"
         for folder in (out, reference):
             check(not any(Started(bench, "train_ssl", folder, amp, world, steps=saved + 2).wait()), f"{folder}: failed")
@@ -398,7 +397,7 @@ def disk(bench: Bench, scripts: tuple[str, ...] = ("train_ssl", "train_seg")) ->
             "line, exit 1, the good checkpoint intact, continued to equal results |"]
 
 
-def processes(bench: Bench, changes: tuple = ((2, 1), (1, 2))) -> list[str]:
+def ranks(bench: Bench, changes: tuple = ((2, 1), (1, 2))) -> list[str]:
     """Pre-training that goes on with another number of processes: the same losses and tensors to 1e-5."""
     wanted = bench.reference("train_ssl")[0]
     for first, then in changes:
@@ -481,7 +480,7 @@ def soak(bench: Bench, minutes: float) -> list[str]:
         samples.append((len(os.listdir(process / "fd")), int(re.search(r"VmRSS:\s*(\d+)", status)[1]) / 1024))
     started.kill(signal.SIGTERM)
     check(started.wait() == [143], f"{started.out}: {started.told()[-2000:]}")
-    steps = len(runtime.read_log(bench.run_folder("train_ssl", started.out) / "log.jsonl"))
+    steps = len(runs.read_log(bench.run_folder("train_ssl", started.out) / "log.jsonl"))
     quarter = len(samples) // 4
     (files, memory), (files_end, memory_end) = (np.median(part, 0) for part in (samples[quarter : 2 * quarter],
                                                                                samples[-quarter:]))
@@ -560,7 +559,7 @@ def files(bench: Bench, count: int, seed: int = 0) -> list[str]:
 def main() -> None:
     parts = {"kills": lambda b: kills(b, args.kills),
              "signals": lambda b: signals(b, SIGNALS[:1]) if args.short else signals(b),
-             "processes": lambda b: processes(b, ((2, 1),)) if args.short else processes(b),
+             "processes": lambda b: ranks(b, ((2, 1),)) if args.short else ranks(b),
              "disk": lambda b: disk(b, ("train_ssl",)) if args.short else disk(b),
              "restarts": lambda b: restarts(b, (0,)) if args.short else restarts(b),
              "terminated": terminated, "nodes": nodes, "files": lambda b: files(b, args.files, args.seed),
@@ -584,12 +583,12 @@ def main() -> None:
             started = time.monotonic()
             try:
                 rows += parts[name](bench)
-            except (Failed, OSError, subprocess.TimeoutExpired, runtime.BadInput) as e:
+            except (Failed, OSError, subprocess.TimeoutExpired, volumes.BadInput) as e:
                 failures.append(name)
                 rows.append(f"| {name} | | FAILED: {' '.join(str(e).split())} |")
                 traceback.print_exc()
             print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    print(f"\n{time.strftime('%Y-%m-%d')}, commit {runtime.commit()}, {runtime.hardware()}, seed {args.seed}, "
+    print(f"\n{time.strftime('%Y-%m-%d')}, commit {processes.commit()}, {processes.hardware()}, seed {args.seed}, "
           f"{(time.monotonic() - begin) / 60:.0f} min\n\n| what | tried | how it ended |\n|---|---|---|")
     print("\n".join(rows))
     if not failures:

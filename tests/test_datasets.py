@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import datasets
-from datasets import BadInput, prepare
+from ct import intake, prepare, tasks
+from ct.volumes import BadInput, read_volume
 
 AFFINE = np.diag([-1.5, -1.5, 5.0, 1.0])  # LPS
 
@@ -53,20 +54,20 @@ def btcv(tmp_path):
 
 def test_splits_are_those_drawn_with_the_stated_seed():
     train = [f"{i:04d}" for i in [*range(1, 11), *range(21, 35)]]
-    assert datasets.cases("100") == train and datasets.cases("val") == [f"{i:04d}" for i in range(35, 41)]
+    assert tasks.cases("100") == train and tasks.cases("val") == [f"{i:04d}" for i in range(35, 41)]
     rng = np.random.default_rng(0)
     for split, volumes in (("12.5", 3), ("25", 6)):
         for draw in range(3):
-            assert datasets.cases(split, draw) == sorted(rng.choice(train, volumes, replace=False))
+            assert tasks.cases(split, draw) == sorted(rng.choice(train, volumes, replace=False))
     with pytest.raises(BadInput, match="btcv_12.5_3.txt: no such split"):
-        datasets.cases("12.5", 3)
+        tasks.cases("12.5", 3)
 
 
 def test_windowing_is_a_rounded_linear_map():
     hu = np.linspace(-400, 400, 5001, dtype=np.float32)
     expected = np.rint(np.clip((hu.astype(np.float64) + 175) / 425, 0, 1) * 255)
-    assert np.abs(datasets.window_to_uint8(hu, (-175, 250)) - expected).max() <= 1  # ties only
-    assert (datasets.window_to_uint8(hu, (-175, 250)) == expected).mean() > 0.999
+    assert np.abs(prepare.window_to_uint8(hu, (-175, 250)) - expected).max() <= 1  # ties only
+    assert (prepare.window_to_uint8(hu, (-175, 250)) == expected).mean() > 0.999
 
 
 @pytest.mark.parametrize("stored", ["<i2", ">i2", "<u2", "<f4", "<i4"])
@@ -75,28 +76,28 @@ def test_levels_are_those_of_the_whole_volume_in_hu(tmp_path, stored):
     header.set_data_dtype(np.dtype(stored))
     data = (ct(5) + (1000 if stored == "<u2" else 0)).astype(stored)
     nib.save(nib.Nifti1Image(data, np.diag([1.5, -1.5, 5, 1]), header), tmp_path / "a.nii")
-    levels, low, high = datasets.levels(datasets.read_volume(tmp_path / "a.nii"), (-175, 250))
+    levels, low, high = prepare.levels(read_volume(tmp_path / "a.nii"), (-175, 250))
     expected = np.rint(np.clip((data[::-1].T.astype(np.float64) + 175) / 425, 0, 1) * 255)
     assert np.abs(levels - expected).max() <= 1 and (levels == expected).mean() > 0.99 and levels.dtype == np.uint8
     assert (low, high) == (data.min(), data.max())
 
 
 def test_pretraining_slices_are_padded_with_air_and_resampled(abdomen, tmp_path):
-    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     assert len(store) == 4 + 5 + 6 and [v["id"] for v in store.volumes] == ["Case_00001", "Case_00002", "Case_00003"]
     data = ct(1, (20, 16, 4))  # LPS: x runs to the patient's left, y to posterior: rows are y, columns x
     expected = np.zeros((20, 20), np.uint8)
-    expected[2:18] = datasets.window_to_uint8(data[:, :, 3].T.astype(np.float32), (-175, 250))
+    expected[2:18] = prepare.window_to_uint8(data[:, :, 3].T.astype(np.float32), (-175, 250))
     np.testing.assert_array_equal(store.slice(3), expected)
     np.testing.assert_array_equal(store.batch(np.array([4, 3]))[1], expected)
     mapped = np.load(store.folder / "Case_00001.npy", mmap_mode="r")  # any NumPy can map a volume
     np.testing.assert_array_equal(mapped[3], expected)
-    half = prepare(abdomen, tmp_path / "s", "pretrain", size=10).slice(3)
+    half = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=10).slice(3)
     assert half.shape == (10, 10) and abs(half.mean() - expected.mean()) < 3
 
 
 def test_segmentation_keeps_sizes_and_labels(btcv, tmp_path):
-    store = prepare(btcv, tmp_path / "s", "segment")
+    store = datasets.prepare(btcv, tmp_path / "s", "segment")
     labels = np.asarray(nib.load(btcv / "RawData/Training/label/label0002.nii.gz").dataobj)
     np.testing.assert_array_equal(store.slice(5, label=True), labels[:, :, 1].T)
     np.testing.assert_array_equal(store.of(["0002"]), [4, 5, 6, 7])
@@ -108,64 +109,64 @@ def test_segmentation_keeps_sizes_and_labels(btcv, tmp_path):
 def test_any_folder_of_nifti_and_btcv_images_serve_pretraining(btcv, tmp_path):
     write(tmp_path / "own" / "a b" / "Ünal.nii", ct(0))
     write(tmp_path / "own" / "scan.nii.gz", ct(1))
-    assert [v["id"] for v in datasets.find_volumes(tmp_path / "own", "pretrain")[0]] == ["a b__Ünal", "scan"]
-    assert len(prepare(tmp_path / "own", tmp_path / "s", "pretrain", size=16)) == 8
-    assert len(datasets.find_volumes(btcv, "pretrain")[0]) == 3
+    assert [v["id"] for v in intake.find_volumes(tmp_path / "own", "pretrain")[0]] == ["a b__Ünal", "scan"]
+    assert len(datasets.prepare(tmp_path / "own", tmp_path / "s", "pretrain", size=16)) == 8
+    assert len(intake.find_volumes(btcv, "pretrain")[0]) == 3
 
 
 def test_masks_of_abdomenct_are_not_taken_for_images(abdomen):
     write(abdomen / "Mask" / "Case_00001.nii.gz", ct(9))
-    volumes, skipped = datasets.find_volumes(abdomen, "pretrain")
+    volumes, skipped = intake.find_volumes(abdomen, "pretrain")
     assert len(volumes) == 3 and "Mask" in skipped[0]["file"]
 
 
 def test_only_what_changed_is_prepared_again(abdomen, tmp_path, monkeypatch):
     done = []
-    real = datasets._in_processes
+    real = prepare._in_processes
 
     def watch(work, items, *rest):
         done.append([v["id"] for v in items])
         return real(work, items, *rest)
 
-    monkeypatch.setattr(datasets, "_in_processes", watch)
-    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
-    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    monkeypatch.setattr(prepare, "_in_processes", watch)
+    datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     path = abdomen / "part0" / "Case_00002_0000.nii.gz"
     os.utime(path, ns=(1, 1))  # another time, the same content
-    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     write(path, ct(7, (20, 16, 5)))
-    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     (store.folder / "Case_00003.npy").unlink()
-    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
-    prepare(abdomen, tmp_path / "s", "pretrain", (-100, 200), 20)
+    datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    datasets.prepare(abdomen, tmp_path / "s", "pretrain", (-100, 200), 20)
     assert done == [["Case_00001", "Case_00002", "Case_00003"], [], [], ["Case_00002"], ["Case_00003"],
                     ["Case_00001", "Case_00002", "Case_00003"]]
 
 
 def test_a_new_time_costs_a_checksum_once(abdomen, tmp_path, monkeypatch):
-    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     os.utime(abdomen / "part0" / "Case_00002_0000.nii.gz", ns=(1, 1))
-    real, read = datasets._checksum, []
-    monkeypatch.setattr(datasets, "_checksum", lambda path: read.append(path.name) or real(path))
+    real, read = prepare._checksum, []
+    monkeypatch.setattr(prepare, "_checksum", lambda path: read.append(path.name) or real(path))
     for _ in range(2):
-        prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+        datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     assert read == ["Case_00002_0000.nii.gz"]
 
 
 def test_what_changed_is_said(abdomen, tmp_path, capsys):
-    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     capsys.readouterr()
-    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     assert "changed" not in capsys.readouterr().err
     write(abdomen / "part0" / "Case_00002_0000.nii.gz", ct(7, (20, 16, 5)))
-    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     assert re.search("1 volumes changed.*Case_00002", capsys.readouterr().err)
 
 
 def test_another_window_leaves_this_store_as_it_is(abdomen, tmp_path):
-    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     before = store.slice(3)
-    other = prepare(abdomen, tmp_path / "s", "pretrain", (-100, 200), 20)
+    other = datasets.prepare(abdomen, tmp_path / "s", "pretrain", (-100, 200), 20)
     assert other.folder != store.folder and not np.array_equal(other.slice(3), before)
     np.testing.assert_array_equal(store.slice(3), before)
 
@@ -174,16 +175,16 @@ def test_a_volume_whose_arrays_are_being_replaced_is_not_there(abdomen, tmp_path
     """Killed after the new array, before its record: the old record must not vouch for it."""
     path = abdomen / "part0" / "Case_00002_0000.nii.gz"
     old, stamp = path.read_bytes(), path.stat()
-    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     write(path, ct(7, (20, 16, 5)))
-    monkeypatch.setattr(datasets, "_write_json", lambda *a: os._exit(9))  # in the worker
+    monkeypatch.setattr(prepare, "_write_json", lambda *a: os._exit(9))  # in the worker
     with pytest.raises(BadInput, match="killed"):
-        prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+        datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     monkeypatch.undo()
     path.write_bytes(old)
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
-    fresh = prepare(abdomen, tmp_path / "fresh", "pretrain", size=20)
+    store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    fresh = datasets.prepare(abdomen, tmp_path / "fresh", "pretrain", size=20)
     np.testing.assert_array_equal(store.slice(4), fresh.slice(4))
 
 
@@ -201,7 +202,7 @@ def test_two_processes_preparing_one_store_do_not_harm_each_other(abdomen, tmp_p
         assert not list((tmp_path / "s" / "pretrain-512").glob("*.npy"))
     told = [p.communicate(timeout=60)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0] and all("3 volumes, 15 slices" in t for t in told), told
-    assert datasets.verify(tmp_path / "s") == 0
+    assert prepare.verify(tmp_path / "s") == 0
 
 
 def test_a_killed_preparation_goes_on_where_it_was(tmp_path, capsys):
@@ -217,7 +218,7 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, capsys):
     first.wait()
     done = {p.name: p.stat().st_mtime_ns for p in folder.glob("scan*.npy") if p.with_suffix(".json").exists()}
     (folder / f".{first.pid}.scan11.npy").write_bytes(b"half")
-    store = prepare(tmp_path / "A", tmp_path / "s", "pretrain", size=512)
+    store = datasets.prepare(tmp_path / "A", tmp_path / "s", "pretrain", size=512)
     assert len(store.volumes) == 12 and not list(folder.glob(".[0-9]*"))
     assert done and all((folder / name).stat().st_mtime_ns == at for name, at in done.items())
     end = time.monotonic() + 5
@@ -236,7 +237,7 @@ def test_data_that_cannot_be_written_to_and_links(abdomen, tmp_path):
     before = [(f.stat().st_mtime_ns, sorted(os.listdir(f))) for f in folders]
     for f in folders:
         f.chmod(0o555)
-    store = prepare(tmp_path / "L", tmp_path / "elsewhere", "pretrain", size=20)
+    store = datasets.prepare(tmp_path / "L", tmp_path / "elsewhere", "pretrain", size=20)
     assert [v["id"] for v in store.volumes] == ["Case_00001", "Case_00002", "Case_00003"]
     assert [s["reason"] for s in store.skipped] == ["a broken link, or no file"]
     assert before == [(f.stat().st_mtime_ns, sorted(os.listdir(f))) for f in folders]
@@ -250,34 +251,34 @@ def test_a_full_disk_is_one_line(abdomen, tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(BadInput, match="1024 requested and 512 written .while preparing"):
-        prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+        datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
 
 
 def test_a_killed_preparation_leaves_no_half_volume(abdomen, tmp_path, monkeypatch):
     """Dying before the record is written leaves nothing that counts; the next call makes it good."""
-    monkeypatch.setattr(datasets, "_write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(prepare, "_write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(BaseException):  # noqa: B017 (the pool may report its own end)
-        prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+        datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     monkeypatch.undo()
     assert not (tmp_path / "s" / "pretrain-20" / "index.json").exists()
-    assert len(prepare(abdomen, tmp_path / "s", "pretrain", size=20)) == 15
+    assert len(datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)) == 15
 
 
 def test_bad_volumes_are_named_and_may_be_left_out(abdomen, tmp_path):
     bad = abdomen / "part0" / "Case_00002_0000.nii.gz"
     bad.write_bytes(bad.read_bytes()[:-20])
     with pytest.raises(BadInput, match="Case_00002_0000.nii.gz: damaged"):
-        prepare(abdomen, tmp_path / "s", "pretrain", size=20)
-    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20, skip_bad=True)
+        datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20, skip_bad=True)
     assert len(store.volumes) == 2 and str(bad) in store.skipped[0]["file"]
-    again = prepare(abdomen, tmp_path / "s", "pretrain", size=20)  # training, later: the choice holds
+    again = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)  # training, later: the choice holds
     assert len(again.volumes) == 2 and len(again.skipped) == 1
     write(bad, ct(2, (20, 16, 5)))
-    assert len(prepare(abdomen, tmp_path / "s", "pretrain", size=20).volumes) == 3
+    assert len(datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20).volumes) == 3
 
 
 def test_verify_finds_a_flipped_bit_and_what_was_deleted(abdomen, tmp_path, capsys):
-    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     flags = ["audit", "--data", str(abdomen), "--store", str(tmp_path / "s"), "--verify"]
     with pytest.raises(SystemExit) as caught:
         datasets.main(flags)
@@ -290,14 +291,14 @@ def test_verify_finds_a_flipped_bit_and_what_was_deleted(abdomen, tmp_path, caps
         datasets.main(flags)
     assert caught.value.code == 1 and f"{path}: damaged" in capsys.readouterr().out
     path.unlink()
-    prepare(abdomen, tmp_path / "s", "pretrain", size=20)
-    assert datasets.verify(tmp_path / "s") == 0
+    datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    assert prepare.verify(tmp_path / "s") == 0
     with pytest.raises(BadInput, match="nothing was prepared"):
-        datasets.verify(tmp_path)
+        prepare.verify(tmp_path)
 
 
 def test_damaged_stores_are_found_at_load(abdomen, tmp_path):
-    store = prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     index = json.loads((store.folder / "index.json").read_text())
     with open(store.folder / "Case_00003.npy", "r+b") as f:
         f.truncate(500)
@@ -335,7 +336,7 @@ def test_bad_folders_are_refused_in_one_line(btcv, tmp_path, what, match):
     if what == "blank":
         write(label, np.zeros((20, 16, 4), np.uint8))
     with pytest.raises(BadInput, match=match) as caught:
-        prepare(data, tmp_path / "s", kind, window)
+        datasets.prepare(data, tmp_path / "s", kind, window)
     assert "\n" not in str(caught.value)
 
 
@@ -403,7 +404,7 @@ def test_audit_fails_on_an_unreadable_volume(abdomen, capsys):
 
 
 def test_real_ct_folders(real_ct, tmp_path):
-    store = prepare(real_ct / "AbdomenCT-1K", tmp_path / "a", "pretrain", size=256)
+    store = datasets.prepare(real_ct / "AbdomenCT-1K", tmp_path / "a", "pretrain", size=256)
     assert len(store.volumes) == 78 and len(store) == 309
-    store = prepare(real_ct / "BTCV", tmp_path / "b", "segment")
-    assert len(store.volumes) == 30 and len(store) == 231 and len(store.of(datasets.cases("val"))) > 0
+    store = datasets.prepare(real_ct / "BTCV", tmp_path / "b", "segment")
+    assert len(store.volumes) == 30 and len(store) == 231 and len(store.of(tasks.cases("val"))) > 0

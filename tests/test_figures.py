@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import figures
-import metrics
-from datasets import ORGANS
-from volumes import BadInput
+from ct.tasks import ORGANS
+from ct.volumes import BadInput
+from engine import figures, report
 
 
 @pytest.fixture
@@ -104,7 +103,7 @@ def test_validation_and_report(drawn):
     result = {"data": "phantom", "slices": 9, "split": "25", "draw": 0, "backbone": "random",
               "protocol": "linear-frozen", "mDS": 0.25, "organs": [0.25] * 12 + [None]}
     others = [result | {"backbone": f"run{i}", "draw": 0} for i in range(9)]  # more than there are markers
-    drawn(figures.report, metrics.cells([result, *others], ("linear-frozen", "a", "b")), ORGANS[1:])
+    drawn(figures.report, report.cells([result, *others], ("linear-frozen", "a", "b")), ORGANS[1:])
     assert {"linear-frozen, 25 % of generated phantom", "Random weights", "run8", "pancreas"} <= set(drawn.texts)
 
 

@@ -7,8 +7,8 @@ import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from scipy.ndimage import label
 
-import phantom
-from volumes import BadInput, read_volume
+from ct import phantom
+from ct.volumes import BadInput, read_volume
 
 SMALL = (12, 48, 48)
 SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, GALLBLADDER, ESOPHAGUS, LIVER, STOMACH = range(1, 8)
@@ -238,5 +238,5 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "2 labelled and 1 unlabelled patients" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         phantom.main(["--out", out])
-    assert str(stop.value).startswith("phantom.py: ") and out in str(stop.value)
+    assert str(stop.value).startswith("ct.phantom: ") and out in str(stop.value)
     assert "\n" not in str(stop.value)

@@ -10,12 +10,10 @@ import pytest
 import torch
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
-import datasets
 import metrics
-import predict
-import runtime
 import train_seg
-import volumes
+from ct import prepare, tasks, volumes
+from engine import backbones, predict
 from segment import Segmenter
 
 
@@ -50,7 +48,7 @@ def labels(path):
 def test_a_prediction_is_the_evaluations_own_voxel_for_voxel(small_phantom, out):
     folder = out / "seg" / RUN / "predictions"
     kept = {p.name: labels(p) for p in sorted(folder.glob("*"))}
-    assert list(kept) == [f"img{case}.nii.gz" for case in datasets.cases("val")]
+    assert list(kept) == [f"img{case}.nii.gz" for case in tasks.cases("val")]
     assert len(np.unique(np.concatenate([x.ravel() for x in kept.values()]))) > 1  # more than background
     shutil.rmtree(folder)
     go(out, small_phantom / "BTCV")  # a folder in BTCV's layout: all 30
@@ -75,7 +73,7 @@ def test_the_csv_counts_what_the_files_hold(small_phantom, out):
         truth_file = nib.load(str(image(small_phantom, case)).replace("img", "label"))
         predicted, truth = labels(out / "seg" / RUN / f"predictions/img{case}.nii.gz") == c, labels(
             truth_file.get_filename()) == c
-        assert row["organ"] == datasets.ORGANS[c]
+        assert row["organ"] == tasks.ORGANS[c]
         counted = [int((predicted & truth).sum()), int(predicted.sum()), int(truth.sum())]
         assert [int(row[k]) for k in ("intersection", "prediction", "truth")] == counted
         total = counted[1] + counted[2]
@@ -160,7 +158,7 @@ def test_one_bad_volume_of_a_folder_keeps_no_other_from_being_predicted(small_ph
 
 
 def test_predicting_takes_no_random_number_and_leaves_the_mode():
-    model = Segmenter(runtime.architecture("resnet18"), "linear-frozen")
+    model = Segmenter(backbones.architecture("resnet18"), "linear-frozen")
     torch.manual_seed(5)
     before = torch.get_rng_state()
     modes = [m.training for m in model.modules()]
@@ -175,7 +173,7 @@ def test_predicting_takes_no_random_number_and_leaves_the_mode():
 
 def test_real_ct_is_accepted(real_ct, tmp_path):
     for name in ("nifti/example_ct_sm.nii.gz", "nifti/aorta_ct.nii.gz", "BTCV/RawData/Training/img/img0035.nii.gz"):
-        read, levels = predict.read_ct(real_ct / name, datasets.WINDOW)
+        read, levels = predict.read_ct(real_ct / name, prepare.WINDOW)
         assert isinstance(read, volumes.Volume) and levels.shape == read.hu.shape
-    with pytest.raises(runtime.BadInput, match="no CT by its values"):
-        predict.read_ct(real_ct / "nifti/example_ct_sm_label.nii.gz", datasets.WINDOW)
+    with pytest.raises(volumes.BadInput, match="no CT by its values"):
+        predict.read_ct(real_ct / "nifti/example_ct_sm_label.nii.gz", prepare.WINDOW)

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-MODULES = {p.stem: p for p in ROOT.glob("*.py")}
+MODULES = {str(p.relative_to(ROOT).with_suffix("")): p for folder in (".", "ct", "engine", "tools")
+           for p in (ROOT / folder).glob("*.py")}
 # torchrun's own flags, checked against nothing
 TORCHRUN = {"--max-restarts", "--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"}
 
@@ -33,11 +34,11 @@ def paper_to_code() -> list[tuple[str, list[tuple[str, str]]]]:
     section = re.search(r"^## The paper in the code\n(.*?)^## ", README, re.M | re.S)
     assert section, "README has no section 'The paper in the code'"
     rows = [re.fullmatch(r"\| (.+?) \| (.+?) \|", line) for line in section[1].splitlines() if line.startswith("| ")]
-    return [(row[1], re.findall(r"`(\w+)\.py: ([\w.]+)`", row[2])) for row in rows[1:]]  # the first is the head
+    return [(row[1], re.findall(r"`([\w/]+)\.py: ([\w.]+)`", row[2])) for row in rows[1:]]  # the first is the head
 
 
 def flags(module: str) -> set[str]:
-    """The long flags of a script's parser, with those that runtime.Parser.common gives to all."""
+    """The long flags of a script's parser, with those that processes.Parser.common gives to all."""
     found = set()
     for call in ast.walk(tree(module)):
         if not (isinstance(call, ast.Call) and getattr(call.func, "id", getattr(call.func, "attr", "")) in
@@ -49,7 +50,9 @@ def flags(module: str) -> set[str]:
                 if any(k.arg == "action" and "BooleanOptionalAction" in ast.unparse(k.value) for k in call.keywords):
                     found.add(argument.value.replace("--", "--no-", 1))
     shares = any(isinstance(n, ast.Attribute) and n.attr == "common" for n in ast.walk(tree(module)))
-    return found | flags("runtime") if shares and module != "runtime" else found
+    if module == "datasets":  # forwards the commands
+        found |= flags("ct/prepare")
+    return found | flags("engine/processes") if shares and module != "engine/processes" else found
 
 
 def mentioned(text: str) -> set[str]:
@@ -60,7 +63,8 @@ def commands() -> list[tuple[str, str]]:
     """(script, its arguments) of every command of a script in a code block or between backticks."""
     text = re.sub(r"\s+#.*", "", "\n".join(line for line in README.splitlines() if line.startswith("    ")))
     text += "\n" + "\n".join(re.findall(r"`([^`]+)`", README.replace("```", "")))
-    return re.findall(r"(?<![\w/])(\w+)\.py((?: [^\n]*)?)$", text, re.M)
+    text = re.sub(r"python -m (\w+)\.(\w+)", r"python \1/\2.py", text)
+    return re.findall(r"(?<![\w/])((?:(?:ct|engine|tools)/)?\w+)\.py((?: [^\n]*)?)$", text, re.M)
 
 
 @pytest.mark.parametrize("paper,code", paper_to_code(), ids=lambda x: x if isinstance(x, str) else "")
@@ -83,7 +87,7 @@ def test_no_equation_figure_or_table_is_left_out():
 
 
 def test_every_flag_exists():
-    scripts = [m for m in MODULES if flags(m) and m != "runtime"]
+    scripts = [m for m in MODULES if flags(m) and m != "engine/processes"]
     known = set().union(*(flags(m) for m in scripts))
     assert {"--local", "--no-geometric", "--data", "--split", "--positions", "--skip-bad"} <= known  # the search works
     unknown = mentioned(README) - known - TORCHRUN - {"--help"}
@@ -100,10 +104,10 @@ def test_every_command_has_the_flags_it_uses():
 
 
 def test_every_constant_exists():
-    found = re.findall(rf"`({'|'.join(MODULES)})\.([A-Z][A-Z_]+)`", README)
+    found = re.findall(rf"`({'|'.join(m.replace('/', '.') for m in MODULES)})\.([A-Z][A-Z_]+)`", README)
     assert len(found) > 10
     for module, name in found:
-        names = {n.id for s in tree(module).body if isinstance(s, ast.Assign) for n in ast.walk(s)
+        names = {n.id for s in tree(module.replace(".", "/")).body if isinstance(s, ast.Assign) for n in ast.walk(s)
                  if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         assert name in names, f"README names {module}.{name}, which {module}.py does not define"
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import runtime
 import train_ssl
+from engine import runs
 
 PARTS = {"files": "mutated files", "kills": "SIGKILL", "signals": "SIGINT", "processes": "another number of processes",
          "disk": "full disk", "restarts": "--max-restarts"}
@@ -52,7 +52,7 @@ def test_numbers_that_are_not_finite_end_a_run(flags, tmp_path, monkeypatch, no_
 
     monkeypatch.setattr(train_ssl.Trainer, "step", step)
     line = refusal_of([*flags, "--steps", "6"])
-    saved = runtime.load(tmp_path / "phantom-moco" / "checkpoint.pt")
+    saved = runs.load(tmp_path / "phantom-moco" / "checkpoint.pt")
     assert saved["step"] == 4 and all(t.isfinite().all() for t in saved["model"].values())
     assert "the last good checkpoint is" in line and str(tmp_path / "phantom-moco" / "checkpoint.pt") in line
     assert ("step 6: weights" if what == "weights" else f"step 5: the {'loss' if what == 'loss' else 'norm'}") in line
@@ -72,9 +72,9 @@ def test_a_gradient_that_is_not_finite_is_in_the_norm():
     layer = torch.nn.Linear(3, 2)
     layer(torch.randn(4, 3)).square().sum().backward()
     flat = torch.cat([p.grad.flatten() for p in layer.parameters()])
-    torch.testing.assert_close(runtime.gradient_norm(layer.parameters()), flat.norm())
+    torch.testing.assert_close(runs.gradient_norm(layer.parameters()), flat.norm())
     layer.bias.grad[1] = torch.nan
-    assert not runtime.gradient_norm(layer.parameters()).isfinite()
+    assert not runs.gradient_norm(layer.parameters()).isfinite()
 
 
 def test_fp16_counts_the_steps_its_scaler_skips(tmp_path):
@@ -82,4 +82,4 @@ def test_fp16_counts_the_steps_its_scaler_skips(tmp_path):
     trainer = SimpleNamespace(amp="fp16", skipped=4)
     train_ssl.Trainer.count_skipped(trainer, records)
     assert trainer.skipped == 5 and [r["skipped"] for r in records] == [4, 5, 5] and records[1]["grad_norm"] is None
-    runtime.refuse_non_finite(records, lambda step: [], runtime.Run(tmp_path, {}, False, True))  # no reason to stop
+    runs.refuse_non_finite(records, lambda step: [], runs.Run(tmp_path, {}, False, True))  # no reason to stop

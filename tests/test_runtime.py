@@ -1,4 +1,4 @@
-"""runtime.py: atomic checkpoints, the run folder, precision, backbones from files."""
+"""engine/: atomic checkpoints, the run folder, precision, backbones from files."""
 
 import errno
 import json
@@ -12,8 +12,9 @@ import pytest
 import torch
 import torchvision
 
-import runtime
-from runtime import BadInput, Run
+from ct.volumes import BadInput
+from engine import backbones, processes, runs
+from engine.runs import Run
 
 
 def run(tmp_path, config=None, overwrite=False):
@@ -39,7 +40,7 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     with open(r.folder / "log.jsonl", "a") as f:
         f.write('{"step": 5, "lo')
     assert r.resume()["step"] == 2
-    assert [x["step"] for x in runtime.read_log(r.folder / "log.jsonl")] == [1, 2]
+    assert [x["step"] for x in runs.read_log(r.folder / "log.jsonl")] == [1, 2]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys):
@@ -64,7 +65,7 @@ def test_a_flipped_bit_is_found_and_the_damaged_file_never_replaces_the_good_one
     assert r.resume()["step"] == 1 and "checksum" in capsys.readouterr().err
     assert r.damaged.exists() and not r.path.exists()
     r.checkpoint({"step": 2, "x": torch.ones(1000)})
-    assert runtime.load(r.path)["step"] == 2 and runtime.load(r.previous)["step"] == 1
+    assert runs.load(r.path)["step"] == 2 and runs.load(r.previous)["step"] == 1
 
 
 @pytest.mark.parametrize("killed", ["before", "between"])
@@ -86,7 +87,7 @@ def test_a_kill_around_the_two_renames_loses_nothing(tmp_path, monkeypatch, kill
     r.lock.close()
     (r.folder / ".backbone.pth.part").write_bytes(b"half of it")  # what a kill while writing leaves
     again = run(tmp_path)
-    assert again.resume()["step"] == 2 and runtime.load(again.previous)["step"] == 1
+    assert again.resume()["step"] == 2 and runs.load(again.previous)["step"] == 1
     assert not [p for p in again.folder.iterdir() if p.name.endswith(".part") or "next" in p.name]
 
 
@@ -98,10 +99,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(tmp_path, m
     r.checkpoint({"step": 1})
     monkeypatch.setattr(os, "fsync", full)
     for write in (lambda: r.checkpoint({"step": 2}), lambda: r.log([{"step": 2}]),
-                  lambda: runtime.write_text(tmp_path / "a.json", "{}")):
+                  lambda: runs.write_text(tmp_path / "a.json", "{}")):
         with pytest.raises(BadInput, match="cannot be written .No space left on device.; make room"):
             write()
-    assert runtime.load(r.path)["step"] == 1 and not (tmp_path / "a.json").exists()
+    assert runs.load(r.path)["step"] == 1 and not (tmp_path / "a.json").exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -113,24 +114,24 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_another_precision_or_number_of_threads_is_announced(capsys):
-    here = runtime.Processes(0, 1, torch.device("cpu"))
+    here = processes.Processes(0, 1, torch.device("cpu"))
     saved = {"amp": "bf16", "threads": torch.get_num_threads()}
-    runtime.announce_changes(saved, "bf16", here)
+    runs.announce_changes(saved, "bf16", here)
     assert capsys.readouterr().err == ""
-    runtime.announce_changes(saved | {"threads": 77}, "off", here)
+    runs.announce_changes(saved | {"threads": 77}, "off", here)
     told = capsys.readouterr().err
     assert "precision was bf16 and is off" in told and "threads here, 77 before" in told
 
 
 def test_half_lines_stay_alone(tmp_path):
     (tmp_path / "results.jsonl").write_bytes(b'{"a": 1}\n{"a": 2, "b')
-    runtime.append(tmp_path / "results.jsonl", [{"a": 3}])
-    assert [r["a"] for r in runtime.read_log(tmp_path / "results.jsonl")] == [1, 3]
+    runs.append(tmp_path / "results.jsonl", [{"a": 3}])
+    assert [r["a"] for r in runs.read_log(tmp_path / "results.jsonl")] == [1, 3]
 
 
 def test_under_torchrun_a_repeated_signal_is_one_signal(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    with runtime.StopRequest() as stop:
+    with processes.StopRequest() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
@@ -138,7 +139,7 @@ def test_under_torchrun_a_repeated_signal_is_one_signal(monkeypatch):
 
 
 def test_ctrl_c_outside_the_loop_is_one_line(capsys):
-    @runtime.command
+    @processes.command
     def main(argv):
         raise KeyboardInterrupt
 
@@ -154,22 +155,22 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
 
     (tmp_path / "x.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(BadInput, match="x.pt"):
-        runtime.load(tmp_path / "x.pt")
+        runs.load(tmp_path / "x.pt")
     torch.save({"a": Evil()}, tmp_path / "y.pt")
     with pytest.raises(BadInput, match="more than tensors"):
-        runtime.load(tmp_path / "y.pt")
+        runs.load(tmp_path / "y.pt")
 
 
 def test_streams_of_random_numbers_differ_by_seed_purpose_and_step():
-    drawn = {runtime.rng(s, p, t).random() for s in (0, 1) for p in (0, 1) for t in (0, 1)}
-    assert len(drawn) == 8 and runtime.rng(1, 0, 0).random() == runtime.rng(1, 0, 0).random()
+    drawn = {processes.rng(s, p, t).random() for s in (0, 1) for p in (0, 1) for t in (0, 1)}
+    assert len(drawn) == 8 and processes.rng(1, 0, 0).random() == processes.rng(1, 0, 0).random()
 
 
 def test_non_finite_losses_name_step_and_slices(tmp_path):
     r = run(tmp_path)
     records = [{"step": 4, "loss": 1.0}, {"step": 5, "loss": math.nan}]
     with pytest.raises(BadInput, match="step 5.*Case_7 slice 3.*no checkpoint"):
-        runtime.refuse_non_finite(records, lambda step: ["Case_7 slice 3"], r)
+        runs.refuse_non_finite(records, lambda step: ["Case_7 slice 3"], r)
 
 
 def test_backbones_from_files(tmp_path, capsys):
@@ -178,17 +179,17 @@ def test_backbones_from_files(tmp_path, capsys):
     torch.save({"state_dict": {f"module.encoder_q.{k}": v for k, v in net.state_dict().items()}
                 | {"module.queue": torch.ones(3)}}, tmp_path / "moco.pth")
     for name in ("plain", "moco"):
-        loaded = runtime.build_backbone(str(tmp_path / f"{name}.pth"), "resnet18")
+        loaded = backbones.build_backbone(str(tmp_path / f"{name}.pth"), "resnet18")
         for (k, a), b in zip(net.state_dict().items(), loaded.state_dict().values(), strict=True):
             assert k.startswith("fc.") or torch.equal(a, b)
     assert "matched" in capsys.readouterr().out
     for arch in ("resnet34", "resnet50"):
         with pytest.raises(BadInput, match=f"plain.pth: not a backbone of architecture {arch}"):
-            runtime.build_backbone(str(tmp_path / "plain.pth"), arch)
+            backbones.build_backbone(str(tmp_path / "plain.pth"), arch)
     with pytest.raises(BadInput, match="no such file"):
-        runtime.build_backbone(str(tmp_path / "none.pth"), "resnet18")
+        backbones.build_backbone(str(tmp_path / "none.pth"), "resnet18")
     with pytest.raises(BadInput, match="--arch vgg16"):
-        runtime.build_backbone("random", "vgg16")
+        backbones.build_backbone("random", "vgg16")
 
 
 def test_a_failed_download_names_the_choices(monkeypatch):
@@ -198,4 +199,4 @@ def test_a_failed_download_names_the_choices(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(BadInput, match="--init random, or --init FILE"):
-        runtime.build_backbone("imagenet", "resnet18")
+        backbones.build_backbone("imagenet", "resnet18")

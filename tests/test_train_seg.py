@@ -14,19 +14,18 @@ import torchvision
 
 import augment
 import datasets
-import figures
 import metrics
-import predict
-import runtime
 import svd_spectrum
 import train_seg
 import train_ssl
+from ct import tasks
+from engine import backbones, figures, predict, processes, runs
 from segment import Segmenter
 from whitening import whiten_last_norm
 
 
 @pytest.fixture(scope="module")
-def runs(small_phantom):
+def pretrained(small_phantom):
     """A folder of runs with one pre-trained backbone, whitened, of two steps."""
     out = small_phantom.parent / "runs"
     data, store = small_phantom / "AbdomenCT-1K", small_phantom.parent / "store"
@@ -37,8 +36,8 @@ def runs(small_phantom):
 
 
 @pytest.fixture
-def flags(small_phantom, runs):
-    def make(*more, out=runs):
+def flags(small_phantom, pretrained):
+    def make(*more, out=pretrained):
         data, store = small_phantom / "BTCV", small_phantom.parent / "seg"
         return [str(a) for a in ("--data", data, "--store", store, "--out", out, "--amp", "off", "--crop-size", 64,
                                  "--batch-size", 2, *more)]
@@ -46,29 +45,29 @@ def flags(small_phantom, runs):
     return make
 
 
-def test_three_protocols_leave_results_and_are_skipped_when_done(flags, runs, capsys):
+def test_three_protocols_leave_results_and_are_skipped_when_done(flags, pretrained, capsys):
     train_seg.main(flags("--split", "12.5", "--draw", 1, "--iterations", 2))
     first = capsys.readouterr().out
     assert "PHANTOM" in first and "| 12.5 % | MoCo v2 + local + ZCA" in first
-    lines = [json.loads(x) for x in (runs / "results.jsonl").read_text().splitlines()]
+    lines = [json.loads(x) for x in (pretrained / "results.jsonl").read_text().splitlines()]
     assert [x["protocol"] for x in lines] == ["linear-frozen", "linear-finetune", "deeplabv3plus"]
     for x in lines:
-        assert x["data"] == "phantom" and x["cases"] == datasets.cases("12.5", 1) and len(x["organs"]) == 13
+        assert x["data"] == "phantom" and x["cases"] == tasks.cases("12.5", 1) and len(x["organs"]) == 13
         defined = [o for o in x["organs"] if o is not None]
         assert x["mDS"] == pytest.approx(statistics.fmean(defined))
         assert x["whitening"] == ("fold" if x["protocol"] == "linear-frozen" else "bn")
     train_seg.main(flags("--split", "12.5", "--draw", 1, "--iterations", 2))
     assert capsys.readouterr().out.count("done before") == 3
-    assert len((runs / "results.jsonl").read_text().splitlines()) == 3
+    assert len((pretrained / "results.jsonl").read_text().splitlines()) == 3
 
 
-def test_frozen_means_frozen(flags, runs):
+def test_frozen_means_frozen(flags, pretrained):
     train_seg.main(flags("--split", "25", "--draw", 0, "--iterations", 3, "--protocol", "linear-frozen"))
-    state = torch.load(runs / "seg/phantom-moco-local-zca-linear-frozen-25-0/checkpoint.pt", weights_only=True)
-    exported = torch.load(runs / "phantom-moco-local-zca/backbone.pth", weights_only=True)
+    state = torch.load(pretrained / "seg/phantom-moco-local-zca-linear-frozen-25-0/checkpoint.pt", weights_only=True)
+    exported = torch.load(pretrained / "phantom-moco-local-zca/backbone.pth", weights_only=True)
     for name, weight in exported.items():  # parameters and buffers, the whitening folded
         assert torch.equal(state["model"][f"backbone.{name}"], weight), name
-    told = {r["protocol"]: r for r in runtime.read_log(runs / "results.jsonl")}
+    told = {r["protocol"]: r for r in runs.read_log(pretrained / "results.jsonl")}
     assert told["linear-frozen"]["backbone_before"] == told["linear-frozen"]["backbone_after"] == state["backbone"]
     assert told["linear-finetune"]["backbone_before"] != told["linear-finetune"]["backbone_after"]
 
@@ -77,13 +76,13 @@ def images(n=3):
     return torch.randn(n, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
-def test_backbone_opens_in_torchvision(runs):
+def test_backbone_opens_in_torchvision(pretrained):
     """Features, not only keys: those of the query encoder in evaluation mode, whitening and all."""
-    weights = torch.load(runs / "phantom-moco-local-zca/backbone.pth", weights_only=True)
+    weights = torch.load(pretrained / "phantom-moco-local-zca/backbone.pth", weights_only=True)
     net = torchvision.models.resnet18(weights=None)
     missing, unexpected = net.load_state_dict(weights, strict=False)
     assert missing == ["fc.weight", "fc.bias"] and not unexpected
-    state = torch.load(runs / "phantom-moco-local-zca/checkpoint.pt", weights_only=True)
+    state = torch.load(pretrained / "phantom-moco-local-zca/checkpoint.pt", weights_only=True)
     whitened = whiten_last_norm(torchvision.models.resnet18(weights=None), group_size=16)
     prefix = "encoder_q.backbone."
     whitened.load_state_dict({k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)},
@@ -93,9 +92,9 @@ def test_backbone_opens_in_torchvision(runs):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_backbone_opens_in_timm(runs):
+def test_backbone_opens_in_timm(pretrained):
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
-    weights = torch.load(runs / "phantom-moco-local-zca/backbone.pth", weights_only=True)
+    weights = torch.load(pretrained / "phantom-moco-local-zca/backbone.pth", weights_only=True)
     net, stock = timm.create_model("resnet18", num_classes=0), torchvision.models.resnet18(weights=None)
     missing, unexpected = net.load_state_dict(weights, strict=False)
     assert not missing and not unexpected
@@ -111,11 +110,11 @@ def test_backbone_opens_in_timm(runs):
     (lambda w: w | {"conv1.weight": torch.zeros(32, 3, 3, 3)}, "1 of another shape"),
     (lambda w: {f"encoder.{k}": v for k, v in w.items()}, "120 of 120 weights missing"),
 ])
-def test_backbones_with_another_stem_or_nothing_useful_are_refused(runs, flags, tmp_path, refusal, change, why):
-    weights = torch.load(runs / "phantom-moco-local-zca/backbone.pth", weights_only=True)
+def test_backbones_with_another_stem_or_nothing_useful_are_refused(pretrained, flags, tmp_path, refusal, change, why):
+    weights = torch.load(pretrained / "phantom-moco-local-zca/backbone.pth", weights_only=True)
     torch.save(change(weights), tmp_path / "other.pth")
     line = refusal(train_seg.main, flags("--split", "25", "--backbone", tmp_path / "other.pth"))
-    assert "other.pth" in line and why in line and not (runs / "seg/other-linear-frozen-25-0").exists()
+    assert "other.pth" in line and why in line and not (pretrained / "seg/other-linear-frozen-25-0").exists()
 
 
 def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
@@ -126,8 +125,8 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_seg, "CHECKPOINT", 2)
     train_seg.main(args(tmp_path / "b"))
-    real, asked = runtime.Processes.any, []
-    monkeypatch.setattr(runtime.Processes, "any", lambda self, flag: asked.append(1) or len(asked) == 2
+    real, asked = processes.Processes.any, []
+    monkeypatch.setattr(processes.Processes, "any", lambda self, flag: asked.append(1) or len(asked) == 2
                         or real(self, flag))
     with pytest.raises(SystemExit):
         train_seg.main(args(tmp_path / "a"))
@@ -135,8 +134,8 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
     a, b = (tmp_path / x / "seg" / "random-linear-finetune-25-1" for x in "ab")
     assert (a / "validation.png").exists()
     assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
-    curve = runtime.read_log(a / "validation.jsonl")
-    assert [r["step"] for r in curve] == [2, 4] and curve == runtime.read_log(b / "validation.jsonl")
+    curve = runs.read_log(a / "validation.jsonl")
+    assert [r["step"] for r in curve] == [2, 4] and curve == runs.read_log(b / "validation.jsonl")
     x, y = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (a, b))
     for name in x["model"]:
         assert torch.equal(x["model"][name], y["model"][name]), name
@@ -154,7 +153,7 @@ def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags,
     folder = tmp_path / "seg/random-linear-frozen-25-1"
     assert not (folder / "result.json").exists()
     train_seg.main(args)
-    assert [r["step"] for r in runtime.read_log(folder / "validation.jsonl")] == [2, 3]
+    assert [r["step"] for r in runs.read_log(folder / "validation.jsonl")] == [2, 3]
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 
 
@@ -163,7 +162,7 @@ def test_a_run_that_counts_as_done_is_in_the_tables(flags, tmp_path, monkeypatch
     """Ended between the two files of a result: the next start leaves both, and they agree."""
     args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
                    "--iterations", 2), "--out", str(tmp_path)]
-    real = getattr(runtime, name)
+    real = getattr(runs, name)
 
     def fail(path, *rest):
         if path.name == file:
@@ -171,7 +170,7 @@ def test_a_run_that_counts_as_done_is_in_the_tables(flags, tmp_path, monkeypatch
         return real(path, *rest)
 
     with monkeypatch.context() as m, pytest.raises(RuntimeError):
-        m.setattr(runtime, name, fail)
+        m.setattr(runs, name, fail)
         train_seg.main(args)
     train_seg.main(args)
     newest = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
@@ -187,7 +186,7 @@ def test_a_frozen_backbone_that_changes_is_no_result(flags, tmp_path, monkeypatc
     assert not (tmp_path / "results.jsonl").exists()
 
 
-def test_without_matplotlib_everything_else_goes_on(flags, runs, tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_everything_else_goes_on(flags, pretrained, tmp_path, monkeypatch, capsys):
     for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -211,8 +210,8 @@ def test_poly_schedule_and_crops_of_an_iteration(flags, small_phantom):
     for t in (0, 37, 99):
         assert train_seg.lr(t, args) == pytest.approx(0.0099 * (1 - t / 100) ** 0.9 + 1e-4)
     store = datasets.prepare(small_phantom / "BTCV", small_phantom.parent / "seg", "segment")
-    slices = store.of(datasets.cases("12.5", 0))
-    whole = train_seg.Crops(args, store, slices, runtime.Processes(0, 1, torch.device("cpu")))
+    slices = store.of(tasks.cases("12.5", 0))
+    whole = datasets.Crops(args, store, slices, processes.Processes(0, 1, torch.device("cpu")))
     drawn = [i for t in range(len(slices)) for i in whole.indices(t)]
     for epoch in range(2):  # a batch of 2, so two passes, each without replacement
         assert sorted(drawn[epoch * len(slices) :][: len(slices)]) == slices.tolist()
@@ -245,7 +244,7 @@ def test_crops_show_images_and_labels_at_the_same_place(scale):
 
 def test_prediction_is_made_at_the_masks_own_resolution():
     torch.manual_seed(0)
-    model = Segmenter(runtime.build_backbone("random", "resnet18"), "linear-finetune").eval()
+    model = Segmenter(backbones.build_backbone("random", "resnet18"), "linear-finetune").eval()
     images = torch.randint(0, 256, (2, 50, 70), dtype=torch.uint8)
     labels = predict.slices(model, images, 64, "off")
     resized = torch.nn.functional.interpolate(images[:, None] / 255, (64, round(70 * 64 / 50)), mode="bilinear",
@@ -308,7 +307,7 @@ def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_
     train_seg.main([*args, "--out", str(tmp_path / "once")])
 
     def each_time(trainer, t, pairs):
-        runtime.seed_torch(trainer.args.seed, runtime.DROPOUT, t)
+        processes.seed_torch(trainer.args.seed, processes.DROPOUT, t)
         drawn = augment.undrawn_crops(len(pairs))
         images, labels = ([torch.from_numpy(trainer.store.slice(i, label)) for i in pairs] for label in (False, True))
         loss = trainer.model(*augment.apply_crops(images, labels, drawn, trainer.args.crop_size))
@@ -320,7 +319,7 @@ def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_
 
     monkeypatch.setattr(train_seg.Trainer, "step", each_time)
     train_seg.main([*args, "--out", str(tmp_path / "each")])
-    once, each = (runtime.read_log(tmp_path / x / "seg/random-linear-frozen-25-1/log.jsonl") for x in ("once", "each"))
+    once, each = (runs.read_log(tmp_path / x / "seg/random-linear-frozen-25-1/log.jsonl") for x in ("once", "each"))
     assert [r["loss"] for r in once] == pytest.approx([r["loss"] for r in each], abs=1e-5) and len(once) == 4
 
 
@@ -345,16 +344,16 @@ def test_a_backbone_made_anew_is_another_run(flags, small_phantom, tmp_path, ref
     train_seg.main([*args, "--overwrite"])
 
 
-def test_spectrum_command(flags, runs, small_phantom, capsys):
+def test_spectrum_command(flags, pretrained, small_phantom, capsys):
     svd_spectrum.main(["--data", str(small_phantom / "BTCV"), "--store", str(small_phantom.parent / "seg"), "--out",
-                       str(runs), "--image-size", "64"])
+                       str(pretrained), "--image-size", "64"])
     assert "effective rank" in capsys.readouterr().out
-    assert (runs / "spectrum.png").stat().st_size > 10_000
-    header, row = (runs / "spectrum.csv").read_text().splitlines()
+    assert (pretrained / "spectrum.png").stat().st_size > 10_000
+    header, row = (pretrained / "spectrum.csv").read_text().splitlines()
     assert row.split(",")[:2] == ["phantom-moco-local-zca", "phantom"] and len(row.split(",")) == 4 + 512
 
 
-def test_bad_input_ends_in_one_line(flags, runs, tmp_path, refusal, small_phantom):
+def test_bad_input_ends_in_one_line(flags, pretrained, tmp_path, refusal, small_phantom):
     def line(*more):
         return refusal(train_seg.main, flags(*more))
 
@@ -367,7 +366,7 @@ def test_bad_input_ends_in_one_line(flags, runs, tmp_path, refusal, small_phanto
     assert "x.pth: not a backbone of architecture resnet18" in line("--split", "25", "--backbone", tmp_path / "x.pth")
     assert "no results yet" in refusal(train_seg.main, ["--report", "--out", tmp_path])
     assert "no such run" in refusal(svd_spectrum.main, [*flags()[:6], "nothing"])
-    assert not list((runs / "seg").glob("x-*"))  # nothing half-begun stays behind
+    assert not list((pretrained / "seg").glob("x-*"))  # nothing half-begun stays behind
     # a case of the split is missing
     lone = tmp_path / "BTCV/RawData/Training"
     for part in ("img", "label"):
@@ -378,20 +377,21 @@ def test_bad_input_ends_in_one_line(flags, runs, tmp_path, refusal, small_phanto
     assert "case 0037 is missing" in line("--split", "25", "--data", tmp_path / "BTCV", "--store", tmp_path / "s")
 
 
-def test_phantom_backbones_meet_only_phantom_segmentation(flags, runs, tmp_path, refusal, real_ct):
-    line = refusal(train_seg.main, ["--data", real_ct / "BTCV", "--store", tmp_path, "--out", runs, "--split", "100",
-                                    "--backbone", "phantom-moco-local-zca", "--arch", "resnet18", "--crop-size", 64])
+def test_phantom_backbones_meet_only_phantom_segmentation(flags, pretrained, tmp_path, refusal, real_ct):
+    line = refusal(train_seg.main, ["--data", real_ct / "BTCV", "--store", tmp_path, "--out", pretrained, "--split",
+                                    "100", "--backbone", "phantom-moco-local-zca", "--arch", "resnet18",
+                                    "--crop-size", 64])
     assert "measured on the phantom only" in line
 
 
-def test_results_name_what_they_were_made_from(runs):
-    for line in (runs / "results.jsonl").read_text().splitlines():
+def test_results_name_what_they_were_made_from(pretrained):
+    for line in (pretrained / "results.jsonl").read_text().splitlines():
         told = json.loads(line)
         assert {"seed", "commit", "hardware", "date", "wall_s", "iterations", "lr", "crop_size", "batch_size", "window",
                 "arch", "whitening", "amp", "hd95_mm", "processes"} <= told.keys()
         assert len(told["hd95_mm_organs"]) == len(told["hd95_volumes"]) == 13
-        split = datasets.SPLITS / f"btcv_{told['split']}_{told['draw']}.txt"
+        split = tasks.SPLITS / f"btcv_{told['split']}_{told['draw']}.txt"
         assert told["split_sha256"] == hashlib.sha256(split.read_bytes()).hexdigest()
-    for folder in (runs / "seg").glob("phantom-*"):
+    for folder in (pretrained / "seg").glob("phantom-*"):
         assert {"config.json", "log.jsonl", "checkpoint.pt", "result.json", "dice.csv", "validation.jsonl",
                 "overlays.png"} <= {p.name for p in folder.iterdir()}

@@ -13,8 +13,9 @@ import torchvision
 
 import augment
 import datasets
-import runtime
 import train_ssl
+from ct import intake
+from engine import monitor, processes, runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,7 +34,7 @@ def flags(small_phantom, tmp_path_factory):
 
 
 def outcome(folder):
-    records = runtime.read_log(folder / "log.jsonl")
+    records = runs.read_log(folder / "log.jsonl")
     for r in records:
         del r["images_per_s"], r["data_share"]
     return records, torch.load(folder / "checkpoint.pt", weights_only=True), torch.load(folder / "backbone.pth",
@@ -115,8 +116,8 @@ def test_one_process_with_two_groups_equals_two_processes(flags, tmp_path, no_pi
 def test_step_t_is_a_function_of_seed_and_t(flags, tmp_path):
     args = train_ssl.parse(flags(tmp_path, "--local"))
     train_ssl.settle(args, True)
-    whole = train_ssl.Batches(args, 37, runtime.Processes(0, 1, torch.device("cpu")))
-    halves = [train_ssl.Batches(args, 37, runtime.Processes(r, 2, torch.device("cpu"))) for r in (0, 1)]
+    whole = datasets.Batches(args, 37, processes.Processes(0, 1, torch.device("cpu")))
+    halves = [datasets.Batches(args, 37, processes.Processes(r, 2, torch.device("cpu"))) for r in (0, 1)]
     assert whole.steps_per_epoch == 4
     epoch = np.concatenate([whole.indices(t) for t in range(4)])
     assert len(whole.held_out) == 4 and not set(epoch) & set(whole.held_out)
@@ -126,19 +127,20 @@ def test_step_t_is_a_function_of_seed_and_t(flags, tmp_path):
         patches = whole.patches(t)
         assert torch.equal(torch.cat([h.patches(t) for h in halves]), patches)
         assert patches.shape == (8, 20) and all(len(set(p)) == 20 and max(p) < 49 for p in patches.tolist())
-        views = whole.views(t, runtime.VIEW_Q)
+        views = whole.views(t, processes.VIEW_Q)
         for key in views:
-            np.testing.assert_array_equal(np.concatenate([h.views(t, runtime.VIEW_Q)[key] for h in halves]), views[key])
-        assert not np.array_equal(views["contrast"], whole.views(t, runtime.VIEW_K)["contrast"])
+            parts = [h.views(t, processes.VIEW_Q)[key] for h in halves]
+            np.testing.assert_array_equal(np.concatenate(parts), views[key])
+        assert not np.array_equal(views["contrast"], whole.views(t, processes.VIEW_K)["contrast"])
         assert sorted(whole.permutation(t).tolist()) == list(range(8))
 
 
 def test_schedule_is_torchs_cosine(flags, tmp_path):
     args = train_ssl.parse(flags(tmp_path, "--epochs", 2))
     train_ssl.settle(args, True)
-    processes = runtime.Processes(0, 1, torch.device("cpu"))
-    batches = train_ssl.Batches(args, 46, processes)  # 41 to train on
-    trainer = train_ssl.Trainer(args, train_ssl.build(args), batches, processes, "off")
+    ranks = processes.Processes(0, 1, torch.device("cpu"))
+    batches = datasets.Batches(args, 46, ranks)  # 41 to train on
+    trainer = train_ssl.Trainer(args, train_ssl.build(args), batches, ranks, "off")
     reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], args.lr)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(reference, 10)
     for t in range(10):
@@ -207,11 +209,11 @@ def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, sma
     args = train_ssl.parse(flags(tmp_path))
     train_ssl.settle(args, True)
     store = datasets.prepare(small_phantom / "AbdomenCT-1K", args.store, "pretrain", size=args.size)
-    processes = runtime.Processes(0, 1, torch.device("cpu"))
-    trainer = train_ssl.Trainer(args, train_ssl.build(args), train_ssl.Batches(args, len(store), processes), processes,
+    ranks = processes.Processes(0, 1, torch.device("cpu"))
+    trainer = train_ssl.Trainer(args, train_ssl.build(args), datasets.Batches(args, len(store), ranks), ranks,
                                 "off")
     before = {k: v.clone() for k, v in trainer.moco.state_dict().items()}
-    signs = train_ssl.Signs(trainer, store)
+    signs = monitor.Signs(trainer, store)
     told = signs.look(2)
     assert trainer.moco.encoder_q.training
     assert all(torch.equal(v, before[k]) for k, v in trainer.moco.state_dict().items())
@@ -223,7 +225,7 @@ def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, sma
     with torch.no_grad():
         features = trainer.moco.encoder_q.backbone.eval()(images)
         embeddings = trainer.moco.encoder_q.projector(features)
-        drawn = [augment.draw(runtime.rng(0, runtime.SIGNS, i), len(images)) for i in (1, 2)]
+        drawn = [augment.draw(processes.rng(0, processes.SIGNS, i), len(images)) for i in (1, 2)]
         slices = torch.from_numpy(store.batch(trainer.batches.held_out))
         queries, keys = (encoder.eval()(augment.apply(slices, d, 64))[1] for encoder, d in
                          zip((trainer.moco.encoder_q, trainer.moco.encoder_k), drawn, strict=True))
@@ -247,20 +249,20 @@ def test_warnings_look_at_gap_and_rank_together_once_the_queue_was_full_for_an_e
     args = train_ssl.parse(flags(tmp_path))
     train_ssl.settle(args, True)
     store = datasets.prepare(small_phantom / "AbdomenCT-1K", args.store, "pretrain", size=args.size)
-    processes = runtime.Processes(0, 1, torch.device("cpu"))
-    trainer = train_ssl.Trainer(args, train_ssl.build(args), train_ssl.Batches(args, len(store), processes), processes,
+    ranks = processes.Processes(0, 1, torch.device("cpu"))
+    trainer = train_ssl.Trainer(args, train_ssl.build(args), datasets.Batches(args, len(store), ranks), ranks,
                                 "off")
-    monitor = train_ssl.Signs(trainer, store)
+    signs = monitor.Signs(trainer, store)
     healthy = {"held_out_gap": 0.3, "effective_rank": 100.0, "instance_accuracy": 0.5, "instance_chance": 0.1}
     full = trainer.batches.steps_per_epoch + args.queue // args.batch_size
-    assert monitor.warning(healthy, full) == ""
-    apart = monitor.warning(healthy | {"held_out_gap": 0.01}, full)
+    assert signs.warning(healthy, full) == ""
+    apart = signs.warning(healthy | {"held_out_gap": 0.01}, full)
     assert "does not tell slices apart" in apart and "effective rank means nothing" in apart
     assert all(flag in apart for flag in ("--init", "--queue", "--lr"))
-    assert "dimensional collapse" in monitor.warning(healthy | {"effective_rank": 0.05}, full)
-    assert "dimensional collapse" not in monitor.warning(healthy | {"effective_rank": 0.05, "held_out_gap": 0.0}, full)
+    assert "dimensional collapse" in signs.warning(healthy | {"effective_rank": 0.05}, full)
+    assert "dimensional collapse" not in signs.warning(healthy | {"effective_rank": 0.05, "held_out_gap": 0.0}, full)
     for bad in ({"held_out_gap": 0.0}, {"effective_rank": 0.05}):
-        assert monitor.warning(healthy | bad, full - 1) == ""
+        assert signs.warning(healthy | bad, full - 1) == ""
 
 
 class Brightness(torch.nn.Module):
@@ -286,8 +288,8 @@ def test_a_model_that_only_drifts_brings_the_warning(flags, tmp_path, small_phan
     args = train_ssl.parse(flags(tmp_path, "--no-geometric"))
     train_ssl.settle(args, True)
     store = datasets.prepare(small_phantom / "AbdomenCT-1K", args.store, "pretrain", size=args.size)
-    processes = runtime.Processes(0, 1, torch.device("cpu"))
-    trainer = train_ssl.Trainer(args, train_ssl.build(args), train_ssl.Batches(args, len(store), processes), processes,
+    ranks = processes.Processes(0, 1, torch.device("cpu"))
+    trainer = train_ssl.Trainer(args, train_ssl.build(args), datasets.Batches(args, len(store), ranks), ranks,
                                 "off")
     moco = trainer.moco
     moco.encoder_q = moco.encoder_k = Brightness(apart)
@@ -301,9 +303,9 @@ def test_a_model_that_only_drifts_brings_the_warning(flags, tmp_path, small_phan
         moco(images, keys, None, None)
         moco.enqueue(keys)
     assert moco.signs[0] == 1  # the queue's accuracy
-    monitor = train_ssl.Signs(trainer, store)
-    told = monitor.look(full)
-    assert ("does not tell slices apart" in monitor.warning(told, full)) is not apart
+    signs = monitor.Signs(trainer, store)
+    told = signs.look(full)
+    assert ("does not tell slices apart" in signs.warning(told, full)) is not apart
     assert (told["held_out_gap"] > 0.1) is apart
     assert (told["instance_accuracy"] > 2 * told["instance_chance"]) is apart
 
@@ -360,7 +362,7 @@ def test_a_gpu_trains(flags, tmp_path, more):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     train_ssl.main(flags(tmp_path, "--local", "--zca", "--steps", 3, *more))
-    assert [r["step"] for r in runtime.read_log(tmp_path / "phantom-moco-local-zca/log.jsonl")] == [1, 2, 3]
+    assert [r["step"] for r in runs.read_log(tmp_path / "phantom-moco-local-zca/log.jsonl")] == [1, 2, 3]
 
 
 def test_real_ct_trains(real_ct, tmp_path, no_pictures):
@@ -368,4 +370,4 @@ def test_real_ct_trains(real_ct, tmp_path, no_pictures):
                     "--arch", "resnet18", "--init", "random", "--image-size", "64", "--batch-size", "8", "--bn-group",
                     "4", "--queue", "64", "--steps", "2", "--local", "--zca"])
     assert (tmp_path / "moco-local-zca" / "backbone.pth").exists()
-    assert datasets.is_phantom(real_ct / "AbdomenCT-1K") is False
+    assert intake.is_phantom(real_ct / "AbdomenCT-1K") is False

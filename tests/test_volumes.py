@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
-import volumes
-from volumes import BadInput, read_labels, read_volume, write_labels
+from ct import volumes
+from ct.volumes import BadInput, read_labels, read_volume, write_labels
 
 RAS = np.diag([0.8, 0.7, 2.5, 1.0])
 RAS[:3, 3] = (-10, 20, 30)

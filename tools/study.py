@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import metrics
-import runtime
+from engine import processes, runs
 
 ROOT = Path(__file__).parent.parent
 PRETRAINING = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, lr=0.01, queue=128, ema=0.99, size=256)
@@ -40,7 +40,7 @@ def run(script: str, *more: object) -> None:
 
 
 def study(args, seed: int) -> None:
-    suffix = runtime.seed_suffix(seed)
+    suffix = processes.seed_suffix(seed)
     pretrain = ["--data", args.ssl, "--store", args.out / "stores" / "ssl", "--out", args.out, "--seed", seed,
                 *flags(PRETRAINING)]
     run("train_ssl", *pretrain, "--no-geometric", "--init", "random", "--name",
@@ -64,9 +64,9 @@ def table(out: Path, seeds: list[int]) -> str:
     """Mean ± standard deviation over the seeds (n - 1) of gap, effective rank and Dice at each scale, as Markdown."""
     told: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for seed in seeds:
-        suffix = runtime.seed_suffix(seed)
+        suffix = processes.seed_suffix(seed)
         for name in ("start", *ROWS):
-            looks = [r["held_out_gap"] for r in runtime.read_log(out / f"{name}{suffix}" / "log.jsonl")
+            looks = [r["held_out_gap"] for r in runs.read_log(out / f"{name}{suffix}" / "log.jsonl")
                      if "held_out_gap" in r]
             told[name]["gap"].append(looks[-1])
         with open(out / f"spectrum-{seed}" / "spectrum.csv", newline="") as f:
@@ -74,9 +74,9 @@ def table(out: Path, seeds: list[int]) -> str:
                 told[row["backbone"].removesuffix(suffix)]["rank"].append(float(row["effective_rank"]))
     sides = [round(s * PRETRAINING["image_size"]) for s in SCALES]
     for side in sides:
-        for r in runtime.read_log(out / f"probe-{side}" / "results.jsonl"):
+        for r in runs.read_log(out / f"probe-{side}" / "results.jsonl"):
             if r["seed"] in seeds:
-                told[r["backbone"].removesuffix(runtime.seed_suffix(r["seed"]))][side].append(100 * r["mDS"])
+                told[r["backbone"].removesuffix(processes.seed_suffix(r["seed"]))][side].append(100 * r["mDS"])
     lines = ["| row | gap | effective rank | " + " | ".join(f"Dice at {s} px" for s in sides) + " |", "|---" * 6 + "|"]
     for name in ("random", "start", *ROWS):
         columns = []
@@ -102,7 +102,8 @@ def main() -> None:
     args = parser.parse_args()
     for seed in [] if args.table else args.seeds:
         study(args, seed)
-    print(f"{len(args.seeds)} seeds; {runtime.hardware()}; commit {runtime.commit()}\n{table(args.out, args.seeds)}")
+    print(f"{len(args.seeds)} seeds; {processes.hardware()}; commit {processes.commit()}")
+    print(table(args.out, args.seeds))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A generated abdomen: CT volumes with BTCV's 13 organs, written as NIfTI in the layouts of both data sets.
 
-    python phantom.py --out data/phantom
+    python -m ct.phantom --out data/phantom
 
 Stands in for AbdomenCT-1K and BTCV where they are absent: the same files, the same conventions, exact labels.
 A patient is a table of implicit shapes (ellipsoids and tubes, in mm) evaluated in smoothly warped coordinates,
@@ -42,7 +42,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
-from volumes import BadInput
+from ct.volumes import BadInput
 
 PURPOSE = 4001  # this module's entry in SeedSequence([seed, purpose, patient])
 BTCV_IDS = (*range(1, 11), *range(21, 41))  # img0001 is patient 1
@@ -508,7 +508,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         slices = write(args.out, args.seed, args.labelled, args.unlabelled)
     except BadInput as e:
-        sys.exit(f"phantom.py: {e}")
+        sys.exit(f"ct.phantom: {e}")
     print(f"{args.labelled} labelled and {args.unlabelled} unlabelled patients, {slices} slices in {args.out}, "
           f"{time.perf_counter() - start:.1f} s")
 

@@ -1,8 +1,8 @@
 """Speed, as ratios taken in one run (A B A B, medians), since absolute times drift on shared machines.
 
-    python bench.py             every row with its target; at most 10 minutes on 2 CPU cores
-    python bench.py --quick     small networks, at most 2 minutes: is anything broken?
-    python bench.py --peers     lightly, kornia and torchvision's transforms beside ours (requirements-bench.txt)
+    python -m tools.bench             every row with its target; at most 10 minutes on 2 CPU cores
+    python -m tools.bench --quick     small networks, at most 2 minutes: is anything broken?
+    python -m tools.bench --peers     lightly, kornia and torchvision's transforms beside ours (requirements-bench.txt)
 
 bare step: query forward and backward plus key forward of the encoder alone, same type, layout and groups.
 """
@@ -28,14 +28,16 @@ from torch import nn
 
 import augment
 import datasets
-import runtime
 import train_ssl
+from ct import prepare
+from engine import backbones, processes, runs
 from segment import Segmenter
 
+ROOT = Path(__file__).parent.parent
 SIDE = 512  # of the slices on disk
 NO_GPU = "no GPU here"
 PAPER_BATCH = 256
-PAPER_STEPS = 200 * ((215_325 - train_ssl.HELD_OUT) // PAPER_BATCH)
+PAPER_STEPS = 200 * ((215_325 - datasets.HELD_OUT) // PAPER_BATCH)
 
 
 class Table:
@@ -76,8 +78,8 @@ class Setting:
         self.quick, self.peers = quick, peers
         self.without_peers = "only with --peers, where lightly and kornia are installed (requirements-bench.txt)"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.processes = runtime.Processes(0, 1, self.device)
-        self.amp = runtime.precision("auto", self.device)
+        self.ranks = processes.Processes(0, 1, self.device)
+        self.amp = processes.precision("auto", self.device)
         self.arch, self.size, self.batch, self.group = ("resnet18", 96, 32, 16) if quick else ("resnet50", 224, 64, 32)
         self.queue, self.repeats = (4096, 3) if quick else (65536, 2)
         if self.device.type == "cuda" and not quick:
@@ -88,8 +90,8 @@ class Setting:
                                 str(self.batch), "--bn-group", str(self.group), "--queue", str(queue or self.queue),
                                 *flags])
         train_ssl.settle(args, False)
-        batches = train_ssl.Batches(args, 10 * self.batch, self.processes)
-        return train_ssl.Trainer(args, train_ssl.build(args), batches, self.processes, amp or self.amp)
+        batches = datasets.Batches(args, 10 * self.batch, self.ranks)
+        return train_ssl.Trainer(args, train_ssl.build(args), batches, self.ranks, amp or self.amp)
 
     def slices(self) -> torch.Tensor:
         return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (self.batch, SIDE, SIDE), np.uint8))
@@ -101,10 +103,10 @@ class Setting:
 
         def step() -> None:
             for part in views.split(self.group):
-                with torch.no_grad(), runtime.autocast(amp or self.amp, self.device):
+                with torch.no_grad(), processes.autocast(amp or self.amp, self.device):
                     key(part)
             for part in views.split(self.group):
-                with runtime.autocast(amp or self.amp, self.device):
+                with processes.autocast(amp or self.amp, self.device):
                     loss = query(part)[1].float().mean()
                 loss.backward()
             query.zero_grad(set_to_none=True)
@@ -168,7 +170,7 @@ def end_to_end(table: Table, s: Setting, folder: Path) -> None:
     peer = medians(1, peer=pil_epoch(s, store, len(steps)))["peer"]
     ratio = rates["MoCo v2"] / (len(steps) * s.batch / peer)
     table.add(loader, ratio, "at least 3", None, ratio >= 3)
-    slices, drawn = s.slices().to(s.device), augment.draw(runtime.rng(0, runtime.VIEW_Q), s.batch)
+    slices, drawn = s.slices().to(s.device), augment.draw(processes.rng(0, processes.VIEW_Q), s.batch)
     rate = s.batch / medians(10, views=lambda: [augment.apply(slices, drawn, 224) for _ in "ab"])["views"]
     table.add(alone, rate, "", f"{rate:.0f} pairs/s")
 
@@ -203,8 +205,8 @@ def views(table: Table, s: Setting) -> None:
     torch.set_num_threads(1)
 
     def ours() -> None:
-        for purpose in (runtime.VIEW_Q, runtime.VIEW_K):
-            augment.apply(slices, augment.draw(runtime.rng(0, purpose), len(slices)), 224)
+        for purpose in (processes.VIEW_Q, processes.VIEW_K):
+            augment.apply(slices, augment.draw(processes.rng(0, purpose), len(slices)), 224)
 
     work = {"ours": ours} | peers_views(s, slices[:8])
     found = {name: (32 if name == "ours" else 8) / seconds for name, seconds in medians(5, **work).items()}
@@ -343,7 +345,7 @@ def reading(table: Table, folder: Path, s: Setting) -> None:
             "--epochs", "2"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train_ssl.main(args)
-    log = runtime.read_log(folder / "runs" / "moco" / "log.jsonl")
+    log = runs.read_log(folder / "runs" / "moco" / "log.jsonl")
     share = statistics.fmean(r["data_share"] for r in log)
     table.add("share of an epoch spent waiting for data", share, "under 0.02", None, share < 0.02)
 
@@ -351,7 +353,8 @@ def reading(table: Table, folder: Path, s: Setting) -> None:
 START = """
 import json, resource, sys, time
 import numpy as np, torch, torchvision, nibabel
-import datasets, train_ssl, runtime
+import datasets, train_ssl
+from engine import processes
 from pathlib import Path
 def memory():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
@@ -359,7 +362,7 @@ data, store, volumes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 start = time.perf_counter()
 args = train_ssl.parse(["--init", "random"]); train_ssl.settle(args, False)
 opened = datasets.prepare(data, store, "pretrain", size=512)
-batches = train_ssl.Batches(args, len(opened), runtime.Processes(0, 1, torch.device("cpu")))
+batches = datasets.Batches(args, len(opened), processes.Processes(0, 1, torch.device("cpu")))
 opened.batch(batches.indices(0))
 seconds, first = time.perf_counter() - start, memory()
 steps = int(sys.argv[4]) or batches.steps_per_epoch
@@ -377,7 +380,7 @@ def startup(table: Table, folder: Path, s: Setting) -> None:
         _sparse_store(data, store / "pretrain-512", volumes, slices)
         steps = 0 if volumes == 1062 and not s.quick else 40  # 0: an epoch
         out = subprocess.run([sys.executable, "-c", START, str(data), str(store), str(volumes), str(steps)], text=True,
-                             capture_output=True, cwd=Path(__file__).parent)
+                             capture_output=True, cwd=ROOT)
         if out.returncode:
             table.skip("start-up on a store of the paper's size", "under 3 s", out.stderr.strip().splitlines()[-1])
             return
@@ -404,8 +407,8 @@ def _sparse_store(data: Path, store: Path, volumes: int, slices: int) -> None:
             f.truncate(f.tell() + depth * SIDE * SIDE)
         record = {"id": f"Case_{i:05d}", "phantom": False, "spacing": [1.0, 1.0, 1.0], "shape": [depth, SIDE, SIDE],
                   "hu": [-1000.0, 1000.0], "content": "", "slices": depth, "height": SIDE, "width": SIDE,
-                  "source": {"image": datasets._stamp(image) | {"checksum": ""}, "label": None}, "odd": [],
-                  "format": datasets.FORMAT, "window": list(datasets.WINDOW), "size": SIDE, "file": str(image),
+                  "source": {"image": prepare._stamp(image) | {"checksum": ""}, "label": None}, "odd": [],
+                  "format": prepare.FORMAT, "window": list(prepare.WINDOW), "size": SIDE, "file": str(image),
                   "checksums": {f"Case_{i:05d}.npy": ""}}
         (store / f"Case_{i:05d}.json").write_text(json.dumps(record))
 
@@ -414,15 +417,16 @@ def segmentation(table: Table, s: Setting) -> None:
     """One iteration of the frozen linear protocol against the bare forward of its dilated backbone."""
     side = 96 if s.quick else 224
     torch.manual_seed(0)
-    model = Segmenter(runtime.architecture(s.arch), "linear-frozen").to(memory_format=torch.channels_last)
+    model = Segmenter(backbones.architecture(s.arch), "linear-frozen").to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.9)
     rng = np.random.default_rng(0)
     slices = [torch.from_numpy(rng.integers(0, 256, (SIDE, SIDE), np.uint8)) for _ in range(16)]
     labels = [torch.from_numpy(rng.integers(0, 14, (SIDE, SIDE), np.uint8)) for _ in range(16)]
 
     def iteration() -> None:
-        images, masks = augment.apply_crops(slices, labels, augment.draw_crops(runtime.rng(0, runtime.CROPS), 16), side)
-        with runtime.autocast(s.amp, torch.device("cpu")):
+        drawn = augment.draw_crops(processes.rng(0, processes.CROPS), 16)
+        images, masks = augment.apply_crops(slices, labels, drawn, side)
+        with processes.autocast(s.amp, torch.device("cpu")):
             loss = model(images, masks)
         loss.backward()
         optimizer.step()
@@ -431,7 +435,7 @@ def segmentation(table: Table, s: Setting) -> None:
     ready = torch.randn(16, 3, side, side).contiguous(memory_format=torch.channels_last)
 
     def bare() -> None:
-        with torch.no_grad(), runtime.autocast(s.amp, torch.device("cpu")):
+        with torch.no_grad(), processes.autocast(s.amp, torch.device("cpu")):
             model.features(ready)
 
     found = medians(s.repeats, iteration=iteration, bare=bare)
@@ -444,7 +448,7 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 import torch
-import bench
+from tools import bench
 s = bench.Setting(False)
 s.batch = int(sys.argv[1])
 s.trainer("--local", "--zca").step(0, s.slices())
@@ -460,23 +464,23 @@ def memory(table: Table, s: Setting) -> None:
         table.skip(what, "at most 1.3", "--quick" if s.quick else "measured on a CPU under Linux")
         return
     peaks = [float(subprocess.run([sys.executable, "-c", MEMORY, batch], text=True, capture_output=True, check=True,
-                                  cwd=Path(__file__).parent).stdout) for batch in ("64", "256")]
+                                  cwd=ROOT).stdout) for batch in ("64", "256")]
     ratio = peaks[1] / peaks[0]
     table.add(what, ratio, "at most 1.3",
               f"{ratio:.2f} ({peaks[1]:.2f} GiB / {peaks[0]:.2f} GiB)", ratio <= 1.3)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="small networks, at most 2 minutes")
     parser.add_argument("--peers", action="store_true", help="lightly, kornia and torchvision's transforms beside ours")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args(argv)
     for peer in ("lightly", "kornia") if args.peers else ():
         if not importlib.util.find_spec(peer):
-            raise SystemExit(f"bench.py: {peer} is not installed: pip install -r requirements-bench.txt")
+            raise SystemExit(f"tools.bench: {peer} is not installed: pip install -r requirements-bench.txt")
     s, table = Setting(args.quick, args.peers), Table(args.json)
-    machine = {"hardware": runtime.hardware(), "commit": runtime.commit(), "date": time.strftime("%Y-%m-%d"),
+    machine = {"hardware": processes.hardware(), "commit": processes.commit(), "date": time.strftime("%Y-%m-%d"),
                "precision": s.amp, "flags": _cpu_flags()}
     if not args.json:
         print("; ".join(f"{k}: {v}" for k, v in machine.items()))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from volumes import BadInput
+from ct.volumes import BadInput
 
 INK, PALE = "#222222", "#b5b5b5"
 # distinct in colour and, through the line styles or markers, in grey
@@ -237,7 +237,7 @@ def validation(path: Path, records: Sequence[dict], title: str) -> None:
 
 
 def report(path: Path, cells: Sequence[dict], organs: Sequence[str]) -> None:
-    """Dice of each organ by method, from `metrics.cells`: a row for each data set and split, a column a protocol."""
+    """Dice of each organ by method, from `report.cells`: a row for each data set and split, a column a protocol."""
     plt = pyplot()
     cells = [c for c in cells if c["values"]]
     rows = list(dict.fromkeys((c["data"], c["split"]) for c in cells))

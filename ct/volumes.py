@@ -104,7 +104,7 @@ def read_labels(path: str | os.PathLike, volume: Volume, classes: int) -> np.nda
     low, high = labels.min(), labels.max()
     if low < 0 or high >= classes:
         raise BadInput(f"{path}: unknown label id {int(low if low < 0 else high)}; "
-                       f"expected 0 to {classes - 1} (see datasets.ORGANS)")
+                       f"expected 0 to {classes - 1} (see tasks.ORGANS)")
     return labels.astype(np.uint8)
 
 

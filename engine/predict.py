@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import augment
-import datasets
-import runtime
-import volumes
-from runtime import BadInput
+from ct import intake, prepare, tasks, volumes
+from ct.volumes import BadInput
+from engine import backbones, processes, runs
 from segment import Segmenter
 
 BATCH = 8  # slices predicted at once
@@ -30,7 +29,7 @@ HIGHEST = 32767  # HU that 16 bits can hold
 @torch.no_grad()
 def slices(model: Segmenter, images: torch.Tensor, side: int, amp: str) -> torch.Tensor:
     """Slices (B, H, W) uint8 -> labels (B, H, W) uint8: shorter side resized to `side`, logits resized back."""
-    with runtime.autocast(amp, images.device):
+    with processes.autocast(amp, images.device):
         logits = model(augment.whole(images, side).contiguous(memory_format=torch.channels_last))
     return F.interpolate(logits, images.shape[1:], mode="bilinear").argmax(1).to(torch.uint8)
 
@@ -74,7 +73,7 @@ def read_ct(path: Path, window: Sequence[float]) -> tuple[volumes.Volume, np.nda
     intercept do not; and no CT has values below PADDING or above HIGHEST.
     """
     read = volumes.read_volume(path)
-    levels, low, high = datasets.levels(read, window)
+    levels, low, high = prepare.levels(read, window)
     covered = min(high, window[1]) - max(low, window[0])
     if low < PADDING or high > HIGHEST or covered < (window[1] - window[0]) / 3:
         raise BadInput(f"{path}: no CT by its values, {low:g} to {high:g}; expected HU that cover at least a third of "
@@ -86,7 +85,7 @@ def find_volumes(source: Path) -> dict[str, Path]:
     """A volume, or the volumes of a folder -> {name of its prediction: file}. Raises BadInput for an empty folder."""
     if not source.is_dir():
         return {source.name.removesuffix(".gz").removesuffix(".nii"): source}
-    found, _ = datasets.find_volumes(source, "pretrain")
+    found, _ = intake.find_volumes(source, "pretrain")
     stems = [volumes.stem(v["image"]) for v in found]
     # the file's own name, unless two subfolders have a file of that name
     return {stem if stems.count(stem) == 1 else v["id"]: v["image"] for stem, v in zip(stems, found, strict=True)}
@@ -97,13 +96,13 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device) 
 
     Volumes that cannot be used are left out and, at the end, raise one BadInput.
     """
-    config, saved = json.loads((folder / "config.json").read_text()), runtime.load(folder / "checkpoint.pt", device)
-    model = Segmenter(runtime.architecture(config["arch"]), config["protocol"], len(datasets.ORGANS))
+    config, saved = json.loads((folder / "config.json").read_text()), runs.load(folder / "checkpoint.pt", device)
+    model = Segmenter(backbones.architecture(config["arch"]), config["protocol"], len(tasks.ORGANS))
     model.load_state_dict(saved["model"])
     model = model.to(device, memory_format=torch.channels_last)
     if amp == "auto":  # as in the run; what a CPU cannot do in half precision it does in full
         amp = "off" if saved["amp"] == "fp16" and device.type == "cpu" else saved["amp"]
-    amp, bad = runtime.precision(amp, device), []
+    amp, bad = processes.precision(amp, device), []
     several = None if len(paths) > 1 else True
     for name, path in tqdm(paths.items(), "predicting", unit="volume", disable=several, leave=False):
         try:

@@ -1,0 +1,446 @@
+"""Folders of CT volumes -> slice stores -> batches; BTCV's organs, splits and draws.
+
+A store is a folder with one .npy of 8-bit slices per volume (any NumPy can memory-map it), a small .json beside
+it that says what it was made from, and index.json. Two kinds:
+- pretrain: every slice padded to square with air and resampled to one size;
+- segment: every slice at its own size, with its label map in a second .npy.
+
+    python datasets.py prepare --data data/AbdomenCT-1K
+    python datasets.py prepare --data data/BTCV --kind segment
+    python datasets.py audit --data data/BTCV
+    python datasets.py audit --data data/BTCV --verify          is what was prepared still what was written?
+
+Both commands end with a list of everything skipped or odd, and with exit code 0 only if nothing was skipped;
+--skip-bad accepts what was.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ct.intake import _skip, find_volumes
+from ct.tasks import ORGANS, cases
+from ct.volumes import BadInput, Volume, read_labels, read_volume
+
+WINDOW = (-175.0, 250.0)  # HU
+SIZE = 512  # side of the slices kept for pre-training
+SHEET = 24  # slices on a contact sheet
+FORMAT = 3  # of the store; another number means: prepare again
+PAPER = {"pretrain": (1062, 215_325), "segment": (30, 3017 + 762)}  # volumes, slices
+
+
+def window_to_uint8(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """HU -> 0..255 over the window, rounded to the nearest level; float32 in, uint8 out."""
+    low, high = window
+    levels = np.subtract(hu, np.float32(low))
+    levels *= np.float32(255 / (high - low))
+    levels += np.float32(0.5)
+    return np.clip(levels, 0, 255, out=levels).astype(np.uint8)
+
+
+def levels(volume: Volume, window: tuple[float, float]) -> tuple[np.ndarray, float, float]:
+    """A volume's 8-bit slices (Z, Y, X) over a window of HU, its lowest and its highest HU.
+
+    Slice by slice: each stays in the processor's cache, and there is no whole volume in float32.
+    """
+    out, ends = np.empty(volume.stored.shape, np.uint8), []
+    for z, level in enumerate(out):
+        hu = volume.slice(z)
+        ends.append((hu.min(), hu.max()))
+        level[:] = window_to_uint8(hu, window)
+    lows, highs = zip(*ends, strict=True)
+    return out, float(min(lows)), float(max(highs))
+
+
+def square(slices: np.ndarray, size: int) -> np.ndarray:
+    """(Z, H, W) uint8 -> (Z, size, size): padded to square with 0 (air), centred, then resampled, antialiased."""
+    z, h, w = slices.shape
+    side = max(h, w)
+    if h != w:
+        padded = np.zeros((z, side, side), np.uint8)
+        top, left = (side - h) // 2, (side - w) // 2
+        padded[:, top : top + h, left : left + w] = slices
+        slices = padded
+    if side == size:
+        return slices
+    return np.stack([np.asarray(Image.fromarray(s).resize((size, size), Image.Resampling.BILINEAR)) for s in slices])
+
+
+def _checksum(path: Path) -> str:
+    """CRC-32 of a file, as gzip and zip have it: against damage, at a third of the time of SHA-256."""
+    crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def _stamp(path: Path | None) -> dict | None:
+    if path is None:
+        return None
+    return {"file": str(path), "bytes": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
+
+
+def _unchanged(source: dict, volume: dict) -> dict | None:
+    """The record's source with today's times if the files are still the same, else None.
+
+    Size and time decide; where the time differs, the checksum.
+    """
+    now = {}
+    for part in ("image", "label"):
+        old, new = source[part], _stamp(volume[part])
+        if old is None or new is None:
+            if old is not new:
+                return None
+            now[part] = None
+            continue
+        if old["bytes"] != new["bytes"] or (old["mtime"] != new["mtime"]
+                                            and old["checksum"] != _checksum(volume[part])):
+            return None
+        now[part] = new | {"checksum": old["checksum"]}
+    return now
+
+
+def _describe(volume: dict, kind: str, window: tuple[float, float]) -> tuple[dict, np.ndarray, np.ndarray | None]:
+    """(what there is to say about a volume, its 8-bit slices, its labels for segmentation). Raises BadInput."""
+    read = read_volume(volume["image"])
+    slices, low, high = levels(read, window)
+    record = {"id": volume["id"], "file": str(volume["image"]), "phantom": read.is_phantom, "spacing": read.spacing,
+              "shape": list(slices.shape), "slices": len(slices), "hu": [low, high],
+              "content": hashlib.sha256(slices).hexdigest(), "odd": []}
+    if read.spacing == (1.0, 1.0, 1.0):
+        record["odd"].append("spacing (1, 1, 1) mm, most likely a placeholder")
+    if low > -200 or high < 200:
+        record["odd"].append(f"HU from {low:.0f} to {high:.0f} only")
+    if not int(read.header["sform_code"]) and not int(read.header["qform_code"]):
+        record["odd"].append("no orientation in its header; NIfTI's default was assumed")
+    if kind == "pretrain":
+        return record, slices, None
+    if volume["label"] is None:
+        raise BadInput(f"{volume['image']}: has no label {Path('label', volume['image'].name.replace('img', 'label'))}")
+    labels = read_labels(volume["label"], read, len(ORGANS))
+    if not labels.any():
+        raise BadInput(f"{volume['label']}: an empty label, all background; it would train nothing")
+    record["voxels"] = np.bincount(labels.ravel(), minlength=len(ORGANS)).tolist()
+    return record, slices, labels
+
+
+def _prepare_volume(volume: dict, store: Path, kind: str, window: tuple[float, float], size: int) -> dict:
+    """One volume into the store. Returns its record; raises BadInput. The .json is written last: no half volume."""
+    source = {part: _stamp(volume[part]) and _stamp(volume[part]) | {"checksum": _checksum(volume[part])}
+              for part in ("image", "label")}  # before it is read: a file that changes meanwhile is read again
+    record, slices, labels = _describe(volume, kind, window)
+    arrays = {"": slices, "label-": labels} if kind == "segment" else {"": square(slices, size)}
+    record["slices"], record["height"], record["width"] = arrays[""].shape
+    record |= {"format": FORMAT, "window": list(window), "size": size, "source": source, "checksums": {}}
+    done = store / f"{volume['id']}.json"
+    done.unlink(missing_ok=True)  # from here to the last line there is no such volume
+    for prefix, array in arrays.items():
+        path = store / f"{prefix}{volume['id']}.npy"
+        with _part(path) as part:
+            np.save(part, array)
+            record["checksums"][path.name] = _checksum(part)
+    _write_json(done, record)
+    return record
+
+
+@contextlib.contextmanager
+def _part(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, of this process alone, that is renamed to it in the end."""
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, value: object) -> None:
+    with _part(path) as part:
+        part.write_text(json.dumps(value, indent=1))
+
+
+def _kept(volume: dict, store: Path, window: tuple[float, float], size: int) -> dict | None:
+    """The record of a volume that an earlier preparation finished and that is still right, else None."""
+    path = store / f"{volume['id']}.json"
+    try:
+        record = json.loads(path.read_text())
+        source = _unchanged(record["source"], volume)
+        right = (record["format"] == FORMAT and record["window"] == list(window) and record["size"] == size
+                 and source and all(sizes_agree(store, record)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if right and source != record["source"]:  # copied or touched: spare the next start the checksum
+        record["source"] = source
+        _write_json(path, record)
+    return record if right else None
+
+
+def _accepted(store: Path) -> dict[str, dict]:
+    """What `prepare --skip-bad` left out before, by image."""
+    try:
+        return {e["file"]: e for e in json.loads((store / "index.json").read_text())["skipped"] if "stamps" in e}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _stamps(volume: dict) -> list:
+    return [_stamp(volume["image"]), _stamp(volume["label"])]
+
+
+def sizes_agree(store: Path, record: dict) -> Iterator[bool]:
+    for name in record["checksums"]:
+        path = store / name
+        voxels = record["slices"] * record["height"] * record["width"]
+        yield path.exists() and 0 < path.stat().st_size - voxels <= 1024  # one .npy header
+
+
+def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WINDOW, size: int = SIZE,
+            workers: int = 2, skip_bad: bool = False) -> tuple[Path, dict]:
+    """Make or complete the store of `kind` (pretrain, segment) below the folder `store`: (its folder, its index).
+
+    Volumes are read in `workers` processes. What an earlier call finished is kept if its source and settings are
+    unchanged. A second process waits for the first. Raises BadInput when volumes cannot be
+    used, all named on stderr, unless `skip_bad`: then they are left out, by later calls too, and listed.
+    """
+    window = tuple(float(w) for w in window)
+    if not window[0] < window[1]:
+        raise BadInput(f"--window {window[0]} {window[1]}: the lower HU must come first")
+    size = size if kind == "pretrain" else 0
+    name = f"pretrain-{size}" if kind == "pretrain" else "segment"
+    # a folder of its own for another window: a run that reads this one must not find its slices exchanged
+    folder = store / (name if window == WINDOW else f"{name}-{window[0]:g}-{window[1]:g}")
+    found, skipped = find_volumes(data, kind)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{folder}: waiting for another process that prepares it", file=sys.stderr)
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            records, left_out = _complete(found, folder, kind, window, size, workers, skip_bad)
+            if not records:
+                raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
+            index = {"format": FORMAT, "kind": kind, "data": str(data.resolve()), "window": list(window), "size": size,
+                     "volumes": [records[k] for k in sorted(records)], "skipped": skipped + left_out}
+            if not (folder / "index.json").exists() or json.loads((folder / "index.json").read_text()) != index:
+                _write_json(folder / "index.json", index)
+    except OSError as e:
+        raise BadInput(f"{e.filename or folder}: {e.strerror or e} (while preparing {folder}); run the same command "
+                       "again when that is mended") from None
+    except (BrokenProcessPool, MemoryError):
+        raise BadInput(f"{folder}: a process that prepares it ran out of memory or was killed; run the same command "
+                       "again, with fewer --workers") from None
+    return folder, index
+
+
+def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, float], size: int, workers: int,
+              skip_bad: bool) -> tuple[dict[str, dict], list[dict]]:
+    """Prepare what is missing in a store that this process has locked: (records by id, left out)."""
+    for part in folder.glob(".[0-9]*.*"):  # of a process that was killed while it wrote
+        part.unlink(missing_ok=True)
+    records = {v["id"]: r for v in found if (r := _kept(v, folder, window, size))}
+    accepted = _accepted(folder)
+    left_out = [e for v in found if v["id"] not in records and (e := accepted.get(str(v["image"])))
+                and e["stamps"] == _stamps(v)]
+    known = {e["file"] for e in left_out}
+    todo = [v for v in found if v["id"] not in records and str(v["image"]) not in known]
+    if changed := [v["id"] for v in todo if (folder / f"{v['id']}.json").exists()]:
+        print(f"{folder}: {len(changed)} volumes changed since, or are damaged there; preparing them again: "
+              f"{', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}", file=sys.stderr)
+    bad = []
+    work = partial(_prepare_volume, store=folder, kind=kind, window=window, size=size)
+    for volume, outcome in _in_processes(work, todo, workers, f"preparing {folder}"):
+        if isinstance(outcome, BadInput):
+            bad.append(_skip(volume["image"], str(outcome)) | {"stamps": _stamps(volume)})
+        else:
+            records[volume["id"]] = outcome
+    if bad and not skip_bad:
+        for b in bad[1:]:
+            print(b["reason"], file=sys.stderr)
+        raise BadInput(bad[0]["reason"] + (f" ({len(bad)} such volumes, all named here)" if len(bad) > 1 else ""))
+    return records, left_out + bad
+
+
+def _in_processes(work: Callable, items: list, workers: int, title: str) -> Iterator[tuple[dict, object]]:
+    """(item, result or the BadInput it raised) for every item, in the order they finish."""
+    if not items:
+        return
+    # fork: a spawned process would import the calling script, and with it PyTorch, for nothing
+    context = get_context("fork" if sys.platform == "linux" else None)
+    with ProcessPoolExecutor(max(1, min(workers, len(items))), context, _end_with_parent) as pool:
+        futures = {pool.submit(work, item): item for item in items}
+        try:
+            for future in tqdm(as_completed(futures), title, len(items), unit="volume", disable=None):
+                try:
+                    yield futures[future], future.result()
+                except BadInput as e:
+                    yield futures[future], e
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed preparation must neither wait for work for ever nor write on beside the next one."""
+    if sys.platform == "linux":  # at once: before anyone can see that the parent is gone
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        return
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def audit(data: Path, kind: str, workers: int, store: Path, draw: Callable | None = None) -> int:
+    """Print what a data folder holds against the paper's counts; the middle slices go to a picture in `store`.
+
+    Returns the number of files it cannot use.
+    """
+    found, skipped = find_volumes(data, kind)
+    good, bad = [], []
+    for volume, outcome in _in_processes(partial(_inspect, kind=kind), found, workers, f"reading {data}"):
+        if isinstance(outcome, BadInput):
+            bad.append(_skip(volume["image"], str(outcome)))
+        else:
+            good.append(outcome)
+    good.sort(key=lambda r: r["id"])
+    name, (wanted_volumes, wanted_slices) = {"pretrain": "AbdomenCT-1K", "segment": "BTCV"}[kind], PAPER[kind]
+    print(f"{data}: {len(good)} volumes, {sum(r['slices'] for r in good):,} slices   (the paper's {name}: "
+          f"{wanted_volumes:,} volumes, {wanted_slices:,} slices)")
+    if good and all(r["phantom"] for r in good):
+        print("every volume is generated: this is the phantom")
+    if good:
+        print(f"HU {min(r['hu'][0] for r in good):.0f} to {max(r['hu'][1] for r in good):.0f}, slices per volume "
+              f"{min(r['slices'] for r in good)} to {max(r['slices'] for r in good)}")
+    if kind == "segment":
+        _tell_organs(good)
+    picked = good[:: -(-len(good) // SHEET) or 1]
+    _contact_sheet(draw, store / f"audit-{kind}.png", [r["middle"] for r in picked],
+                   [f"{r['id']} slice {r['slices'] // 2}" for r in picked],
+                   [r["labels"] for r in picked] if kind == "segment" else None)
+    return _tell_skipped(good, skipped + bad)
+
+
+def _inspect(volume: dict, kind: str) -> dict:
+    record, slices, labels = _describe(volume, kind, WINDOW)
+    middle = len(slices) // 2
+    return record | {"middle": slices[middle], "labels": None if labels is None else labels[middle]}
+
+
+def _contact_sheet(draw: Callable | None, path: Path, slices: list[np.ndarray], titles: list[str],
+                   labels: list[np.ndarray] | None) -> None:
+    if slices and draw:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if draw(path, slices, titles, labels):
+            print(f"{path}: {len(slices)} slices to look at")
+
+
+def _tell_organs(good: list[dict]) -> None:
+    found = {r["id"]: r["slices"] for r in good}
+    for split, paper in (("100", (24, 3017)), ("val", (6, 762))):
+        present = [found[c] for c in cases(split) if c in found]
+        print(f"  {'train' if split == '100' else 'val'}: {len(present)} volumes, {sum(present):,} slices   "
+              f"(the paper's: {paper[0]}, {paper[1]:,})")
+    for organ, voxels in zip(ORGANS, np.reshape([r["voxels"] for r in good], (-1, len(ORGANS))).T, strict=True):
+        print(f"  {ORGANS.index(organ):2d} {organ:26s} {voxels.sum():14,d} voxels in {(voxels > 0).sum()} volumes")
+
+
+def _tell_skipped(records: list[dict], skipped: list[dict]) -> int:
+    """The list that ends both commands: unusable, odd, no image. Returns the number of the unusable."""
+    odd = [f"{r['file']}: {reason}" for r in records for reason in r["odd"]]
+    first: dict[str, str] = {}
+    for r in records:
+        if r["content"] in first:
+            known = " (a known one)" if {r["id"], first[r["content"]]} == {"Case_00297", "Case_00928"} else ""
+            odd.append(f"{r['id']}: the same image as {first[r['content']]}{known}")
+        first.setdefault(r["content"], r["id"])
+    # a reason that comes from reading begins with the file's name
+    lines = {kind: [s["reason"] if s["file"] in s["reason"] else f"{s['file']}: {s['reason']}" for s in skipped
+                    if s["no_image"] == kind] for kind in (False, True)}
+    for title, named in (("unusable", lines[False]), ("odd", odd), ("no image by its name", lines[True])):
+        print(f"{title}: {len(named)}")
+        for line in sorted(named):
+            print(f"  {line}")
+    return len(lines[False])
+
+
+def verify(store: Path) -> int:
+    """Compare every array below a store's folder with the checksum it was written with; returns the damaged ones."""
+    indices = sorted(store.glob("*/index.json"))
+    if not indices:
+        raise BadInput(f"{store}: nothing was prepared there; give --store")
+    damaged = [path for index in indices for record in json.loads(index.read_text())["volumes"]
+               for name, checksum in record["checksums"].items()
+               if not (path := index.parent / name).exists() or _checksum(path) != checksum]
+    for path in damaged:
+        print(f"{path}: damaged; delete it, and it will be prepared again")
+    print(f"{store}: {len(damaged)} damaged arrays")
+    return len(damaged)
+
+
+def default_store(data: Path) -> Path:
+    """Where a data folder's slices go unless --store says otherwise: stores/NAME (with the phantom's parent's)."""
+    data = data.resolve()
+    return Path("stores") / (f"{data.parent.name}-{data.name}" if data.parent.name == "phantom" else data.name)
+
+
+def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
+    """The commands. draw(path, slices, titles, labels) -> bool: what draws a contact sheet, if anything."""
+    parser = argparse.ArgumentParser(prog="datasets.py", description="Prepare or audit a folder of CT volumes.")
+    parser.add_argument("command", choices=("prepare", "audit"))
+    parser.add_argument("--data", type=Path, required=True, help="folder of the CT volumes")
+    parser.add_argument("--kind", choices=("pretrain", "segment"),
+                        help="default: segment for BTCV's layout, else pretrain")
+    parser.add_argument("--store", type=Path, help="folder of the slices (default stores/NAME_OF_DATA)")
+    parser.add_argument("--size", type=int, default=SIZE, help="prepare: side of the pre-training slices")
+    parser.add_argument("--window", type=float, nargs=2, default=WINDOW, metavar=("LOW", "HIGH"), help="HU window")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out unusable volumes: listed, but no failure")
+    parser.add_argument("--verify", action="store_true", help="audit: compare the store with its checksums instead")
+    args = parser.parse_args(argv)
+    btcv = any((args.data / p / "img").is_dir() for p in ("RawData/Training", "Training", "."))
+    kind = args.kind or ("segment" if btcv else "pretrain")
+    folder = args.store or default_store(args.data)
+    try:
+        if args.command == "audit" and args.verify:
+            raise SystemExit(1 if verify(folder) else 0)
+        if args.command == "audit":
+            skipped = audit(args.data, kind, args.workers, folder, draw)
+        else:
+            store, index = prepare(args.data, folder, kind, args.window, args.size, args.workers, args.skip_bad)
+            places = [(v["id"], z) for v in index["volumes"] for z in range(v["slices"])]
+            print(f"{store}: {len(index['volumes'])} volumes, {len(places):,} slices")
+            picked = [places[i] for i in np.linspace(0, len(places) - 1, min(SHEET, len(places))).astype(int)]
+            slices, labels = ([np.load(store / f"{prefix}{name}.npy", mmap_mode="r")[z] for name, z in picked]
+                              if not prefix or kind == "segment" else None for prefix in ("", "label-"))
+            _contact_sheet(draw, store / "contact_sheet.png", slices, [f"{n} slice {z}" for n, z in picked], labels)
+            skipped = _tell_skipped(index["volumes"], index["skipped"])
+    except BadInput as e:
+        raise SystemExit(f"datasets.py: {e}") from None
+    if skipped and not args.skip_bad:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

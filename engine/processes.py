@@ -1,0 +1,240 @@
+"""Processes, precision, seeds, signals: what every script needs around its loop.
+
+Exit codes of the scripts: 0 done; 1 data, files or disk are at fault, as one line on stderr says; 2 wrong flags;
+143 and 130 (128 + signal) stopped by SIGTERM or SIGINT after saving. torchrun reports any of these but 0 as 1.
+After 1, once its cause is gone, and after a signal, SIGKILL too, the same command continues where it was.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import wraps
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from ct.volumes import BadInput
+
+# Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
+INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, SIGNS = range(9)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, with the flags the scripts share."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+    def common(self) -> None:
+        add = self.add_argument
+        add("--data", type=Path, help="folder of CT volumes (default: %s, else the built-in phantom)")
+        add("--store", type=Path, help="folder of the prepared slices (default stores/NAME_OF_DATA)")
+        add("--out", type=Path, default=Path("runs"), help="folder of all runs and results (default runs)")
+        add("--seed", type=int, default=0)
+        add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+            help="mixed precision; auto: bf16 where the hardware computes in it")
+        add("--workers", type=int, default=2, help="threads that read slices (and processes that prepare them)")
+        add("--window", type=float, nargs=2, default=(-175.0, 250.0), metavar=("LOW", "HIGH"), help="HU window")
+
+
+def command(main):
+    """Wrap a script's main(argv): BadInput becomes one line on stderr and exit code 1, Ctrl-C one line and 130."""
+
+    @wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except BadInput as e:
+            if int(os.environ.get("RANK", 0)) == 0:  # every process found the same; one line is enough
+                print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+            raise SystemExit(1) from None
+        except KeyboardInterrupt:  # outside the training loop, where StopRequest is not at work
+            print(f"{Path(sys.argv[0]).name}: interrupted; the same command continues", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
+        finally:
+            if dist.is_available() and dist.is_initialized():
+                dist.destroy_process_group()
+
+    return wrapped
+
+
+@dataclass(frozen=True)
+class Processes:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on every process if it is true on one."""
+        if self.world == 1:
+            return flag
+        votes = torch.tensor(float(flag))  # on the CPU: a GPU's steps in flight need not be waited for
+        dist.all_reduce(votes)
+        return votes.item() > 0
+
+
+def start() -> Processes:
+    """Join the processes that torchrun started, or be the only one: NCCL between GPUs, gloo between CPUs."""
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        raise BadInput(f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} found); "
+                       "lower --nproc-per-node")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        store, rank, world = next(rendezvous("env://"))
+        # torchrun keeps its store through a restart, and in it the addresses of the processes that died
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30), store=store,
+                                rank=rank, world_size=world)
+        return Processes(dist.get_rank(), dist.get_world_size(), device)
+    return Processes(0, 1, device)
+
+
+def on_main(main: bool, work):
+    """work() by the main process alone: its result, or the BadInput it raised, on every process."""
+    result = error = None
+    if main:
+        try:
+            result = work()
+        except BadInput as e:
+            error = str(e)
+    if dist.is_available() and dist.is_initialized():
+        told = [(result, error)]
+        dist.broadcast_object_list(told)
+        result, error = told[0]
+    if error is not None:
+        raise BadInput(error)
+    return result
+
+
+def mean_over_processes(values: Tensor, ranks: Processes) -> Tensor:
+    if ranks.world > 1:
+        dist.all_reduce(values)
+        values = values / ranks.world
+    return values
+
+
+def precision(amp: str, device: torch.device) -> str:
+    """Resolve --amp to bf16, fp16 or off. Raises BadInput where the device cannot."""
+    if device.type == "cuda":
+        capable = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capable = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
+    if amp == "auto":
+        return "bf16" if capable else "off"
+    if amp == "fp16" and device.type == "cpu":
+        raise BadInput("--amp fp16 needs a GPU; use bf16 or off on a CPU")
+    return amp
+
+
+def autocast(amp: str, device: torch.device):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def rng(seed: int, purpose: int, step: int = 0) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence([seed, purpose, step]))
+
+
+def seed_torch(seed: int, purpose: int, step: int = 0) -> None:
+    """Seed torch's own generators (initial weights, dropout) from the same tree of seeds."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, purpose, step]).generate_state(1, np.uint64)[0]))
+
+
+def seed_suffix(seed: int) -> str:
+    """What the names of runs with another seed than 0 end in."""
+    return f"-seed{seed}" if seed else ""
+
+
+def hardware() -> str:
+    """The device in words, with versions: kept beside every result."""
+    if torch.cuda.is_available():
+        name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    else:
+        model = ""
+        with contextlib.suppress(OSError):
+            info = Path("/proc/cpuinfo").read_text()
+            model = next((x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name")), "")
+        name = f"{model or 'CPU'}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of the device's memory, of the machine's for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def commit() -> str:
+    """The commit of the code that runs, with + where the tree has changes; 'unknown' outside a clone."""
+    run = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*run, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.strip() else "")
+
+
+def announce_phantom() -> None:
+    print("=" * 100 + "\nTHE PHANTOM: no real CT was given (--data), so this runs on generated volumes with small "
+          "settings.\nIts numbers say nothing about patients and are no AbdomenCT-1K or BTCV results.\n" + "=" * 100)
+
+
+def duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if seconds >= 100 else f"{seconds:.0f} s"
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask the loop to save and stop at the end of its step; a second one ends at once.
+
+    torchrun passes on to its workers what a cluster may have sent them already; under it, what comes within
+    REPEAT seconds of the first is taken for a repetition.
+    """
+
+    REPEAT = 5.0
+
+    def __enter__(self):
+        self.signal, self.since = 0, 0.0
+        self.before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        under_torchrun = dist.is_available() and dist.is_torchelastic_launched()
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+            if not under_torchrun:
+                for n in self.before:
+                    signal.signal(n, signal.SIG_DFL)
+        elif time.monotonic() - self.since > self.REPEAT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal; where only another process got it, 128 + SIGTERM."""
+        return 128 + (self.signal or signal.SIGTERM)

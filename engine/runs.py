@@ -1,0 +1,245 @@
+"""The run folder: files that are whole or absent, checkpoints, the log, and what makes a run go on or stop."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ct.volumes import BadInput
+from engine.processes import Processes, on_main
+
+MAKE_ROOM = "make room there and run the same command again"
+
+
+@contextlib.contextmanager
+def _whole(path: Path):
+    """A file that appears at `path` whole or not at all: written beside it, flushed to disk, renamed."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__  # torch's zip writer hides it in a RuntimeError
+        if not isinstance(cause, OSError):
+            raise
+        raise BadInput(f"{path}: cannot be written ({cause.strerror}); {MAKE_ROOM}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save(value: object, path: Path) -> None:
+    """torch.save, whole or not at all. Raises BadInput when the disk is full or not writable."""
+    with _whole(path) as f:
+        torch.save(value, f)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all. Raises BadInput when the disk is full or not writable."""
+    with _whole(path) as f:
+        f.write(text.encode())
+
+
+def append(path: Path, records: list[dict]) -> None:
+    """Add JSON lines to a file, on disk when this returns. Raises BadInput when the disk is full or not writable."""
+    try:
+        with open(path, "ab+") as f:
+            if f.tell():
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n":
+                    f.write(b"\n")  # a line that a crash cut short stays alone
+            f.write("".join(json.dumps(r) + "\n" for r in records).encode())
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({e.strerror}); {MAKE_ROOM}") from None
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a .jsonl file; what a crash cut short is left out."""
+    records = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [r for r in records if isinstance(r, dict)]
+
+
+def load(path: Path, device: str | torch.device = "cpu"):
+    """torch.load of tensors and plain values only.
+
+    Raises BadInput for a file that is missing, unreadable, damaged (its checksums are verified, which torch.load
+    alone does not do) or holds code.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # what torch.save writes since 1.6
+            with zipfile.ZipFile(path) as z:
+                if z.testzip():
+                    raise BadInput(f"{path}: cannot be loaded (damaged: a checksum differs)")
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror or e})") from None
+    except (BadInput, MemoryError):
+        raise
+    except Exception as e:  # zip, pickle and unpickling errors have no common base
+        why = "it holds more than tensors" if "weights_only" in str(e).lower() else "damaged or no PyTorch file"
+        raise BadInput(f"{path}: cannot be loaded ({why})") from None
+
+
+class Run:
+    """One run folder: config.json, log.jsonl, checkpoint.pt and the one before it. Only the main process writes.
+
+    The same command continues it; a differing config is refused with the difference. While it is open, a
+    second run on the folder is refused (the lock goes with the process, however it ends). Constructor and
+    methods are called by all processes together: what one raises, all raise.
+    """
+
+    def __init__(self, folder: Path, config: dict, overwrite: bool, main: bool):
+        self.folder, self.main = folder, main
+        self.path, self.previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+        self.next, self.damaged = folder / "checkpoint.next.pt", folder / "checkpoint.damaged.pt"
+        on_main(main, lambda: self._open(config, overwrite))
+
+    def _open(self, config: dict, overwrite: bool) -> None:
+        folder = self.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(folder / ".lock", "w")  # noqa: SIM115 (held as long as the run)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            if e.filename:
+                raise BadInput(f"{e.filename}: cannot be written ({e.strerror}); give another --out") from None
+            raise BadInput(f"{folder}: another run is at work there; wait for it or give --name") from None
+        except OSError as e:
+            raise BadInput(f"{folder}: cannot be written or locked ({e.strerror}); give another --out") from None
+        for part in folder.glob(".*.part"):  # of a run that was killed while it wrote
+            part.unlink()
+        if overwrite:
+            for name in ("config.json", "log.jsonl", "validation.jsonl", "backbone.pth", "result.json", "dice.csv",
+                         self.next.name, self.path.name, self.previous.name, self.damaged.name, "curves.png",
+                         "validation.png", "overlays.png"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "predictions", ignore_errors=True)
+        if (folder / "config.json").exists():
+            self._compare(config)
+        else:
+            write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def _compare(self, new: dict) -> None:
+        try:
+            old = json.loads((self.folder / "config.json").read_text())
+        except ValueError:
+            raise BadInput(f"{self.folder / 'config.json'}: damaged; start over with --overwrite") from None
+        old, new = (dict(_flat(config)) for config in (old, json.loads(json.dumps(new))))
+        differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new})
+                     if old.get(k) != new.get(k)]
+        if differing:
+            raise BadInput(f"{self.folder}: was started with other settings ({'; '.join(differing)}); "
+                           "give the same ones, another --name, or --overwrite")
+
+    def resume(self) -> dict | None:
+        """The newest whole checkpoint, or None, on every process; the log is cut back to its step."""
+        return on_main(self.main, self._resume)
+
+    def _resume(self) -> dict | None:
+        self._rotate()
+        state = None
+        for path in (self.path, self.previous):
+            if not path.exists():
+                continue
+            try:
+                state = load(path)
+                break
+            except BadInput as e:
+                print(f"{e}; going back to the checkpoint before it", file=sys.stderr)
+        if state is None and (self.path.exists() or self.previous.exists()):
+            raise BadInput(f"{self.folder}: no checkpoint there can be loaded; start over with --overwrite")
+        if state and path == self.previous and self.path.exists():
+            os.replace(self.path, self.damaged)  # out of the way: it must not take the good one's place
+        log = self.folder / "log.jsonl"
+        if log.exists():
+            kept = [r for r in read_log(log) if state and r["step"] <= state["step"]]
+            write_text(log, "".join(json.dumps(r) + "\n" for r in kept))
+        return state
+
+    def checkpoint(self, state: dict) -> None:
+        """Save; the one before stays as checkpoint.previous.pt. Raises BadInput: full disk, weights not finite."""
+        on_main(self.main, lambda: self._checkpoint(state))
+
+    def _checkpoint(self, state: dict) -> None:
+        if not all(t.isfinite().all() for t in _tensors(state)):
+            raise BadInput(f"step {state['step']}: weights that are not finite; {self.last_good()}")
+        save(state, self.next)
+        self._rotate()
+
+    def _rotate(self) -> None:
+        """checkpoint.next.pt, which is whole, becomes checkpoint.pt; after a kill in between, at the next start."""
+        if self.next.exists():
+            if self.path.exists():
+                os.replace(self.path, self.previous)
+            os.replace(self.next, self.path)
+
+    def last_good(self) -> str:
+        return f"the last good checkpoint is {self.path}" if self.path.exists() else "no checkpoint was saved yet"
+
+    def log(self, records: list[dict]) -> None:
+        if records:
+            on_main(self.main, lambda: append(self.folder / "log.jsonl", records))
+
+
+def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """A config's settings with those of its parts under their full names, part.setting."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """All tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(v)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm of all gradients: one pass over them on their device, nothing to wait for. Not finite if one is not."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return torch.stack(torch._foreach_norm(grads)).norm()
+
+
+def refuse_non_finite(records: list[dict], slices_of, run: Run) -> None:
+    """Raise BadInput at the first step whose loss or grad_norm is NaN or infinite, with its slices.
+
+    A grad_norm of None is passed over: a step that fp16's scaler has skipped.
+    """
+    for r in records:
+        for key, name in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+            value = r.get(key)
+            if value is not None and not np.isfinite(value):
+                raise BadInput(f"step {r['step']}: the {name} is {value}; its slices: "
+                               f"{', '.join(slices_of(r['step']))}; {run.last_good()}; lower --lr or try --amp off")
+
+
+def announce_changes(saved: dict | None, amp: str, ranks: Processes) -> None:
+    """Say where the precision or the number of threads is not the checkpoint's: both move the last digits."""
+    if saved and saved["amp"] != amp and ranks.is_main:
+        print(f"note: precision was {saved['amp']} and is {amp} from here on", file=sys.stderr)
+    if saved and saved["threads"] != torch.get_num_threads() and ranks.is_main and ranks.device.type == "cpu":
+        print(f"note: {torch.get_num_threads()} threads here, {saved['threads']} before; the last digits will move",
+              file=sys.stderr)

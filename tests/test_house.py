@@ -1,0 +1,46 @@
+"""The house: which room may import which. The source is parsed, not imported."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MATHEMATICS = {"moco", "local_loss", "whitening", "segment", "augment", "metrics"}
+COMMANDS = {"train_ssl", "train_seg", "svd_spectrum"}
+ALLOWED = {"mathematics": {"mathematics"}, "ct": {"ct"}, "engine": {"engine", "ct", "mathematics"},
+           "datasets": {"engine", "ct", "mathematics"}, "commands": {"datasets", "engine", "ct", "mathematics"},
+           "tools": {"tools", "commands", "datasets", "engine", "ct", "mathematics"}}
+
+
+def room(module: str) -> str | None:
+    first = module.split(".")[0]
+    if first in ("ct", "engine", "tools", "datasets"):
+        return first
+    return "mathematics" if first in MATHEMATICS else "commands" if first in COMMANDS else None
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):  # also within functions
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            found.add(node.module)
+    return found
+
+
+def test_arrows_run_one_way():
+    files = [p for folder in (".", "ct", "engine", "tools") for p in (ROOT / folder).glob("*.py")]
+    assert len(files) > 20
+    for path in files:
+        own = room(path.stem if path.parent == ROOT else path.parent.name)
+        assert own, f"{path.name}: a room that the house does not have"
+        for module in imported(path):
+            if other := room(module):
+                assert other in ALLOWED[own], f"{path.relative_to(ROOT)} imports {module}: {own} must not need {other}"
+
+
+def test_the_mathematics_needs_torch_numpy_scipy_only():
+    for name in MATHEMATICS:
+        outside = {m.split(".")[0] for m in imported(ROOT / f"{name}.py")} - MATHEMATICS
+        assert not outside & {"nibabel", "tqdm", "PIL", "matplotlib"}, name
