@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     report.write_csv(path.with_suffix(".csv"), [header, *(
         [name, "phantom" if phantom else data.name, len(vectors), f"{rank:.4f}", *(f"{v:.6e}" for v in values)]
         for name, values, rank in runs)])
-    drawn = figures.attempt(figures.spectrum, path.with_suffix(".png"), runs, f"{where}; {what}")
+    labelled = [(report.label(name, phantom), *rest) for name, *rest in runs]
+    drawn = figures.attempt(figures.spectrum, path.with_suffix(".png"), labelled, f"{where}; {what}")
     print(f"{', '.join(str(path.with_suffix(x)) for x in ['.png'] * drawn + ['.csv'])}: {what}")
 
 

@@ -67,24 +67,32 @@ def _style(i: int) -> dict:
 
 
 def spectrum(path: Path, runs: Sequence[tuple[str, np.ndarray, float]], title: str) -> None:
-    """Fig. 1: sorted singular values of the features' covariance, log scale.
+    """Fig. 1: sorted singular values of the features' covariance, log scale, and the effective ranks beside them.
 
-    runs: (name, descending singular values, effective rank) of each; numerical zeros fall below the axis.
+    runs: (name, descending singular values, effective rank) of each. Values are divided by the largest: the scale of
+    features is no sign of collapse, how fast the values fall is. Numerical zeros fall below the axis.
     """
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(5.6, 3.8))
+    figure, (axes, bars) = plt.subplots(1, 2, figsize=(9.2, 3.8), width_ratios=[3, 2], layout="constrained")
     for i, (name, values, rank) in enumerate(runs):
-        shown = values[values > values[0] * 1e-12]
+        shown = values[values > values[0] * 1e-12] / values[0]
         apart = max(1, len(shown) // 8)  # markers, where many curves of one grey would be too much for line styles
         axes.plot(np.arange(1, len(shown) + 1), shown, **_style(i), marker=MARKERS[i % len(MARKERS)], markersize=4,
                   fillstyle="none" if i % 2 else "full", markevery=(apart * (2 * i + 1) // (2 * len(runs)), apart),
-                  label=f"{name}  (effective rank {rank:.1f})")
+                  label=name)
+        bars.barh(i, rank, color=_style(i)["color"], height=0.6)
+        bars.annotate(f"{rank:.1f}", (rank, i), (3, 0), textcoords="offset points", va="center")
     axes.set_yscale("log")
     axes.set_xlim(left=0)
     axes.set_xlabel("singular value rank index")
-    axes.set_ylabel("singular value of the covariance")
+    axes.set_ylabel("singular value of the covariance / the largest")
     axes.set_title(title)
     axes.legend()
+    bars.set_yticks(range(len(runs)), [name for name, _, _ in runs])
+    bars.invert_yaxis()
+    bars.set_xlim(0, 1.15 * max(rank for _, _, rank in runs))
+    bars.set_xlabel("dimensions that are used")
+    bars.set_title("effective rank")
     _save(plt, figure, path)
 
 

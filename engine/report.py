@@ -81,14 +81,20 @@ def data_of(result: dict) -> str:
     return "BTCV" if result["slices"] == BTCV else f"{result['data']} of {result['slices']:,} slices"
 
 
+def label(name: str, phantom: bool) -> str:
+    """The row that a run's name stands for, its seed behind it; names that are no row stay as they are."""
+    run, seed = re.fullmatch(r"(.*?)(?:-seed(\d+))?", name.removeprefix("phantom-") if phantom else name).groups()
+    row = (ROWS | BEYOND).get(run)
+    return name if row is None else row + f", seed {seed}" * bool(seed)
+
+
 def method_of(result: dict) -> str:
     """The row that a result belongs to, whatever its seed; a file, or a run of another name, is its own."""
     name, pretraining = result["backbone"], result.get("pretraining", {})
-    run = re.sub(r"-seed\d+$", "", name.removeprefix("phantom-") if result["data"] == "phantom" else name)
-    row = (ROWS | BEYOND).get(run)
-    if row and run not in ("imagenet", "random") and pretraining and pretraining["step"] is None:
+    row = label(name, result["data"] == "phantom").split(", seed ")[0]
+    if row != name and name not in ("imagenet", "random") and pretraining and pretraining["step"] is None:
         return f"{name} (a file)"
-    return row or name
+    return row
 
 
 def settings_of(result: dict) -> str:
