@@ -147,7 +147,7 @@ class Trainer:
 
     def step(self, t: int, pairs: list) -> torch.Tensor:
         """One optimizer step on this process's slices and labels -> its loss, a scalar on the device."""
-        processes.seed_torch(self.args.seed, processes.DROPOUT, t)
+        processes.seed_torch(self.args.seed, processes.DROPOUT, t, self.ranks.rank)
         if self.kept:
             images, labels = [torch.stack([self.kept[i][part] for i in pairs]) for part in (0, 1)]
             images = (None, None, None, images)
@@ -209,7 +209,8 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
     seed = processes.seed_suffix(args.seed)  # a run of this seed has it in its name already
     title = f"{backbone.name.removesuffix(seed)}{seed}-{protocol}-{args.split}-{draw}"
     folder = args.out / "seg" / title
-    done = (folder / "result.json").exists() and not args.overwrite
+    # main decides for all: another machine's view of a shared folder may be seconds old
+    done = processes.on_main(ranks.is_main, lambda: (folder / "result.json").exists() and not args.overwrite)
     config = configure(args, backbone, protocol, draw, store, phantom)
     run = runs.Run(folder, config, args.overwrite, ranks.is_main)
     if done:
@@ -253,6 +254,8 @@ def fit(trainer: Trainer, run: runs.Run, first: int) -> None:
     bar = tqdm(desc=title, total=args.iterations, initial=first, unit="it", disable=None if ranks.is_main else True)
     pending, started = [], time.perf_counter()
     with processes.StopRequest() as stop:
+        if 0 < first < args.iterations and first % CHECKPOINT == 0:  # stopped between checkpoint and validation?
+            processes.on_main(ranks.is_main, functools.partial(validate, trainer, run, first, stop))
         for t, pairs in datasets.prefetch(crops.fetch, range(first, args.iterations), args.workers):
             pending.append(trainer.step(t, pairs))
             done = t + 1
@@ -270,19 +273,29 @@ def fit(trainer: Trainer, run: runs.Run, first: int) -> None:
             if ranks.is_main and done == first + FLUSH < args.iterations:
                 left = (time.perf_counter() - started) / FLUSH * (args.iterations - done)
                 tqdm.write(f"{title}: about {processes.duration(left)} to go")
-            if due and done < args.iterations:
-                processes.on_main(ranks.is_main, functools.partial(validate, trainer, run, done))
-            if due or stopping:
+            if due or stopping:  # before the validation, which may take longer than a scheduler waits
                 run.checkpoint(trainer.state(done))
+            if due and done < args.iterations and not stopping:
+                processes.on_main(ranks.is_main, functools.partial(validate, trainer, run, done, stop))
+                stopping = ranks.any(stop.signal != 0)
             if stopping and done < args.iterations:
                 raise SystemExit(stop.exit_code)
     bar.close()
 
 
-def validate(trainer: Trainer, run: runs.Run, done: int) -> None:
-    """A point of the validation curve: it is recorded and drawn, and decides nothing."""
-    told = {record["id"]: metrics.count_slices(labels, truth, len(ORGANS))
-            for record, truth, labels in trainer.predictions()}
+def validate(trainer: Trainer, run: runs.Run, done: int, stop: processes.StopRequest) -> None:
+    """A point of the validation curve, where it is not there yet: recorded and drawn, it decides nothing.
+
+    A stop request ends it between two volumes, without a point; the next start makes it.
+    """
+    curve = run.folder / "validation.jsonl"
+    if curve.exists() and any(r["step"] == done for r in runs.read_log(curve)):
+        return
+    told = {}
+    for record, truth, labels in trainer.predictions():
+        told[record["id"]] = metrics.count_slices(labels, truth, len(ORGANS))
+        if stop.signal:
+            return
     mds = note(run, done, *metrics.join(told))["mDS"]
     tqdm.write(f"{run.folder.name}: iteration {done:,}/{trainer.args.iterations:,}, validation mDS {100 * mds:.2f} %")
 
@@ -373,7 +386,8 @@ def main(argv: list[str] | None = None) -> None:
     if ranks.is_main:
         if phantom:
             processes.announce_phantom()
-        print(f"{len(names) * len(args.protocols) * len(args.draws)} runs: {', '.join(names)} x "
+        print(f"{len(names) * len(args.protocols) * len(args.draws)} run(s): "
+              f"{', '.join(backbones.title_of(n) for n in names)} x "
               f"{', '.join(args.protocols)} x {len(args.draws)} draw(s) of {args.split} %, "
               f"{'/'.join(dict.fromkeys(f'{recipe(args, p).iterations:,}' for p in args.protocols))} "
               f"iterations of {args.batch_size} crops of {args.crop_size} px each, in {args.out / 'seg'}; "

@@ -12,6 +12,7 @@ for the whole global batch, so a run does not depend on the number of processes 
 
 import argparse
 import contextlib
+import inspect
 import json
 import math
 import sys
@@ -33,6 +34,9 @@ from local_loss import CELLS
 from moco import GroupStatistics, MoCo
 from whitening import whiten_last_norm
 
+# The step ends with buffers that are equal everywhere: DDP need not send rank 0's before each forward.
+NO_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(
+    DistributedDataParallel.__init__).parameters else "broadcast_buffers"  # deprecated since torch 2.13
 MOMENTUM, WEIGHT_DECAY, DIM = 0.9, 1e-4, 128  # mmselfsup's mocov2_resnet50_8xb32-coslr-200e
 PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, bn_group=32, epochs=200, lr=None,
              queue=65536, ema=0.999, zca_group=64, size=prepare.SIZE)
@@ -164,7 +168,7 @@ class Trainer:
             self.moco.encoder_k.compile()
         self.model: nn.Module = self.moco
         if ranks.world > 1:
-            self.model = DistributedDataParallel(self.moco, broadcast_buffers=False)
+            self.model = DistributedDataParallel(self.moco, **{NO_BUFFERS: False})
         self.statistics = GroupStatistics(self.moco.encoder_q)
         self.trained = [p for p in self.moco.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(self.trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)

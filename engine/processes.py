@@ -154,9 +154,9 @@ def rng(seed: int, purpose: int, step: int = 0) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, purpose, step]))
 
 
-def seed_torch(seed: int, purpose: int, step: int = 0) -> None:
-    """Seed torch's own generators (initial weights, dropout) from the same tree of seeds."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, purpose, step]).generate_state(1, np.uint64)[0]))
+def seed_torch(seed: int, purpose: int, step: int = 0, rank: int = 0) -> None:
+    """Seed torch's own generators (initial weights, dropout) from the same tree of seeds; dropout by rank, too."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, purpose, step, rank]).generate_state(1, np.uint64)[0]))
 
 
 def seed_suffix(seed: int) -> str:

@@ -3,7 +3,9 @@
 import csv
 import hashlib
 import json
+import os
 import re
+import signal
 import statistics
 import sys
 
@@ -141,6 +143,42 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
         assert torch.equal(x["model"][name], y["model"][name]), name
     x, y = (json.loads((f / "result.json").read_text()) for f in (a, b))
     assert x["organs"] == y["organs"] == curve[-1]["organs"]
+
+
+def test_a_checkpoint_is_written_before_the_validation_and_a_stop_is_seen_between_volumes(flags, tmp_path, monkeypatch,
+                                                                                           no_pictures):
+    def args(out):
+        return [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
+                       "--iterations", 4), "--out", str(out)]
+
+    monkeypatch.setattr(train_seg, "CHECKPOINT", 2)
+    train_seg.main(args(tmp_path / "b"))
+    real, seen = train_seg.Trainer.predictions, []
+
+    def interrupted(trainer):
+        for volume in real(trainer):
+            seen.append(trainer)
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield volume
+
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
+        m.setattr(train_seg.Trainer, "predictions", interrupted)
+        train_seg.main(args(tmp_path / "a"))
+    a, b = (tmp_path / x / "seg" / "random-linear-frozen-25-1" for x in "ab")
+    assert stopped.value.code == 143 and len(seen) == 1
+    assert torch.load(a / "checkpoint.pt", weights_only=True)["step"] == 2 and not (a / "validation.jsonl").exists()
+    train_seg.main(args(tmp_path / "a"))
+    assert runs.read_log(a / "validation.jsonl") == runs.read_log(b / "validation.jsonl")
+    assert [r["step"] for r in runs.read_log(a / "validation.jsonl")] == [2, 4]
+
+
+def test_dropout_differs_between_ranks_and_between_iterations():
+    def mask(*where):
+        processes.seed_torch(0, processes.DROPOUT, *where)
+        return torch.rand(50)
+
+    assert torch.equal(mask(3, 1), mask(3, 1))
+    assert not torch.equal(mask(3, 0), mask(3, 1)) and not torch.equal(mask(3, 1), mask(4, 1))
 
 
 def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags, tmp_path, monkeypatch, no_pictures):
