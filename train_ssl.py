@@ -144,6 +144,8 @@ def build(args, phantom: bool = False) -> MoCo:
         raise BadInput(f"--init {args.init}: is a {arch}; give --arch {arch} or another start")
     opened = backbones.open_backbone(args.init, args.out, args.arch, args.seed, "fold", phantom)
     backbone, args.init_checksum = opened.net, opened.pretraining["checksum"]
+    if opened.unfinished:
+        print(f"note: --init {args.init}: {opened.unfinished}", file=sys.stderr)
     if args.zca:
         width = backbone.fc.in_features
         if width % args.zca_group:
@@ -275,7 +277,8 @@ def pretrain(args, store: datasets.Store, data: Path, phantom: bool, ranks: proc
     kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp")  # out of the config
     moco = build(args, phantom)  # before the run folder: weights that do not fit leave nothing behind
     config = {k: v for k, v in vars(args).items() if k not in kept}
-    config |= {"data": "phantom" if phantom else data.name, "volumes": len(store.volumes), "slices": len(store)}
+    config |= {"data": "phantom" if phantom else store.name, "volumes": len(store.volumes), "slices": len(store),
+               "store": store.contents()}
     run = runs.Run(args.out / args.name, config, args.overwrite, ranks.is_main)
     saved = run.resume()
     amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
