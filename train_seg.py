@@ -128,8 +128,7 @@ def tell_unfinished(args, names: list[str], phantom: bool, ranks: processes.Proc
         if (args.out / name / "checkpoint.pt").exists():
             backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
             if backbone.unfinished and ranks.is_main:
-                print(f"note: {backbone.name}: {backbone.unfinished}; it is measured as it is and marked in the tables",
-                      file=sys.stderr)
+                print(f"note: {backbone.name}: {backbone.unfinished}; it is measured as it is and marked in the tables")
 
 
 # ------------------------------------------------------------------------------------------------------ training

@@ -227,7 +227,7 @@ def _accepted(store: Path) -> dict[str, dict]:
     """What `prepare --skip-bad` left out before, by image."""
     try:
         return {e["file"]: e for e in json.loads((store / "index.json").read_text())["skipped"] if "stamps" in e}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
