@@ -114,8 +114,8 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, 
     several = None if len(paths) > 1 else True
     for name, path in tqdm(paths.items(), "predicting", unit="volume", disable=several, leave=False):
         try:
-            refuse_another(into / f"{name}.nii.gz", path)  # before the work
             read, levels = read_ct(path, config["window"])
+            refuse_another(into / f"{name}.nii.gz", path)  # before the work
         except BadInput as e:
             bad.append(str(e))
             continue
@@ -153,7 +153,8 @@ def refuse_another(path: Path, source: Path) -> None:
     listed = path.parent / SOURCES
     known = {r.get("prediction"): r for r in (runs.read_log(listed) if listed.exists() else ())}
     owner = known.get(path.name.removesuffix(".nii.gz"))
-    if owner and (owner["volume"] == os.path.realpath(source) or owner["checksum"] == prepare.checksum(source)):
+    if owner and (owner.get("volume") == os.path.realpath(source) or owner.get("checksum") == prepare.checksum(source)):
         return
-    raise BadInput(f"{path}: exists and is the prediction of {owner['volume'] if owner else 'no known volume'}, not of "
-                   f"{source}; give --predict-out FOLDER, or move it away")
+    whose = owner.get("volume") if owner else "no known volume"
+    raise BadInput(f"{path}: exists and is the prediction of {whose}, not of {source}; give --predict-out FOLDER, or "
+                   "move it away")

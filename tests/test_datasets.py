@@ -343,14 +343,15 @@ def test_a_torn_index_is_written_again(abdomen, tmp_path):
         assert json.loads(index.read_text()) == json.loads(whole)
 
 
-@pytest.mark.parametrize("names", [("index", "_index", "Index"), ("label-a", "a", "_label-a", "__label-a")])
-def test_a_volume_may_have_any_name(tmp_path, names):
-    """Of a file of the store's own too, and of the name that such a volume's files get."""
+def test_a_volume_may_have_any_name(tmp_path, capsys):
+    """That of a file of the store's own too, or the one that such a volume's files get."""
+    names = ("index", "_index", "Index", "label-a", "a", "_label-a", "__label-a")
     for i, name in enumerate(names):
         write(tmp_path / "A" / f"{name}.nii.gz", ct(i))
     for _ in range(2):
         store = datasets.prepare(tmp_path / "A", tmp_path / "s", "pretrain", size=20)
         assert [v["id"] for v in store.volumes] == sorted(names) and prepare.verify(tmp_path / "s") == 0
+    assert "preparing them again" not in capsys.readouterr().err
     for i, name in enumerate(names):
         (tmp_path / str(i)).mkdir()
         shutil.copy(tmp_path / "A" / f"{name}.nii.gz", tmp_path / str(i) / "x.nii.gz")

@@ -173,6 +173,9 @@ def test_no_prediction_is_overwritten_by_another_volumes(small_phantom, out, tmp
     written = path.read_bytes()
     line = refusal(train_seg.main, argv(second))
     assert all(str(x) in line for x in (path, first, second, "--predict-out")) and path.read_bytes() == written
+    assert "none.nii.gz: no such file" in refusal(train_seg.main, argv(tmp_path / "none.nii.gz"))
+    (tmp_path / "gone").mkdir()
+    assert "gone/scan.nii.gz: no such file" in refusal(train_seg.main, argv(tmp_path / "gone/scan.nii.gz"))
     predict_(first)  # its own: again
     (tmp_path / "moved").mkdir()
     first.rename(tmp_path / "moved/scan.nii.gz")
