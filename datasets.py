@@ -11,7 +11,7 @@ These commands, and how a store is made, are ct/prepare.py's.
 import functools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 
 import augment
 from ct import prepare as preparation
-from ct.prepare import sizes_agree
+from ct.prepare import array, sizes_agree
 from ct.volumes import BadInput
 from engine import figures, processes
 from local_loss import CELLS
@@ -40,6 +40,7 @@ class Store:
         self.folder, self.kind, self.skipped = folder, index["kind"], index["skipped"]
         self.volumes, self.size, self.window = index["volumes"], index["size"], index["window"]
         self.data = index["data"]
+        self.name = preparation.name_of(Path(self.data))
         self.is_phantom = any(v["phantom"] for v in self.volumes)
         self.ends = np.cumsum([v["slices"] for v in self.volumes])
         for v in self.volumes:
@@ -57,6 +58,17 @@ class Store:
         return np.concatenate([np.arange(end - v["slices"], end)
                                for v, end in zip(self.volumes, self.ends, strict=True) if v["id"] in set(ids)])
 
+    def contents(self, ids: Collection[str] | None = None) -> dict[str, str]:
+        """{id: what a volume holds} of these volumes (of all): the store's fingerprint, kept in a run's config.
+
+        The checksum of its slices; for segmentation also that of its labels and the spacing, which HD95 is measured in.
+        """
+        def told(volume: dict) -> str:
+            spacing = [f"{s:g}" for s in volume["spacing"]] if self.kind == "segment" else []
+            return " ".join([*volume["checksums"].values(), *spacing])
+
+        return {v["id"]: told(v) for v in self.volumes if ids is None or v["id"] in ids}
+
     def place(self, index: int) -> tuple[int, int]:
         """Slice number -> (volume's position in `volumes`, slice in that volume)."""
         volume = int(np.searchsorted(self.ends, index, side="right"))
@@ -70,7 +82,7 @@ class Store:
         volume, z = self.place(index)
         v = self.volumes[volume]
         out = np.empty((v["height"], v["width"]), np.uint8) if out is None else out
-        path = self.folder / f"{'label-' if label else ''}{v['id']}.npy"
+        path = array(self.folder, v["id"], label)
         try:
             with open(path, "rb", buffering=0) as f:
                 f.seek(-(v["slices"] - z) * out.size, os.SEEK_END)

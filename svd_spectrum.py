@@ -67,14 +67,14 @@ def main(argv: list[str] | None = None) -> None:
         values = metrics.singular_values(vectors)
         runs.append((backbone.name, values, metrics.effective_rank(values)))
         tqdm.write(f"{name}: effective rank {runs[-1][2]:.2f} of {vectors.shape[1]}, {len(vectors):,} vectors of "
-                   f"{len(slices)} slices")
+                   f"{len(slices)} slices" + f" (unfinished: {backbone.unfinished})" * bool(backbone.unfinished))
     what = f"{len(vectors):,} vectors ({'positions of' if args.positions else 'one for each of'} {len(slices)} slices)"
-    where = "the phantom's validation slices" if phantom else f"{data.name}, validation slices"
+    where = "the phantom's validation slices" if phantom else f"{store.name}, validation slices"
     path = args.out / ("spectrum-positions" if args.positions else "spectrum")
     args.out.mkdir(parents=True, exist_ok=True)
     header = ["backbone", "data", "vectors", "effective_rank", *range(1, 1 + max(len(r[1]) for r in runs))]
     report.write_csv(path.with_suffix(".csv"), [header, *(
-        [name, "phantom" if phantom else data.name, len(vectors), f"{rank:.4f}", *(f"{v:.6e}" for v in values)]
+        [name, "phantom" if phantom else store.name, len(vectors), f"{rank:.4f}", *(f"{v:.6e}" for v in values)]
         for name, values, rank in runs)])
     labelled = [(report.label(name, phantom), *rest) for name, *rest in runs]
     drawn = figures.attempt(figures.spectrum, path.with_suffix(".png"), labelled, f"{where}; {what}")

@@ -71,6 +71,8 @@ def parse(argv: list[str] | None):
     add("--report", action="store_true", help="print Tables 1 and 2 of what has been run; report.{md,csv,png} of --out")
     add("--predict", type=Path, metavar="VOLUME|FOLDER", help="write the organs of these CT volumes; no training")
     add("--run", help="with --predict: a run of --out, or its folder")
+    add("--predict-out", type=Path, metavar="FOLDER", help="with --predict: where to write (default: predictions in "
+        "the run's folder); another volume's prediction is never overwritten")
     return parser.parse_args(argv)
 
 
@@ -118,6 +120,15 @@ def choose_backbones(args, phantom: bool) -> list[str]:
     # beside them what they started from: ImageNet's weights, or random ones (and the run of those)
     inits = {json.loads((runs[r] / "config.json").read_text())["init"] for r in present}
     return ["imagenet" if "imagenet" in inits or not (inits or phantom) else "random", *(runs[r].name for r in present)]
+
+
+def tell_unfinished(args, names: list[str], phantom: bool, ranks: processes.Processes) -> None:
+    """Say before all work which backbones are runs that have not come to their end: what they are worth will change."""
+    for name in names:
+        if (args.out / name / "checkpoint.pt").exists():
+            backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
+            if backbone.unfinished and ranks.is_main:
+                print(f"note: {backbone.name}: {backbone.unfinished}; it is measured as it is and marked in the tables")
 
 
 # ------------------------------------------------------------------------------------------------------ training
@@ -244,8 +255,10 @@ def configure(args, backbone: backbones.Backbone, protocol: str, draw: int, stor
             "whitening": "fold" if protocol == "linear-frozen" else args.whitening, "iterations": args.iterations,
             "crop_size": args.crop_size, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
             "whole_slices": args.whole_slices, "window": list(args.window),
-            "data": "phantom" if phantom else Path(store.data).name, "slices": len(store),
-            "cases": tasks.cases(args.split, draw), "split_sha256": sums[0], "validation_sha256": sums[1]}
+            "data": "phantom" if phantom else store.name, "slices": len(store),
+            "cases": tasks.cases(args.split, draw),
+            "store": store.contents({*tasks.cases(args.split, draw), *tasks.cases("val")}),
+            "split_sha256": sums[0], "validation_sha256": sums[1]}
 
 
 def fit(trainer: Trainer, run: runs.Run, first: int) -> None:
@@ -332,7 +345,7 @@ def finish(trainer: Trainer, run: runs.Run, config: dict) -> None:
           f"{100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
     if args.save_predictions:
         for name, path in validation_files(trainer.store).items():
-            predict.write(folder, name, predicted[name.removeprefix("img")], volumes.read_volume(path))
+            predict.write(folder / "predictions", name, predicted[name.removeprefix("img")], volumes.read_volume(path))
     pictures(trainer.store, folder, title + ", on the generated phantom" * (config["data"] == "phantom"), table, ids,
          predicted)
 
@@ -365,11 +378,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.report:
         return report.write_report(args.out)
-    if args.predict or args.run:
+    if args.predict or args.run or args.predict_out:
         if not (args.predict and args.run):
             raise BadInput("--predict VOLUME_OR_FOLDER and --run RUN: give both")
         return predict.files(predict.find_volumes(args.predict), predict.find_run(args.run, args.out), args.amp,
-                             processes.start().device)
+                             processes.start().device, args.predict_out)
     data, phantom = intake.locate(args.data, "BTCV")
     settle(args, phantom)
     names = choose_backbones(args, phantom)
@@ -392,12 +405,13 @@ def main(argv: list[str] | None = None) -> None:
               f"{'/'.join(dict.fromkeys(f'{recipe(args, p).iterations:,}' for p in args.protocols))} "
               f"iterations of {args.batch_size} crops of {args.crop_size} px each, in {args.out / 'seg'}; "
               f"{processes.hardware()}")
+    tell_unfinished(args, names, phantom, ranks)
     for name in names:
         for draw in args.draws:
             for protocol in args.protocols:
                 train(args, name, protocol, draw, store, phantom, ranks)
     if ranks.is_main:
-        here = report.data_of({"data": "phantom" if phantom else Path(store.data).name, "slices": len(store)})
+        here = report.data_of({"data": "phantom" if phantom else store.name, "slices": len(store)})
         print(report.markdown([c for c in report.cells_of(args.out) if c["data"] == here]))
 
 

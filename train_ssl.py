@@ -148,6 +148,7 @@ def build(args, phantom: bool = False) -> MoCo:
         raise BadInput(f"--init {args.init}: is a {arch}; give --arch {arch} or another start")
     opened = backbones.open_backbone(args.init, args.out, args.arch, args.seed, "fold", phantom)
     backbone, args.init_checksum = opened.net, opened.pretraining["checksum"]
+    args.init_unfinished = opened.unfinished
     if args.zca:
         width = backbone.fc.in_features
         if width % args.zca_group:
@@ -276,10 +277,12 @@ def pretrain(args, store: datasets.Store, data: Path, phantom: bool, ranks: proc
     if not batches.steps_per_epoch:
         raise BadInput(f"{data}: {len(store)} slices are fewer than one batch of {args.batch_size} besides "
                        f"{len(batches.held_out)} held-out ones; lower --batch-size")
-    kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp")  # out of the config
+    kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp",
+            "init_unfinished")  # out of the config
     moco = build(args, phantom)  # before the run folder: weights that do not fit leave nothing behind
     config = {k: v for k, v in vars(args).items() if k not in kept}
-    config |= {"data": "phantom" if phantom else data.name, "volumes": len(store.volumes), "slices": len(store)}
+    config |= {"data": "phantom" if phantom else store.name, "volumes": len(store.volumes), "slices": len(store),
+               "store": store.contents()}
     run = runs.Run(args.out / args.name, config, args.overwrite, ranks.is_main)
     saved = run.resume()
     amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
@@ -308,6 +311,8 @@ def introduce(args, store, phantom, ranks, amp, first, last, trainer) -> None:
     print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
           f"{ranks.world} process(es), precision {amp}, {args.image_size} px; about {megabytes:,.0f} MB in "
           f"{args.out / args.name}; the time needed is told after {monitor.FLUSH} steps")
+    if args.init_unfinished:
+        print(f"note: {args.init}: {args.init_unfinished}; this run starts from it as it is")
     for line in advice(args, len(trainer.batches.trained), trainer.horizon):
         print(f"note: {len(trainer.batches.trained):,} slices are few: {line}", file=sys.stderr)
     if first:

@@ -17,9 +17,8 @@ def find_volumes(data: Path, kind: str) -> tuple[list[dict], list[dict]]:
     """
     if not data.is_dir():
         raise BadInput(f"{data}: no such folder; give --data the folder of the CT volumes")
-    for root in (data / "RawData" / "Training", data / "Training", data):
-        if (root / "img").is_dir():
-            return _find_btcv(root, kind)
+    if root := btcv_root(data):
+        return _find_btcv(root, kind)
     if kind == "segment":
         raise BadInput(f"{data}: no RawData/Training/img there; unpack BTCV's RawData.zip into it")
     files, skipped = [], []
@@ -47,6 +46,12 @@ def find_volumes(data: Path, kind: str) -> tuple[list[dict], list[dict]]:
     return [found[name] for name in sorted(found)], skipped
 
 
+def btcv_root(data: Path) -> Path | None:
+    """The folder of BTCV's img and label in a data folder, as RawData.zip or Abdomen.zip unpacks there, or None."""
+    return next((root for root in (data / "RawData" / "Training", data / "Abdomen" / "RawData" / "Training",
+                                   data / "Training", data) if (root / "img").is_dir()), None)
+
+
 def _skip(path: Path, reason: str, no_image: bool = False) -> dict:
     return {"file": str(path), "reason": reason, "no_image": no_image}
 
@@ -69,8 +74,11 @@ def _is_case(path: Path) -> bool:
 
 def _find_btcv(root: Path, kind: str) -> tuple[list[dict], list[dict]]:
     def numbered(part: str, name: str) -> dict[str, Path]:
-        found = sorted(p for p in (root / part).glob(f"{name}*") if p.name.endswith(SUFFIXES))
-        return {stem(p).removeprefix(name): p for p in found}
+        found: dict[str, Path] = {}
+        for path in sorted(p for p in (root / part).glob(f"{name}*") if p.name.endswith(SUFFIXES)):
+            if (other := found.setdefault(stem(path).removeprefix(name), path)) != path:
+                raise BadInput(f"{path}: the same case as {other}; remove one of the two")
+        return found
 
     images, labels = numbered("img", "img"), numbered("label", "label") if kind == "segment" else {}
     if not images:

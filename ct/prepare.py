@@ -4,6 +4,7 @@ A store is a folder with one .npy of 8-bit slices per volume (any NumPy can memo
 it that says what it was made from, and index.json. Two kinds:
 - pretrain: every slice padded to square with air and resampled to one size;
 - segment: every slice at its own size, with its label map in a second .npy.
+A store belongs to the resolved folder that it was made from; opened for another one it is refused.
 
     python datasets.py prepare --data data/AbdomenCT-1K
     python datasets.py prepare --data data/BTCV --kind segment
@@ -17,26 +18,29 @@ Both commands end with a list of everything skipped or odd, and with exit code 0
 import argparse
 import contextlib
 import ctypes
+import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import signal
 import sys
 import threading
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ct.intake import _skip, find_volumes
+from ct.intake import _skip, btcv_root, find_volumes
 from ct.tasks import ORGANS, cases
 from ct.volumes import BadInput, Volume, read_labels, read_volume
 
@@ -44,6 +48,8 @@ WINDOW = (-175.0, 250.0)  # HU
 SIZE = 512  # side of the slices kept for pre-training
 SHEET = 24  # slices on a contact sheet
 FORMAT = 3  # of the store; another number means: prepare again
+# what a file system without locks answers: Lustre without flock, NFS without lockd
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 PAPER = {"pretrain": (1062, 215_325), "segment": (30, 3017 + 762)}  # volumes, slices
 
 
@@ -84,7 +90,7 @@ def square(slices: np.ndarray, size: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(s).resize((size, size), Image.Resampling.BILINEAR)) for s in slices])
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
     """CRC-32 of a file, as gzip and zip have it: against damage, at a third of the time of SHA-256."""
     crc = 0
     with open(path, "rb") as f:
@@ -93,16 +99,22 @@ def _checksum(path: Path) -> str:
     return f"{crc:08x}"
 
 
+@functools.lru_cache(None)
+def _checksum_of(path: Path, size: int, mtime: int) -> str:
+    """`checksum`, once in a process for a file of this size and time."""
+    return checksum(path)
+
+
 def _stamp(path: Path | None) -> dict | None:
     if path is None:
         return None
-    return {"file": str(path), "bytes": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
+    return {"file": os.path.abspath(path), "bytes": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
 
 
 def _unchanged(source: dict, volume: dict) -> dict | None:
     """The record's source with today's times if the files are still the same, else None.
 
-    Size and time decide; where the time differs, the checksum.
+    Place, size and time decide; where the place or the time differs, the checksum.
     """
     now = {}
     for part in ("image", "label"):
@@ -112,8 +124,10 @@ def _unchanged(source: dict, volume: dict) -> dict | None:
                 return None
             now[part] = None
             continue
-        if old["bytes"] != new["bytes"] or (old["mtime"] != new["mtime"]
-                                            and old["checksum"] != _checksum(volume[part])):
+        if old["bytes"] != new["bytes"]:
+            return None
+        if ((old["file"], old["mtime"]) != (new["file"], new["mtime"])
+                and old["checksum"] != _checksum_of(volume[part], new["bytes"], new["mtime"])):
             return None
         now[part] = new | {"checksum": old["checksum"]}
     return now
@@ -143,29 +157,43 @@ def _describe(volume: dict, kind: str, window: tuple[float, float]) -> tuple[dic
     return record, slices, labels
 
 
+def _base(volume: str) -> str:
+    """The name of a volume's files in a store: its id, kept apart from index.json, label-*.npy and hidden files."""
+    return "_" * (volume.lower() in ("", "index") or volume.lower().startswith(("label-", "_", "."))) + volume
+
+
+def array(store: Path, volume: str, label: bool = False) -> Path:
+    """The file of a volume's slices in a store, or of its label maps."""
+    return store / f"{'label-' * label}{_base(volume)}.npy"
+
+
+def _record(store: Path, volume: str) -> Path:
+    return store / f"{_base(volume)}.json"
+
+
 def _prepare_volume(volume: dict, store: Path, kind: str, window: tuple[float, float], size: int) -> dict:
     """One volume into the store. Returns its record; raises BadInput. The .json is written last: no half volume."""
-    source = {part: _stamp(volume[part]) and _stamp(volume[part]) | {"checksum": _checksum(volume[part])}
+    source = {part: _stamp(volume[part]) and _stamp(volume[part]) | {"checksum": checksum(volume[part])}
               for part in ("image", "label")}  # before it is read: a file that changes meanwhile is read again
     record, slices, labels = _describe(volume, kind, window)
-    arrays = {"": slices, "label-": labels} if kind == "segment" else {"": square(slices, size)}
-    record["slices"], record["height"], record["width"] = arrays[""].shape
+    arrays = {False: slices, True: labels} if kind == "segment" else {False: square(slices, size)}
+    record["slices"], record["height"], record["width"] = arrays[False].shape
     record |= {"format": FORMAT, "window": list(window), "size": size, "source": source, "checksums": {}}
-    done = store / f"{volume['id']}.json"
+    done = _record(store, volume["id"])
     done.unlink(missing_ok=True)  # from here to the last line there is no such volume
-    for prefix, array in arrays.items():
-        path = store / f"{prefix}{volume['id']}.npy"
+    for label, voxels in arrays.items():
+        path = array(store, volume["id"], label)
         with _part(path) as part:
-            np.save(part, array)
-            record["checksums"][path.name] = _checksum(part)
+            np.save(part, voxels)
+            record["checksums"][path.name] = checksum(part)
     _write_json(done, record)
     return record
 
 
 @contextlib.contextmanager
 def _part(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, of this process alone, that is renamed to it in the end."""
-    part = path.with_name(f".{os.getpid()}.{path.name}")
+    """A temporary name beside `path`, of this process alone among all machines, that is renamed to it in the end."""
+    part = path.with_name(f".{os.getpid()}-{uuid.uuid4().hex[:8]}.{path.name}")
     try:
         yield part
         os.replace(part, path)
@@ -178,9 +206,9 @@ def _write_json(path: Path, value: object) -> None:
         part.write_text(json.dumps(value, indent=1))
 
 
-def _kept(volume: dict, store: Path, window: tuple[float, float], size: int) -> dict | None:
+def _kept(volume: dict, store: Path, window: tuple[float, float], size: int, renew: bool) -> dict | None:
     """The record of a volume that an earlier preparation finished and that is still right, else None."""
-    path = store / f"{volume['id']}.json"
+    path = _record(store, volume["id"])
     try:
         record = json.loads(path.read_text())
         source = _unchanged(record["source"], volume)
@@ -190,7 +218,8 @@ def _kept(volume: dict, store: Path, window: tuple[float, float], size: int) -> 
         return None
     if right and source != record["source"]:  # copied or touched: spare the next start the checksum
         record["source"] = source
-        _write_json(path, record)
+        if renew:
+            _write_json(path, record)
     return record if right else None
 
 
@@ -198,7 +227,7 @@ def _accepted(store: Path) -> dict[str, dict]:
     """What `prepare --skip-bad` left out before, by image."""
     try:
         return {e["file"]: e for e in json.loads((store / "index.json").read_text())["skipped"] if "stamps" in e}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
@@ -218,8 +247,9 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
     """Make or complete the store of `kind` (pretrain, segment) below the folder `store`: (its folder, its index).
 
     Volumes are read in `workers` processes. What an earlier call finished is kept if its source and settings are
-    unchanged. A second process waits for the first. Raises BadInput when volumes cannot be
-    used, all named on stderr, unless `skip_bad`: then they are left out, by later calls too, and listed.
+    unchanged; where that is all, nothing is locked or written. A second process waits for the first. Raises BadInput
+    for a store of another folder, and when volumes cannot be used, all named on stderr, unless `skip_bad`: then they
+    are left out, by later calls too, and listed.
     """
     window = tuple(float(w) for w in window)
     if not window[0] < window[1]:
@@ -229,22 +259,31 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
     # a folder of its own for another window: a run that reads this one must not find its slices exchanged
     folder = store / (name if window == WINDOW else f"{name}-{window[0]:g}-{window[1]:g}")
     found, skipped = find_volumes(data, kind)
+    owner, complete = str(data.resolve()), None
+
+    def index_of(records: dict[str, dict], left_out: list[dict]) -> dict:
+        return {"format": FORMAT, "kind": kind, "data": owner, "window": list(window), "size": size,
+                "volumes": [records[k] for k in sorted(records)], "skipped": skipped + left_out}
+
     try:
+        there = _index(folder, owner)
+        records, left_out, todo = _survey(found, folder, window, size)
+        if records and not todo:  # complete: opened without a lock, and where nothing can be written
+            complete = index_of(records, left_out)
+            if there == complete:
+                return folder, complete
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{folder}: waiting for another process that prepares it", file=sys.stderr)
-                fcntl.lockf(lock, fcntl.LOCK_EX)
-            records, left_out = _complete(found, folder, kind, window, size, workers, skip_bad)
+        with _locked(folder) as alone:
+            there = _index(folder, owner)  # again: who was waited for may have made it, from another folder
+            records, left_out = _complete(found, folder, kind, window, size, workers, skip_bad, alone)
             if not records:
                 raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
-            index = {"format": FORMAT, "kind": kind, "data": str(data.resolve()), "window": list(window), "size": size,
-                     "volumes": [records[k] for k in sorted(records)], "skipped": skipped + left_out}
-            if not (folder / "index.json").exists() or json.loads((folder / "index.json").read_text()) != index:
+            index = index_of(records, left_out)
+            if there != index:
                 _write_json(folder / "index.json", index)
     except OSError as e:
+        if complete:
+            return folder, complete
         raise BadInput(f"{e.filename or folder}: {e.strerror or e} (while preparing {folder}); run the same command "
                        "again when that is mended") from None
     except (BrokenProcessPool, MemoryError):
@@ -253,22 +292,74 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
     return folder, index
 
 
-def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, float], size: int, workers: int,
-              skip_bad: bool) -> tuple[dict[str, dict], list[dict]]:
-    """Prepare what is missing in a store that this process has locked: (records by id, left out)."""
-    for part in folder.glob(".[0-9]*.*"):  # of a process that was killed while it wrote
-        part.unlink(missing_ok=True)
-    records = {v["id"]: r for v in found if (r := _kept(v, folder, window, size))}
+def _index(folder: Path, data: str) -> dict | None:
+    """A store's index, None where it has none that is whole. Raises BadInput where it was made from another folder."""
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        owner = index.get("data", data)
+    except (OSError, ValueError, AttributeError):
+        return None
+    if owner != data:
+        raise BadInput(f"{folder}: was made from {owner}, not from {data}; give another --store (or, if that folder "
+                       f"has moved, delete {folder / 'index.json'}: each volume is then compared by its checksum)")
+    return index
+
+
+def lock(file: IO, wait: bool = False) -> bool:
+    """Lock an open file for this process, until it ends or closes it. Raises BlockingIOError where another has it.
+
+    False, with a warning, on a file system that has no locks.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(e.errno, e.strerror) from None
+        if e.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {Path(file.name).parent}: no locks on this file system ({e.strerror}); going on without, so "
+              "let no other process write there meanwhile", file=sys.stderr)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a store's lock, waited for if need be; False where there are no locks."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            alone = lock(file)
+        except BlockingIOError:
+            print(f"{folder}: waiting for another process that prepares it", file=sys.stderr)
+            alone = lock(file, wait=True)
+        yield alone
+
+
+def _survey(found: list[dict], folder: Path, window: tuple[float, float], size: int,
+            renew: bool = False) -> tuple[dict[str, dict], list[dict], list[dict]]:
+    """What a store has and lacks: (records by id, what --skip-bad left out before, volumes to prepare).
+
+    With `renew`, the record of a volume whose file was only copied or touched is written anew; else nothing is.
+    """
+    records = {v["id"]: r for v in found if (r := _kept(v, folder, window, size, renew))}
     accepted = _accepted(folder)
     left_out = [e for v in found if v["id"] not in records and (e := accepted.get(str(v["image"])))
                 and e["stamps"] == _stamps(v)]
     known = {e["file"] for e in left_out}
-    todo = [v for v in found if v["id"] not in records and str(v["image"]) not in known]
-    if changed := [v["id"] for v in todo if (folder / f"{v['id']}.json").exists()]:
+    return records, left_out, [v for v in found if v["id"] not in records and str(v["image"]) not in known]
+
+
+def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, float], size: int, workers: int,
+              skip_bad: bool, alone: bool) -> tuple[dict[str, dict], list[dict]]:
+    """Prepare what is missing in a store: (records by id, left out). alone: this process has locked it."""
+    for part in folder.glob(".[0-9]*.*") if alone else ():  # of a process that was killed while it wrote
+        part.unlink(missing_ok=True)
+    records, left_out, todo = _survey(found, folder, window, size, renew=True)
+    if changed := [v["id"] for v in todo if _record(folder, v["id"]).exists()]:
         print(f"{folder}: {len(changed)} volumes changed since, or are damaged there; preparing them again: "
               f"{', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}", file=sys.stderr)
     bad = []
-    work = partial(_prepare_volume, store=folder, kind=kind, window=window, size=size)
+    work = functools.partial(_prepare_volume, store=folder, kind=kind, window=window, size=size)
     for volume, outcome in _in_processes(work, todo, workers, f"preparing {folder}"):
         if isinstance(outcome, BadInput):
             bad.append(_skip(volume["image"], str(outcome)) | {"stamps": _stamps(volume)})
@@ -319,7 +410,7 @@ def audit(data: Path, kind: str, workers: int, store: Path, draw: Callable | Non
     """
     found, skipped = find_volumes(data, kind)
     good, bad = [], []
-    for volume, outcome in _in_processes(partial(_inspect, kind=kind), found, workers, f"reading {data}"):
+    for volume, outcome in _in_processes(functools.partial(_inspect, kind=kind), found, workers, f"reading {data}"):
         if isinstance(outcome, BadInput):
             bad.append(_skip(volume["image"], str(outcome)))
         else:
@@ -391,18 +482,27 @@ def verify(store: Path) -> int:
     if not indices:
         raise BadInput(f"{store}: nothing was prepared there; give --store")
     damaged = [path for index in indices for record in json.loads(index.read_text())["volumes"]
-               for name, checksum in record["checksums"].items()
-               if not (path := index.parent / name).exists() or _checksum(path) != checksum]
+               for name, written in record["checksums"].items()
+               if not (path := index.parent / name).exists() or checksum(path) != written]
     for path in damaged:
         print(f"{path}: damaged; delete it, and it will be prepared again")
     print(f"{store}: {len(damaged)} damaged arrays")
     return len(damaged)
 
 
+def name_of(data: Path) -> str:
+    """A data folder's own name; `.` and links have that of the folder they stand for."""
+    return data.resolve().name or "root"
+
+
 def default_store(data: Path) -> Path:
-    """Where a data folder's slices go unless --store says otherwise: stores/NAME (with the phantom's parent's)."""
+    """Where a data folder's slices go unless --store says otherwise: stores/NAME-HASH, the hash that of its whole path.
+
+    The phantom's folders have its name before their own.
+    """
     data = data.resolve()
-    return Path("stores") / (f"{data.parent.name}-{data.name}" if data.parent.name == "phantom" else data.name)
+    name = f"{data.parent.name}-{data.name}" if data.parent.name == "phantom" else name_of(data)
+    return Path("stores") / f"{name}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:8]}"
 
 
 def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
@@ -412,15 +512,14 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the CT volumes")
     parser.add_argument("--kind", choices=("pretrain", "segment"),
                         help="default: segment for BTCV's layout, else pretrain")
-    parser.add_argument("--store", type=Path, help="folder of the slices (default stores/NAME_OF_DATA)")
+    parser.add_argument("--store", type=Path, help="folder of the slices (default stores/NAME-HASH of --data)")
     parser.add_argument("--size", type=int, default=SIZE, help="prepare: side of the pre-training slices")
     parser.add_argument("--window", type=float, nargs=2, default=WINDOW, metavar=("LOW", "HIGH"), help="HU window")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--skip-bad", action="store_true", help="leave out unusable volumes: listed, but no failure")
     parser.add_argument("--verify", action="store_true", help="audit: compare the store with its checksums instead")
     args = parser.parse_args(argv)
-    btcv = any((args.data / p / "img").is_dir() for p in ("RawData/Training", "Training", "."))
-    kind = args.kind or ("segment" if btcv else "pretrain")
+    kind = args.kind or ("segment" if btcv_root(args.data) else "pretrain")
     folder = args.store or default_store(args.data)
     try:
         if args.command == "audit" and args.verify:
@@ -432,8 +531,8 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
             places = [(v["id"], z) for v in index["volumes"] for z in range(v["slices"])]
             print(f"{store}: {len(index['volumes'])} volumes, {len(places):,} slices")
             picked = [places[i] for i in np.linspace(0, len(places) - 1, min(SHEET, len(places))).astype(int)]
-            slices, labels = ([np.load(store / f"{prefix}{name}.npy", mmap_mode="r")[z] for name, z in picked]
-                              if not prefix or kind == "segment" else None for prefix in ("", "label-"))
+            slices, labels = ([np.load(array(store, name, label), mmap_mode="r")[z] for name, z in picked]
+                              if not label or kind == "segment" else None for label in (False, True))
             _contact_sheet(draw, store / "contact_sheet.png", slices, [f"{n} slice {z}" for n, z in picked], labels)
             skipped = _tell_skipped(index["volumes"], index["skipped"])
     except BadInput as e:

@@ -26,6 +26,9 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 SUFFIXES = (".nii.gz", ".nii")
 # A file's axes in the order (x, y, z) towards Left, Posterior, Superior; transposed, that is (Z, Y, X).
 DISPLAY = axcodes2ornt(("L", "P", "S"))
+# a header's fields that say where a voxel lies
+PLACE = ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
+         "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
 MAX_VOXELS = 2**31  # 2,147 million: 8,000 slices of 512 x 512. A header that declares more is damaged.
 BLOCK = 1 << 20  # bytes of a compressed file that are read at once
 MAX_RATIO = 1100  # of gzip's compression: deflate cannot do better than 1,032
@@ -120,20 +123,18 @@ def is_phantom(path: Path) -> bool:
 def write_labels(path: str | os.PathLike, labels: np.ndarray, volume: Volume) -> None:
     """Write labels (Z, Y, X) of `volume`'s display grid as uint8 NIfTI on the volume file's own grid.
 
-    The file's affine, units and form codes are kept; it appears whole or not at all.
-    Raises ValueError when the shape is not the volume's.
+    All that says where a voxel lies is copied from the file's header as it stands, qform and sform each: one computed
+    from the other would move the labels for readers that prefer the other (ITK the qform, where the sform is sheared).
+    The file appears whole or not at all. Raises ValueError when the shape is not the volume's.
     """
     if labels.shape != volume.stored.shape:
         raise ValueError(f"labels of shape {labels.shape} for a volume of {volume.stored.shape}")
     back = ornt_transform(DISPLAY, io_orientation(volume.affine))
     data = apply_orientation(labels.astype(np.uint8).transpose(2, 1, 0), back)
-    header = nib.Nifti1Header()
-    header.set_data_dtype(np.uint8)
-    header.set_xyzt_units("mm")
-    header["descrip"] = volume.header["descrip"]  # a phantom's labels stay marked as such
-    image = nib.Nifti1Image(data, None, header)
-    image.set_qform(volume.affine, int(volume.header["qform_code"]) or None)
-    image.set_sform(volume.affine, int(volume.header["sform_code"]) or 1)
+    image = (nib.Nifti2Image if isinstance(volume.header, nib.Nifti2Header) else nib.Nifti1Image)(data, None)
+    image.set_data_dtype(np.uint8)
+    for field in (*PLACE, "descrip"):  # a phantom's labels stay marked as such
+        image.header[field] = volume.header[field]
     path = Path(path)
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:

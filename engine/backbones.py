@@ -87,6 +87,12 @@ class Backbone:
     name: str
     pretraining: dict
 
+    @property
+    def unfinished(self) -> str:
+        """`its pre-training is at step 3 of 15` for a run that has not reached its horizon, else nothing."""
+        step, horizon = self.pretraining["step"], self.pretraining["horizon"]
+        return f"its pre-training is at step {step:,} of {horizon:,}" if horizon and step < horizon else ""
+
 
 def open_backbone(name: str, out: Path, arch: str, seed: int, whitening: str, phantom: bool) -> Backbone:
     """A backbone by name, see `resolve`: a run of `out`, imagenet, random or a file (these of architecture `arch`).

@@ -1,11 +1,13 @@
 """The organs of anyone's CT, by a finished segmentation run: NIfTI in, NIfTI on the same grid out.
 
-    python train_seg.py --predict my_ct.nii.gz --run RUN
+    python train_seg.py --predict my_ct.nii.gz --run RUN [--predict-out FOLDER]
 
+Beside the predictions, sources.jsonl says which volume each is of: none is overwritten by another volume's.
 `volume` is also what evaluates a run, so a prediction of a validation volume is the evaluated one, voxel for voxel.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from ct.volumes import BadInput
 from engine import backbones, processes, runs
 from segment import Segmenter
 
+SOURCES = "sources.jsonl"  # beside predictions: which volume each is of
 BATCH = 8  # slices predicted at once
 PADDING = -8192  # HU; scanners write -1024 to -8192 where they measured nothing
 HIGHEST = 32767  # HU that 16 bits can hold
@@ -88,14 +91,19 @@ def find_volumes(source: Path) -> dict[str, Path]:
     found, _ = intake.find_volumes(source, "pretrain")
     stems = [volumes.stem(v["image"]) for v in found]
     # the file's own name, unless two subfolders have a file of that name
-    return {stem if stems.count(stem) == 1 else v["id"]: v["image"] for stem, v in zip(stems, found, strict=True)}
+    names = [stem if stems.count(stem) == 1 else v["id"] for stem, v in zip(stems, found, strict=True)]
+    if len(set(names)) < len(names):  # a__ct.nii.gz beside a/ct.nii.gz and b/ct.nii.gz
+        names = [v["id"] for v in found]
+    return {name: v["image"] for name, v in zip(names, found, strict=True)}
 
 
-def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device) -> None:
-    """Write the labels that the run in `folder` gives to these volumes: folder/predictions/NAME.nii.gz.
+def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, into: Path | None = None) -> None:
+    """Write the labels that the run in `folder` gives to these volumes: NAME.nii.gz in `into` (folder/predictions).
 
-    Volumes that cannot be used are left out and, at the end, raise one BadInput.
+    Volumes that cannot be used, and those whose place another volume's prediction has, are left out and, at the end,
+    raise one BadInput.
     """
+    into = into or folder / "predictions"
     config, saved = json.loads((folder / "config.json").read_text()), runs.load(folder / "checkpoint.pt", device)
     model = Segmenter(backbones.architecture(config["arch"]), config["protocol"], len(tasks.ORGANS))
     model.load_state_dict(saved["model"])
@@ -107,12 +115,13 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device) 
     for name, path in tqdm(paths.items(), "predicting", unit="volume", disable=several, leave=False):
         try:
             read, levels = read_ct(path, config["window"])
+            refuse_another(into / f"{name}.nii.gz", path)  # before the work
         except BadInput as e:
             bad.append(str(e))
             continue
         labels = volume(model, levels, config["crop_size"], amp, device, name)
         foreign = config["data"] == "phantom" and not read.is_phantom
-        tqdm.write(f"{write(folder, name, labels, read)}: {len(np.unique(labels[labels > 0]))} organs in {len(labels)} "
+        tqdm.write(f"{write(into, name, labels, read)}: {len(np.unique(labels[labels > 0]))} organs in {len(labels)} "
                    "slices" + ", by a model that knows only the generated phantom" * foreign)
     for line in bad[1:]:
         print(line, file=sys.stderr)
@@ -121,8 +130,31 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device) 
 
 
 def write(folder: Path, name: str, labels: np.ndarray, read: volumes.Volume) -> Path:
-    """Labels (Z, Y, X) as folder/predictions/NAME.nii.gz on the grid of the volume's file; returns that path."""
-    path = folder / "predictions" / f"{name}.nii.gz"
-    path.parent.mkdir(exist_ok=True)
-    volumes.write_labels(path, labels, read)
+    """Labels (Z, Y, X) as folder/NAME.nii.gz on the grid of the volume's file; returns that path.
+
+    Raises BadInput where another volume's prediction is in its place, or nothing can be written.
+    """
+    path = folder / f"{name}.nii.gz"
+    refuse_another(path, read.path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.append(folder / SOURCES, [{"prediction": name, "volume": os.path.realpath(read.path),
+                                        "checksum": prepare.checksum(read.path)}])
+        volumes.write_labels(path, labels, read)
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({e.strerror}); give another --predict-out") from None
     return path
+
+
+def refuse_another(path: Path, source: Path) -> None:
+    """Raise BadInput where a prediction exists that is not of `source`, neither by its place nor by its content."""
+    if not os.path.lexists(path):
+        return
+    listed = path.parent / SOURCES
+    known = {r.get("prediction"): r for r in (runs.read_log(listed) if listed.exists() else ())}
+    owner = known.get(path.name.removesuffix(".nii.gz"))
+    if owner and (owner.get("volume") == os.path.realpath(source) or owner.get("checksum") == prepare.checksum(source)):
+        return
+    whose = owner.get("volume") if owner else "no known volume"
+    raise BadInput(f"{path}: exists and is the prediction of {whose}, not of {source}; give --predict-out FOLDER, or "
+                   "move it away")

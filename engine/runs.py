@@ -1,7 +1,6 @@
 """The run folder: files that are whole or absent, checkpoints, the log, and what makes a run go on or stop."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -14,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ct.prepare import lock
 from ct.volumes import BadInput
 from engine.processes import Processes, on_main
 
+SHOWN = 8  # differing settings that a refusal names
 MAKE_ROOM = "make room there and run the same command again"
 
 
@@ -117,7 +118,7 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "w")  # noqa: SIM115 (held as long as the run)
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self.lock)
         except (BlockingIOError, PermissionError) as e:
             if e.filename:
                 raise BadInput(f"{e.filename}: cannot be written ({e.strerror}); give another --out") from None
@@ -146,7 +147,8 @@ class Run:
         differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new})
                      if old.get(k) != new.get(k)]
         if differing:
-            raise BadInput(f"{self.folder}: was started with other settings ({'; '.join(differing)}); "
+            more = f"; and {len(differing) - SHOWN} more" * (len(differing) > SHOWN)
+            raise BadInput(f"{self.folder}: was started with other settings ({'; '.join(differing[:SHOWN])}{more}); "
                            "give the same ones, another --name, or --overwrite")
 
     def resume(self) -> dict | None:

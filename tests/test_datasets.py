@@ -1,5 +1,6 @@
 """datasets.py: layouts, stores, splits; what changed is prepared again, what is bad is named."""
 
+import errno
 import fcntl
 import json
 import os
@@ -139,15 +140,15 @@ def test_only_what_changed_is_prepared_again(abdomen, tmp_path, monkeypatch):
     (store.folder / "Case_00003.npy").unlink()
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", (-100, 200), 20)
-    assert done == [["Case_00001", "Case_00002", "Case_00003"], [], [], ["Case_00002"], ["Case_00003"],
-                    ["Case_00001", "Case_00002", "Case_00003"]]
+    assert [ids for ids in done if ids] == [["Case_00001", "Case_00002", "Case_00003"], ["Case_00002"], ["Case_00003"],
+                                            ["Case_00001", "Case_00002", "Case_00003"]]
 
 
 def test_a_new_time_costs_a_checksum_once(abdomen, tmp_path, monkeypatch):
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     os.utime(abdomen / "part0" / "Case_00002_0000.nii.gz", ns=(1, 1))
-    real, read = prepare._checksum, []
-    monkeypatch.setattr(prepare, "_checksum", lambda path: read.append(path.name) or real(path))
+    real, read = prepare.checksum, []
+    monkeypatch.setattr(prepare, "checksum", lambda path: read.append(path.name) or real(path))
     for _ in range(2):
         datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     assert read == ["Case_00002_0000.nii.gz"]
@@ -275,6 +276,175 @@ def test_bad_volumes_are_named_and_may_be_left_out(abdomen, tmp_path):
     assert len(again.volumes) == 2 and len(again.skipped) == 1
     write(bad, ct(2, (20, 16, 5)))
     assert len(datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20).volumes) == 3
+
+
+def test_a_store_is_named_after_the_whole_path_of_its_folder(abdomen, tmp_path, monkeypatch):
+    (tmp_path / "other" / "A").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(abdomen)
+    own = prepare.default_store(abdomen)
+    assert re.fullmatch(r"A-[0-9a-f]{8}", own.name) and own.parent == Path("stores")
+    assert prepare.default_store(tmp_path / "other" / "A") not in (own, prepare.default_store(tmp_path))
+    assert prepare.default_store(tmp_path / "link") == own == prepare.default_store(Path("A"))
+    assert re.fullmatch(r"root-[0-9a-f]{8}", prepare.default_store(Path("/")).name)
+    monkeypatch.chdir(abdomen)
+    assert prepare.default_store(Path(".")) == own
+    assert datasets.prepare(Path("."), tmp_path / "s", "pretrain", size=20).name == "A"
+
+
+def test_a_store_of_another_folder_is_refused(abdomen, tmp_path, refusal):
+    """Named both, with the flag; the folder's content under a new name is taken over without being prepared."""
+    flags = ["prepare", "--store", tmp_path / "s", "--size", 20, "--data"]
+    datasets.main([str(a) for a in (*flags, abdomen)])
+    record = tmp_path / "s/pretrain-20/Case_00001.json"
+    made = record.with_suffix(".npy").stat().st_mtime_ns
+    moved = tmp_path / "B"
+    shutil.copytree(abdomen, moved)
+    line = refusal(datasets.main, [*flags, moved])
+    assert all(str(x) in line for x in (abdomen, moved, tmp_path / "s/pretrain-20", "--store"))
+    assert datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20).data == str(abdomen)  # as it was
+    (tmp_path / "s/pretrain-20/index.json").unlink()
+    write(moved / "part0" / "Case_00002_0000.nii.gz", ct(7, (20, 16, 5)))
+    store = datasets.prepare(moved, tmp_path / "s", "pretrain", size=20)
+    assert record.with_suffix(".npy").stat().st_mtime_ns == made and store.data == str(moved)
+    assert json.loads(record.read_text())["source"]["image"]["file"].startswith(str(moved))
+    fresh = datasets.prepare(moved, tmp_path / "fresh", "pretrain", size=20)
+    np.testing.assert_array_equal(store.batch(np.arange(15)), fresh.batch(np.arange(15)))
+
+
+def test_two_folders_at_once_into_one_store(abdomen, tmp_path, monkeypatch):
+    """Who has waited for the lock finds another's store, and leaves it as it is."""
+    shutil.copytree(abdomen, tmp_path / "B")
+    index = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20).folder / "index.json"
+    made = index.read_text()
+    index.unlink()
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: index.write_text(made))  # the other one has just ended
+    with pytest.raises(BadInput, match="was made from"):
+        datasets.prepare(tmp_path / "B", tmp_path / "s", "pretrain", size=20)
+    assert index.read_text() == made
+
+
+def test_a_file_of_the_same_size_and_time_in_another_folder_is_another_file(tmp_path):
+    for name, seed in (("A", 1), ("B", 2)):
+        write(tmp_path / name / "scan.nii", ct(seed))
+        os.utime(tmp_path / name / "scan.nii", ns=(1, 1))  # as some archives leave them
+    datasets.prepare(tmp_path / "A", tmp_path / "s", "pretrain", size=20)
+    (tmp_path / "s/pretrain-20/index.json").unlink()  # killed before it was written
+    store = datasets.prepare(tmp_path / "B", tmp_path / "s", "pretrain", size=20)
+    fresh = datasets.prepare(tmp_path / "B", tmp_path / "fresh", "pretrain", size=20)
+    np.testing.assert_array_equal(store.slice(0), fresh.slice(0))
+
+
+def test_a_torn_index_is_written_again(abdomen, tmp_path):
+    index = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20).folder / "index.json"
+    whole = index.read_text()
+    for torn in (whole[:50], "", "[1]"):
+        index.write_text(torn)
+        assert len(datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)) == 15
+        assert json.loads(index.read_text()) == json.loads(whole)
+
+
+def test_a_volume_may_have_any_name(tmp_path, capsys):
+    """That of a file of the store's own too, or the one that such a volume's files get."""
+    names = ("index", "_index", "Index", "label-a", "a", "_label-a", "__label-a")
+    for i, name in enumerate(names):
+        write(tmp_path / "A" / f"{name}.nii.gz", ct(i))
+    for _ in range(2):
+        store = datasets.prepare(tmp_path / "A", tmp_path / "s", "pretrain", size=20)
+        assert [v["id"] for v in store.volumes] == sorted(names) and prepare.verify(tmp_path / "s") == 0
+    assert "preparing them again" not in capsys.readouterr().err
+    for i, name in enumerate(names):
+        (tmp_path / str(i)).mkdir()
+        shutil.copy(tmp_path / "A" / f"{name}.nii.gz", tmp_path / str(i) / "x.nii.gz")
+        alone = datasets.prepare(tmp_path / str(i), tmp_path / f"s{i}", "pretrain", size=20)
+        np.testing.assert_array_equal(store.slice(int(store.of([name])[0])), alone.slice(0))
+
+
+def test_cases_of_btcv_may_have_any_name(tmp_path):
+    """The slices of a case `label-0001` and the label of case 0001."""
+    for i, case in enumerate(("0001", "label-0001", "")):
+        write(tmp_path / "img" / f"img{case}.nii.gz", ct(i))
+        write(tmp_path / "label" / f"label{case}.nii.gz", np.full((20, 16, 4), i + 1, np.uint8))
+    store = datasets.prepare(tmp_path, tmp_path / "s", "segment")
+    for i, case in enumerate(("0001", "label-0001", "")):
+        assert (store.slice(int(store.of([case])[0]), label=True) == i + 1).all()
+
+
+@pytest.mark.parametrize("part", ["img", "label"])
+def test_one_case_zipped_and_unzipped_is_told(btcv, tmp_path, part):
+    for suffix in (".nii", ".nii.gz"):
+        path = btcv / "RawData/Training" / part / f"{part}0035{suffix}"
+        write(path, np.ones((20, 16, 4), np.uint8))
+    with pytest.raises(BadInput, match=f"{part}0035.nii.gz: the same case as .*{part}0035.nii;"):
+        datasets.prepare(btcv, tmp_path / "s", "segment")
+
+
+def test_btcv_is_found_where_its_zip_files_unpack(btcv, tmp_path, capsys):
+    (tmp_path / "C").mkdir()
+    (btcv / "RawData").rename(tmp_path / "C" / "RawData")
+    (tmp_path / "D").mkdir()
+    (tmp_path / "C").rename(tmp_path / "D" / "Abdomen")
+    code, out = outcome(capsys, "prepare", "--data", tmp_path / "D", "--store", tmp_path / "s")
+    assert code == 0 and f"{tmp_path / 's/segment'}: 3 volumes, 12 slices" in out
+    assert [v["id"] for v in intake.find_volumes(tmp_path / "D", "pretrain")[0]] == ["0001", "0002", "0035"]
+
+
+def no_locks(monkeypatch, number=errno.ENOLCK):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_without_locks_a_store_is_made_with_a_warning_and_opened_without_one(abdomen, tmp_path, monkeypatch, capsys,
+                                                                             number):
+    no_locks(monkeypatch, number)
+    (tmp_path / "s/pretrain-20").mkdir(parents=True)
+    others = tmp_path / "s/pretrain-20/.99-ab.Case_00001.npy"  # perhaps being written, on another machine
+    others.write_bytes(b"half")
+    assert len(datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)) == 15
+    assert "no locks on this file system" in capsys.readouterr().err and others.exists()
+    assert len(datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)) == 15
+    assert capsys.readouterr().err == "" and prepare.verify(tmp_path / "s") == 0
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_a_complete_store_that_cannot_be_written_to_is_used(abdomen, tmp_path, monkeypatch, touched):
+    """Its sources copied meanwhile, too; one that is not complete is one line."""
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    folder = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20).folder
+    if touched:
+        os.utime(abdomen / "part0" / "Case_00002_0000.nii.gz", ns=(1, 1))
+    before = {p.name: p.stat().st_mtime_ns for p in (folder, *folder.iterdir())}
+    monkeypatch.setattr(os, "replace", refuse)
+    real = open
+    monkeypatch.setattr("builtins.open", lambda p, mode="r", *rest: (refuse if mode == "w" else real)(p, mode, *rest))
+    assert len(datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)) == 15
+    assert before == {p.name: p.stat().st_mtime_ns for p in (folder, *folder.iterdir())}
+    (abdomen / "part1" / "Case_00003_0000.nii.gz").rename(abdomen / "part1" / "Case_00009_0000.nii.gz")
+    with pytest.raises(BadInput, match="Read-only file system .while preparing"):
+        datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+
+
+def test_a_fingerprint_knows_slices_labels_and_spacing_alone(btcv, tmp_path):
+    def contents():
+        return datasets.prepare(btcv, tmp_path / "s", "segment").contents()
+
+    first, folder = contents(), btcv / "RawData/Training"
+    assert set(first) == {"0001", "0002", "0035"}
+    os.utime(folder / "img/img0001.nii.gz", ns=(1, 1))
+    assert contents() == first
+    write(folder / "label/label0001.nii.gz", np.ones((20, 16, 4), np.uint8))
+    write(folder / "img/img0002.nii.gz", ct(9))
+    for part in ("img", "label"):
+        path = folder / f"{part}/{part}0035.nii.gz"
+        write(path, np.asarray(nib.load(path).dataobj), AFFINE @ np.diag([1, 1, 2, 1]))
+    second = contents()
+    assert [[a == b for a, b in zip(first[c].split(), second[c].split(), strict=True)] for c in sorted(first)] == [
+        [True, False, True, True, True], [False, True, True, True, True], [True, True, False, True, True]]
+    assert datasets.prepare(btcv, tmp_path / "s", "segment").contents(["0002"]) == {"0002": second["0002"]}
 
 
 def test_verify_finds_a_flipped_bit_and_what_was_deleted(abdomen, tmp_path, capsys):

@@ -47,12 +47,12 @@ def labels(path):
 
 def test_a_prediction_is_the_evaluations_own_voxel_for_voxel(small_phantom, out):
     folder = out / "seg" / RUN / "predictions"
-    kept = {p.name: labels(p) for p in sorted(folder.glob("*"))}
+    kept = {p.name: labels(p) for p in sorted(folder.glob("*.nii.gz"))}
     assert list(kept) == [f"img{case}.nii.gz" for case in tasks.cases("val")]
     assert len(np.unique(np.concatenate([x.ravel() for x in kept.values()]))) > 1  # more than background
     shutil.rmtree(folder)
     go(out, small_phantom / "BTCV")  # a folder in BTCV's layout: all 30
-    assert len(list(folder.glob("*"))) == 30
+    assert len(list(folder.glob("*.nii.gz"))) == 30
     for name, expected in kept.items():
         np.testing.assert_array_equal(labels(folder / name), expected)
     shutil.rmtree(folder)
@@ -155,6 +155,52 @@ def test_one_bad_volume_of_a_folder_keeps_no_other_from_being_predicted(small_ph
     folder = out / "seg" / RUN / "predictions"
     for name, case in (("a__ct", "0037"), ("b__ct", "0038")):
         np.testing.assert_array_equal(labels(folder / f"{name}.nii.gz"), labels(folder / f"img{case}.nii.gz"))
+
+
+def test_no_prediction_is_overwritten_by_another_volumes(small_phantom, out, tmp_path, refusal, capsys):
+    def argv(source, *more):
+        return ["--predict", source, "--run", RUN, "--out", out, *more]
+
+    def predict_(*given):
+        train_seg.main([str(a) for a in argv(*given)])
+
+    for part, case in (("s0000", "0037"), ("s0001", "0038")):
+        (tmp_path / part).mkdir()
+        shutil.copy(image(small_phantom, case), tmp_path / part / "scan.nii.gz")
+    first, second = tmp_path / "s0000/scan.nii.gz", tmp_path / "s0001/scan.nii.gz"
+    predict_(first)
+    path = out / "seg" / RUN / "predictions/scan.nii.gz"
+    written = path.read_bytes()
+    line = refusal(train_seg.main, argv(second))
+    assert all(str(x) in line for x in (path, first, second, "--predict-out")) and path.read_bytes() == written
+    assert "none.nii.gz: no such file" in refusal(train_seg.main, argv(tmp_path / "none.nii.gz"))
+    (tmp_path / "gone").mkdir()
+    assert "gone/scan.nii.gz: no such file" in refusal(train_seg.main, argv(tmp_path / "gone/scan.nii.gz"))
+    predict_(first)  # its own: again
+    (tmp_path / "moved").mkdir()
+    first.rename(tmp_path / "moved/scan.nii.gz")
+    predict_(tmp_path / "moved/scan.nii.gz")
+    predict_(second, "--predict-out", tmp_path / "deep/out")
+    assert (tmp_path / "deep/out/scan.nii.gz").exists() and labels(path).any()
+    ours = {p.name for p in (tmp_path / "deep/out").iterdir()}
+    assert ours == {"scan.nii.gz", "sources.jsonl"}
+    # the CT itself least of all, and no file that is not known
+    ct = second.read_bytes()
+    line = refusal(train_seg.main, argv(tmp_path / "s0001", "--predict-out", tmp_path / "s0001"))
+    assert "no known volume" in line and second.read_bytes() == ct and len(list(second.parent.iterdir())) == 1
+    assert "give both" in refusal(train_seg.main, ["--predict-out", tmp_path, "--out", out])
+    (tmp_path / "file").write_text("")
+    assert "file/scan.nii.gz: cannot be written" in refusal(train_seg.main, argv(second, "--predict-out",
+                                                                              tmp_path / "file"))
+
+
+def test_each_volume_of_a_folder_has_a_prediction_of_its_own_name(tmp_path):
+    """a__ct in one place is not ct in the folder a of another."""
+    for name in ("a/ct", "b/ct", "c/a__ct"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(make("unit"), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    found = predict.find_volumes(tmp_path)
+    assert sorted(found) == ["a__ct", "b__ct", "c__a__ct"] and len(set(found.values())) == 3
 
 
 def test_predicting_takes_no_random_number_and_leaves_the_mode():

@@ -32,6 +32,23 @@ def test_config_must_agree_and_overwrite_starts_over(tmp_path):
     assert again.resume() is None and json.loads((tmp_path / "run/config.json").read_text()) == {"lr": 0.2}
 
 
+def test_a_long_difference_is_cut_short(tmp_path):
+    run(tmp_path, {"lr": 0.1, "store": {f"{i:04d}": "a" for i in range(30)}}).lock.close()
+    with pytest.raises(BadInput, match=r"lr: 0.1 there, 0.2 here; store.0000: a there, .*; and 23 more\)") as told:
+        run(tmp_path, {"lr": 0.2, "store": {f"{i:04d}": "b" for i in range(30)}})
+    assert "\n" not in str(told.value) and len(str(told.value)) < 600
+
+
+def test_a_run_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    run(tmp_path).checkpoint({"step": 1})
+    assert f"{tmp_path / 'run'}: no locks on this file system" in capsys.readouterr().err
+    assert run(tmp_path).resume()["step"] == 1
+
+
 def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     r = run(tmp_path)
     r.log([{"step": s, "loss": s / 2} for s in (1, 2)])

@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -361,7 +363,7 @@ def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_
     assert [r["loss"] for r in once] == pytest.approx([r["loss"] for r in each], abs=1e-5) and len(once) == 4
 
 
-def test_a_backbone_made_anew_is_another_run(flags, small_phantom, tmp_path, refusal, no_pictures):
+def test_a_backbone_made_anew_is_another_run(flags, small_phantom, tmp_path, refusal, no_pictures, capsys):
     data, store = small_phantom / "AbdomenCT-1K", small_phantom.parent / "store"
 
     def pretrain(*more):
@@ -377,9 +379,42 @@ def test_a_backbone_made_anew_is_another_run(flags, small_phantom, tmp_path, ref
     assert result["pretraining"]["step"] == 1 < result["pretraining"]["horizon"]
     assert (result["pretraining"]["view_px"], result["pretraining"]["slice_px"]) == (64, 192)
     pretrain("--steps", 2)
+    assert "note: mine: its pre-training is at step 1 of" in capsys.readouterr().out
     line = refusal(train_seg.main, args)
     assert "pretraining.checksum" in line and "pretraining.step: 1 there, 2 here" in line and "--overwrite" in line
     train_seg.main([*args, "--overwrite"])
+
+
+def test_a_corrected_label_is_another_run(small_phantom, tmp_path, refusal, no_pictures, capsys):
+    """Of a case that the run has not seen, it is not; and what is refused names the case."""
+    data = tmp_path / "BTCV"
+    shutil.copytree(small_phantom / "BTCV", data)
+    args = [str(a) for a in ("--data", data, "--store", tmp_path / "s", "--out", tmp_path, "--amp", "off",
+                             "--crop-size", 64, "--batch-size", 2, "--split", "12.5", "--draw", 0, "--backbone",
+                             "random", "--protocol", "linear-frozen", "--iterations", 1)]
+
+    def correct(case):
+        path = data / f"RawData/Training/label/label{case}.nii.gz"
+        image = nib.load(path)
+        labels = np.asarray(image.dataobj).copy()
+        labels[:9] = np.where(labels[:9] == 6, 0, 6)
+        nib.save(nib.Nifti1Image(labels, image.affine, image.header), path)
+
+    train_seg.main(args)
+    used = {*tasks.cases("12.5", 0), *tasks.cases("val")}
+    correct(next(c for c in tasks.cases("100") if c not in used))
+    capsys.readouterr()
+    train_seg.main(args)
+    assert "done before" in capsys.readouterr().out
+    for case in (tasks.cases("12.5", 0)[1], "0037"):
+        correct(case)
+        with pytest.raises(SystemExit):
+            train_seg.main(args)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(rf"store\.{case}: (\w{{8}}) \w{{8}} .* there, \1 \w{{8}} .* here", line), line  # one image
+        assert "other settings (store." in line and "--overwrite" in line
+    result = json.loads((tmp_path / "seg/random-linear-frozen-12.5-0/result.json").read_text())
+    assert set(result["store"]) == used
 
 
 def test_spectrum_command(flags, pretrained, small_phantom, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,33 @@ def test_bad_flags_end_in_one_line(flags, tmp_path, refusal):
 def test_another_config_is_refused_with_the_difference(flags, tmp_path, refusal, no_pictures):
     train_ssl.main(flags(tmp_path, "--steps", 1))
     assert "lr: 0.01 there, 0.02 here" in refusal(train_ssl.main, flags(tmp_path, "--steps", 1, "--lr", 0.02))
+
+
+def test_other_patients_under_the_same_names_are_another_run(flags, small_phantom, tmp_path, refusal, monkeypatch,
+                                                              no_pictures):
+    """Dataset001/imagesTr and Dataset002/imagesTr, of as many slices: two stores, and no run goes on with the other's.
+
+    One given as `.` has its name all the same.
+    """
+    def train(data, steps):
+        argv = flags(tmp_path, "--steps", steps)
+        at = argv.index("--store")
+        return [*argv[:at], *argv[at + 2 :], "--data", str(data)]
+
+    cases = sorted((small_phantom / "AbdomenCT-1K").iterdir())
+    for name, order in (("Dataset001", cases), ("Dataset002", cases[::-1])):
+        (tmp_path / name / "imagesTr").mkdir(parents=True)
+        for case, other in zip(cases, order, strict=True):
+            shutil.copy(other, tmp_path / name / "imagesTr" / case.name)
+    monkeypatch.chdir(tmp_path / "Dataset001/imagesTr")
+    train_ssl.main(train(".", 1))
+    assert [p.name[:9] for p in Path("stores").iterdir()] == ["imagesTr-"]
+    line = refusal(train_ssl.main, train(tmp_path / "Dataset002/imagesTr", 2))
+    assert "store.Case_00001: " in line and "--overwrite" in line and len(list(Path("stores").iterdir())) == 2
+    train_ssl.main(train(tmp_path / "Dataset001/imagesTr", 2))
+    config = json.loads((tmp_path / "phantom-moco/config.json").read_text())
+    assert len(config["store"]) == len(cases) == config["volumes"]
+    assert len(runs.read_log(tmp_path / "phantom-moco/log.jsonl")) == 2
 
 
 def test_bad_volumes_stop_the_run_before_it_starts(tmp_path, flags, refusal):

@@ -132,6 +132,57 @@ def test_labels_go_back_onto_the_files_own_grid(tmp_path, axes):
     assert sorted(os.listdir(tmp_path)) == ["a.nii.gz", "l.nii.gz"]
 
 
+def header_of(image, sform, qform, codes, **fields):
+    """The image's header with these two affines (a NIfTI-1 qform holds no shear: its rotation and spacing only)."""
+    header = image.header
+    header.set_qform(qform, codes[1], strip_shears=True)
+    header.set_sform(sform, codes[0])
+    for name, value in fields.items():
+        header[name] = value
+
+
+SHEARED = RAS + np.array([[0, 0, 0.6, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+TURN = np.array([[np.cos(0.3), -np.sin(0.3), 0, 0], [np.sin(0.3), np.cos(0.3), 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+MOVED = RAS + np.array([[0, 0, 0, 7], [0, 0, 0, -3], [0, 0, 0, 11], [0, 0, 0, 0]])
+LPS = RAS @ np.diag([-1, -1, 1, 1])
+HEADERS = {"sheared": (SHEARED, RAS, (1, 1)), "sheared and moved": (SHEARED, MOVED, (2, 1)),
+           "differing": (RAS, MOVED, (1, 1)), "differing codes": (RAS, MOVED, (4, 2)), "RAS": (RAS, RAS, (1, 1)),
+           "LPS": (LPS, LPS, (1, 1)), "oblique": (TURN @ RAS, TURN @ RAS, (1, 1)), "sform": (TURN @ LPS, RAS, (3, 0)),
+           "qform": (np.zeros((4, 4)), TURN @ LPS, (0, 1)), "neither": (np.zeros((4, 4)), RAS, (0, 0))}
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("case", HEADERS)
+def test_labels_have_the_place_of_their_volume_for_every_reader(tmp_path, case, kind):
+    """Both forms, their codes and the spacing as they stand in the volume's header; SimpleITK sees one grid."""
+    sitk = pytest.importorskip("SimpleITK", reason="SimpleITK is not installed: pip install SimpleITK")
+    image = kind(scene(), None)
+    header_of(image, *HEADERS[case], xyzt_units=10)
+    nib.save(image, tmp_path / "a.nii")
+    volume = read_volume(tmp_path / "a.nii")
+    labels = np.random.default_rng(1).integers(0, 14, volume.stored.shape)
+    write_labels(tmp_path / "l.nii.gz", labels, volume)
+    source, written = nib.load(tmp_path / "a.nii").header, nib.load(tmp_path / "l.nii.gz").header
+    assert type(source) is type(written)
+    for field in list(source.keys()):
+        if field in ("pixdim", "xyzt_units") or field[:3] in ("qfo", "sfo", "qua", "qof", "sro"):
+            np.testing.assert_array_equal(written[field], source[field], field)
+    np.testing.assert_array_equal(read_labels(tmp_path / "l.nii.gz", volume, 14), labels)
+    if kind is nib.Nifti1Image:  # ITK reads no other
+        one, other = (sitk.ReadImage(str(tmp_path / name)) for name in ("a.nii", "l.nii.gz"))
+        assert one.GetSize() == other.GetSize() and one.GetDirection() == other.GetDirection()
+        for corner in ((0, 0, 0), tuple(n - 1 for n in one.GetSize())):
+            places = (x.TransformIndexToPhysicalPoint(corner) for x in (one, other))
+            np.testing.assert_array_equal(*places)
+
+
+def test_labels_of_a_grid_longer_than_nifti_1_holds(tmp_path):
+    nib.save(nib.Nifti2Image(np.zeros((2, 2, 33_000), np.int16), RAS), tmp_path / "a.nii")
+    volume = read_volume(tmp_path / "a.nii")
+    write_labels(tmp_path / "l.nii.gz", np.ones(volume.stored.shape), volume)
+    assert read_labels(tmp_path / "l.nii.gz", volume, 14).all()
+
+
 def make_bad(tmp_path: Path, kind: str) -> Path:
     path = tmp_path / "bad.nii.gz"
     data = np.random.default_rng(0).integers(-1000, 1000, (24, 24, 12)).astype(np.int16)
