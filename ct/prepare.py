@@ -36,14 +36,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ct.intake import _skip, find_volumes
+from ct.intake import AIR, SOFT, _skip, find_volumes, judge, named
 from ct.tasks import ORGANS, cases
 from ct.volumes import BadInput, Volume, read_labels, read_volume
 
-WINDOW = (-175.0, 250.0)  # HU
+WINDOW = SOFT  # HU
 SIZE = 512  # side of the slices kept for pre-training
 SHEET = 24  # slices on a contact sheet
-FORMAT = 3  # of the store; another number means: prepare again
+FORMAT = 4  # of the store; another number means: prepare again
 PAPER = {"pretrain": (1062, 215_325), "segment": (30, 3017 + 762)}  # volumes, slices
 
 
@@ -68,6 +68,16 @@ def levels(volume: Volume, window: tuple[float, float]) -> tuple[np.ndarray, flo
         level[:] = window_to_uint8(hu, window)
     lows, highs = zip(*ends, strict=True)
     return out, float(min(lows)), float(max(highs))
+
+
+def read_ct(path: Path, window: tuple[float, float]) -> tuple[Volume, np.ndarray, tuple[float, float], list[str]]:
+    """What every command makes of a file: (the volume, its 8-bit slices, its lowest and highest HU, what is odd).
+
+    Raises BadInput when it is unreadable, or no CT in HU, or no stack of axial slices.
+    """
+    read = read_volume(path)
+    slices, low, high = levels(read, window)
+    return read, slices, (low, high), judge(read, low, high)
 
 
 def square(slices: np.ndarray, size: int) -> np.ndarray:
@@ -121,22 +131,15 @@ def _unchanged(source: dict, volume: dict) -> dict | None:
 
 def _describe(volume: dict, kind: str, window: tuple[float, float]) -> tuple[dict, np.ndarray, np.ndarray | None]:
     """(what there is to say about a volume, its 8-bit slices, its labels for segmentation). Raises BadInput."""
-    read = read_volume(volume["image"])
-    slices, low, high = levels(read, window)
+    read, slices, (low, high), odd = read_ct(volume["image"], window)
     record = {"id": volume["id"], "file": str(volume["image"]), "phantom": read.is_phantom, "spacing": read.spacing,
               "shape": list(slices.shape), "slices": len(slices), "hu": [low, high],
-              "content": hashlib.sha256(slices).hexdigest(), "odd": []}
-    if read.spacing == (1.0, 1.0, 1.0):
-        record["odd"].append("spacing (1, 1, 1) mm, most likely a placeholder")
-    if low > -200 or high < 200:
-        record["odd"].append(f"HU from {low:.0f} to {high:.0f} only")
-    if not int(read.header["sform_code"]) and not int(read.header["qform_code"]):
-        record["odd"].append("no orientation in its header; NIfTI's default was assumed")
+              "content": hashlib.sha256(slices).hexdigest(), "odd": odd}
     if kind == "pretrain":
         return record, slices, None
     if volume["label"] is None:
         raise BadInput(f"{volume['image']}: has no label {Path('label', volume['image'].name.replace('img', 'label'))}")
-    labels = read_labels(volume["label"], read, len(ORGANS))
+    labels = read_labels(volume["label"], read, len(ORGANS), record["odd"])
     if not labels.any():
         raise BadInput(f"{volume['label']}: an empty label, all background; it would train nothing")
     record["voxels"] = np.bincount(labels.ravel(), minlength=len(ORGANS)).tolist()
@@ -194,12 +197,13 @@ def _kept(volume: dict, store: Path, window: tuple[float, float], size: int) -> 
     return record if right else None
 
 
-def _accepted(store: Path) -> dict[str, dict]:
-    """What `prepare --skip-bad` left out before, by image."""
+def _accepted(store: Path) -> list[dict]:
+    """What an earlier call left out, by `prepare --skip-bad` where it was unusable."""
     try:
-        return {e["file"]: e for e in json.loads((store / "index.json").read_text())["skipped"] if "stamps" in e}
+        index = json.loads((store / "index.json").read_text())
+        return index["skipped"] if index["format"] == FORMAT else []
     except (OSError, ValueError, KeyError):
-        return {}
+        return []
 
 
 def _stamps(volume: dict) -> list:
@@ -237,7 +241,8 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
             except BlockingIOError:
                 print(f"{folder}: waiting for another process that prepares it", file=sys.stderr)
                 fcntl.lockf(lock, fcntl.LOCK_EX)
-            records, left_out = _complete(found, folder, kind, window, size, workers, skip_bad)
+            unusable = [s for s in skipped if not s["no_image"]]
+            records, left_out = _complete(found, folder, kind, window, size, workers, skip_bad, unusable)
             if not records:
                 raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
             index = {"format": FORMAT, "kind": kind, "data": str(data.resolve()), "window": list(window), "size": size,
@@ -254,12 +259,16 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
 
 
 def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, float], size: int, workers: int,
-              skip_bad: bool) -> tuple[dict[str, dict], list[dict]]:
-    """Prepare what is missing in a store that this process has locked: (records by id, left out)."""
+              skip_bad: bool, unusable: list[dict]) -> tuple[dict[str, dict], list[dict]]:
+    """Prepare what is missing in a store that this process has locked: (records by id, volumes left out).
+
+    unusable: what the folder's survey found; raises BadInput for it as for unusable volumes.
+    """
     for part in folder.glob(".[0-9]*.*"):  # of a process that was killed while it wrote
         part.unlink(missing_ok=True)
     records = {v["id"]: r for v in found if (r := _kept(v, folder, window, size))}
-    accepted = _accepted(folder)
+    earlier = _accepted(folder)
+    accepted = {e["file"]: e for e in earlier if "stamps" in e}
     left_out = [e for v in found if v["id"] not in records and (e := accepted.get(str(v["image"])))
                 and e["stamps"] == _stamps(v)]
     known = {e["file"] for e in left_out}
@@ -274,10 +283,11 @@ def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, f
             bad.append(_skip(volume["image"], str(outcome)) | {"stamps": _stamps(volume)})
         else:
             records[volume["id"]] = outcome
-    if bad and not skip_bad:
-        for b in bad[1:]:
-            print(b["reason"], file=sys.stderr)
-        raise BadInput(bad[0]["reason"] + (f" ({len(bad)} such volumes, all named here)" if len(bad) > 1 else ""))
+    lines = [named(b) for b in [*bad, *(u for u in unusable if u not in earlier)]]
+    if lines and not skip_bad:
+        for line in lines[1:]:
+            print(line, file=sys.stderr)
+        raise BadInput(lines[0] + f" ({len(lines)} such volumes or files, all named here)" * (len(lines) > 1))
     return records, left_out + bad
 
 
@@ -310,6 +320,30 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def remarks(volumes: list[dict], skipped: list[dict]) -> list[str]:
+    """What a command tells at its start about a store's volumes: how many things are odd, intensities, organs."""
+    see = "(python datasets.py audit names them)"
+    lines = [f"odd: {len(odd)} {see}"] if (odd := _odd(volumes)) else []
+    if bright := [v for v in volumes if v["hu"][0] > AIR]:
+        low, high = bright[0]["hu"]
+        lines.append(f"intensities: {len(bright)} of {len(volumes)} volumes never go under {AIR} HU "
+                     f"({bright[0]['id']}: {low:.0f} to {high:.0f}); exported to 0..255, or stored without the "
+                     "intercept? They are used as they are")
+    if left := sum(s["no_image"] for s in skipped):
+        lines.append(f"left out, no images by their names: {left} {see}")
+    if unusable := len(skipped) - left:
+        lines.append(f"left out, unusable: {unusable} {see}")
+    if absent := absent_organs(volumes):
+        lines.append(f"no volume has: {', '.join(absent)}; mean Dice is over the organs that occur")
+    return lines
+
+
+def absent_organs(volumes: list[dict]) -> list[str]:
+    """The organs of which no labelled volume has a voxel; [] where none is labelled."""
+    voxels = [v["voxels"] for v in volumes if "voxels" in v]
+    return [ORGANS[i] for i in np.flatnonzero(np.sum(voxels, 0) == 0)] if voxels else []
 
 
 def audit(data: Path, kind: str, workers: int, store: Path, draw: Callable | None = None) -> int:
@@ -364,10 +398,12 @@ def _tell_organs(good: list[dict]) -> None:
               f"(the paper's: {paper[0]}, {paper[1]:,})")
     for organ, voxels in zip(ORGANS, np.reshape([r["voxels"] for r in good], (-1, len(ORGANS))).T, strict=True):
         print(f"  {ORGANS.index(organ):2d} {organ:26s} {voxels.sum():14,d} voxels in {(voxels > 0).sum()} volumes")
+    if absent := absent_organs(good):
+        print(f"  no volume has: {', '.join(absent)}")
 
 
-def _tell_skipped(records: list[dict], skipped: list[dict]) -> int:
-    """The list that ends both commands: unusable, odd, no image. Returns the number of the unusable."""
+def _odd(records: list[dict]) -> list[str]:
+    """What is odd about volumes, a line each, and which are the same image."""
     odd = [f"{r['file']}: {reason}" for r in records for reason in r["odd"]]
     first: dict[str, str] = {}
     for r in records:
@@ -375,12 +411,15 @@ def _tell_skipped(records: list[dict], skipped: list[dict]) -> int:
             known = " (a known one)" if {r["id"], first[r["content"]]} == {"Case_00297", "Case_00928"} else ""
             odd.append(f"{r['id']}: the same image as {first[r['content']]}{known}")
         first.setdefault(r["content"], r["id"])
-    # a reason that comes from reading begins with the file's name
-    lines = {kind: [s["reason"] if s["file"] in s["reason"] else f"{s['file']}: {s['reason']}" for s in skipped
-                    if s["no_image"] == kind] for kind in (False, True)}
-    for title, named in (("unusable", lines[False]), ("odd", odd), ("no image by its name", lines[True])):
-        print(f"{title}: {len(named)}")
-        for line in sorted(named):
+    return odd
+
+
+def _tell_skipped(records: list[dict], skipped: list[dict]) -> int:
+    """The list that ends both commands: unusable, odd, no image. Returns the number of the unusable."""
+    lines = {kind: [named(s) for s in skipped if s["no_image"] == kind] for kind in (False, True)}
+    for title, told in (("unusable", lines[False]), ("odd", _odd(records)), ("no image by its name", lines[True])):
+        print(f"{title}: {len(told)}")
+        for line in sorted(told):
             print(f"  {line}")
     return len(lines[False])
 
