@@ -43,7 +43,7 @@ class Nifti:
         version, order = int(rng.choice([1, 1, 1, 2])), str(rng.choice(["<", "<", ">"]))
         length = {1: 348, 2: 540}[version]
         code = int(rng.choice([4, 4, 512, 16, 64, 8, 2]))
-        shape = tuple(int(n) for n in rng.integers(3, 12, 3))
+        shape = tuple(int(n) for n in rng.integers(16, 24, 3))
         data = rng.integers(0, 200, shape).astype(order + TYPES[code])
         extension = b"\0\0\0\0"
         if rng.random() < 0.3:
