@@ -5,6 +5,7 @@ out, what is not read here is counted. `judge` goes by a volume's values and geo
 of axial slices, is refused; what is usable and yet unusual is told.
 """
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -26,7 +27,7 @@ AIR = -200  # HU that every CT of a body goes under: it has fat or air beside it
 
 # Words that name labels, in names of files and folders, each apart from the letters around it: labelsTr, liver_mask,
 # Segmentations, RibFrac1-label, GT; not "unlabelled". A folder of images below a folder of labels is one of images.
-LABELS = re.compile(r"(label(map)?s?|masks?|msk|d?segs?|segmentations?|annotations?|groundtruth|gt|rois?)(t[rs])?")
+LABELS = re.compile(r"(label(map)?s?|masks?|msk|d?segs?|segmentations?|annotations?|groundtruth|gt)(t[rs])?")
 IMAGES = re.compile(r"(images?|imgs?|imaging|volumes?|scans?)(t[rs])?")
 BY_NAME = "a label map by its name"
 # Images that are not read here: ending -> (what they are, what converts them to .nii.gz)
@@ -98,6 +99,8 @@ def _without(found: list[dict], skipped: list[dict], others: list[dict]) -> tupl
     """BTCV's volumes without what cannot be opened, which is among `others`; an image's missing label is told later."""
     gone = {s["file"] for s in others}
     kept = [v if str(v["label"]) not in gone else v | {"label": None} for v in found if str(v["image"]) not in gone]
+    if not kept:
+        raise BadInput(f"not one image there can be used; {named(others[0])} ({len(others)} such)")
     return kept, [s for s in skipped if s["file"] not in gone] + others
 
 
@@ -151,6 +154,7 @@ def names_labels(path: Path) -> bool:
     return False
 
 
+@functools.lru_cache(1 << 14)  # folders come again with each of their files
 def _has_word(name: str, words: re.Pattern) -> bool:
     """liverMask has the words liver and mask, label0001 and labelsTr the word label(s)."""
     parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", re.sub("(?i)ground[ _-]?truth", "groundtruth", name))

@@ -43,6 +43,7 @@ from ct.volumes import BadInput, Volume, read_labels, read_volume
 WINDOW = SOFT  # HU
 SIZE = 512  # side of the slices kept for pre-training
 SHEET = 24  # slices on a contact sheet
+FEW = 20  # files of a folder that are left out for one reason: named one by one, more of them by their folder
 FORMAT = 4  # of the store; another number means: prepare again
 PAPER = {"pretrain": (1062, 215_325), "segment": (30, 3017 + 762)}  # volumes, slices
 
@@ -416,12 +417,19 @@ def _odd(records: list[dict]) -> list[str]:
 
 def _tell_skipped(records: list[dict], skipped: list[dict]) -> int:
     """The list that ends both commands: unusable, odd, no image. Returns the number of the unusable."""
-    lines = {kind: [named(s) for s in skipped if s["no_image"] == kind] for kind in (False, True)}
-    for title, told in (("unusable", lines[False]), ("odd", _odd(records)), ("no image by its name", lines[True])):
-        print(f"{title}: {len(told)}")
-        for line in sorted(told):
+    unusable = sorted(named(s) for s in skipped if not s["no_image"])
+    folders: dict[tuple, list] = {}
+    for s in sorted((s for s in skipped if s["no_image"]), key=lambda s: s["file"]):
+        folders.setdefault((Path(s["file"]).parent, s["reason"]), []).append(s)
+    left = [named(s) for group in folders.values() if len(group) <= FEW for s in group]
+    left += [f"{folder}: {len(group)} files, each {reason} ({Path(group[0]['file']).name} ...)"
+             for (folder, reason), group in folders.items() if len(group) > FEW]
+    for title, number, told in (("unusable", len(unusable), unusable), ("odd", len(odd := sorted(_odd(records))), odd),
+                                ("no image by its name", len(skipped) - len(unusable), sorted(left))):
+        print(f"{title}: {number}")
+        for line in told:
             print(f"  {line}")
-    return len(lines[False])
+    return len(unusable)
 
 
 def verify(store: Path) -> int:

@@ -81,6 +81,15 @@ def test_files_and_folders_that_name_labels_are_left_out_and_listed(tmp_path, la
     assert all(s["no_image"] for s in skipped)
 
 
+def test_many_labels_of_a_folder_are_listed_by_their_folder(tmp_path, capsys):
+    save(tmp_path / "D/s0/ct.nii.gz")
+    touch(tmp_path / "D/s0", *(f"segmentations/rib_{i}.nii.gz" for i in range(24)), "segmentations_old/a.nii")
+    datasets.main(["audit", "--data", str(tmp_path / "D")])
+    listed = capsys.readouterr().out.partition("no image by its name: 25\n")[2].splitlines()
+    assert len(listed) == 2 and "s0/segmentations: 24 files, each a label map by its name (rib_0.nii.gz" in listed[0]
+    assert "segmentations_old/a.nii: a label map" in listed[1]
+
+
 def test_labels_alone_are_no_volumes(tmp_path):
     touch(tmp_path / "D", "labelsTr/a.nii.gz", "labelsTr/b.nii.gz")
     with pytest.raises(BadInput, match="no .nii or .nii.gz volumes.*labelsTr/a.nii.gz: a label map by its name"):
@@ -181,6 +190,10 @@ def test_btcv_has_the_same_gate(btcv, tmp_path):
         found, skipped = intake.find_volumes(btcv, kind)
         assert [v["id"] for v in found] == ["0001", "0035"]
         assert [s["reason"] for s in skipped] == ["a label map by its name"]
+    touch(tmp_path / "b", "img/x.txt")
+    (tmp_path / "b/img/img0001.nii.gz").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="not one image.*img0001.nii.gz: a broken link"):
+        intake.find_volumes(tmp_path / "b", "pretrain")
     touch(training, "img/img0002.mha")
     (training / "label/label0035.nii.gz").unlink()
     (training / "label/label0035.nii.gz").symlink_to(tmp_path / "nowhere")
