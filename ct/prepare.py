@@ -198,13 +198,31 @@ def _kept(volume: dict, store: Path, window: tuple[float, float], size: int) -> 
     return record if right else None
 
 
-def _accepted(store: Path) -> list[dict]:
-    """What an earlier call left out, by `prepare --skip-bad` where it was unusable."""
+def _accepted(store: Path) -> dict[str, dict]:
+    """What `prepare --skip-bad` left out before, by image."""
+    try:
+        return {e["file"]: e for e in json.loads((store / "index.json").read_text())["skipped"] if "stamps" in e}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _refuse_unusable(skipped: list[dict], store: Path) -> None:
+    """Raise BadInput for what is unusable in the data folder, but for what `prepare --skip-bad` accepted before."""
     try:
         index = json.loads((store / "index.json").read_text())
-        return index["skipped"] if index["format"] == FORMAT else []
-    except (OSError, ValueError, KeyError):
-        return []
+        before = index["skipped"] if index["format"] == FORMAT else []
+    except (OSError, ValueError, KeyError, TypeError):
+        before = []
+    if unusable := [s for s in skipped if not s["no_image"] and s not in before]:
+        _refuse(unusable)
+
+
+def _refuse(unusable: list[dict]) -> None:
+    """Raise BadInput with the first of these, the others on stderr."""
+    first, *others = map(named, unusable)
+    for line in others:
+        print(line, file=sys.stderr)
+    raise BadInput(first + f" ({len(unusable)} such volumes or files, all named here)" * bool(others))
 
 
 def _stamps(volume: dict) -> list:
@@ -223,8 +241,8 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
     """Make or complete the store of `kind` (pretrain, segment) below the folder `store`: (its folder, its index).
 
     Volumes are read in `workers` processes. What an earlier call finished is kept if its source and settings are
-    unchanged. A second process waits for the first. Raises BadInput when volumes cannot be
-    used, all named on stderr, unless `skip_bad`: then they are left out, by later calls too, and listed.
+    unchanged. A second process waits for the first. Raises BadInput when volumes, or other files of the folder, cannot
+    be used, all named on stderr, unless `skip_bad`: then they are left out, by later calls too, and listed.
     """
     window = tuple(float(w) for w in window)
     if not window[0] < window[1]:
@@ -234,6 +252,8 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
     # a folder of its own for another window: a run that reads this one must not find its slices exchanged
     folder = store / (name if window == WINDOW else f"{name}-{window[0]:g}-{window[1]:g}")
     found, skipped = find_volumes(data, kind)
+    if not skip_bad:
+        _refuse_unusable(skipped, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as lock:
@@ -242,8 +262,7 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
             except BlockingIOError:
                 print(f"{folder}: waiting for another process that prepares it", file=sys.stderr)
                 fcntl.lockf(lock, fcntl.LOCK_EX)
-            unusable = [s for s in skipped if not s["no_image"]]
-            records, left_out = _complete(found, folder, kind, window, size, workers, skip_bad, unusable)
+            records, left_out = _complete(found, folder, kind, window, size, workers, skip_bad)
             if not records:
                 raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
             index = {"format": FORMAT, "kind": kind, "data": str(data.resolve()), "window": list(window), "size": size,
@@ -260,16 +279,12 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
 
 
 def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, float], size: int, workers: int,
-              skip_bad: bool, unusable: list[dict]) -> tuple[dict[str, dict], list[dict]]:
-    """Prepare what is missing in a store that this process has locked: (records by id, volumes left out).
-
-    unusable: what the folder's survey found; raises BadInput for it as for unusable volumes.
-    """
+              skip_bad: bool) -> tuple[dict[str, dict], list[dict]]:
+    """Prepare what is missing in a store that this process has locked: (records by id, left out)."""
     for part in folder.glob(".[0-9]*.*"):  # of a process that was killed while it wrote
         part.unlink(missing_ok=True)
     records = {v["id"]: r for v in found if (r := _kept(v, folder, window, size))}
-    earlier = _accepted(folder)
-    accepted = {e["file"]: e for e in earlier if "stamps" in e}
+    accepted = _accepted(folder)
     left_out = [e for v in found if v["id"] not in records and (e := accepted.get(str(v["image"])))
                 and e["stamps"] == _stamps(v)]
     known = {e["file"] for e in left_out}
@@ -284,11 +299,8 @@ def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, f
             bad.append(_skip(volume["image"], str(outcome)) | {"stamps": _stamps(volume)})
         else:
             records[volume["id"]] = outcome
-    lines = [named(b) for b in [*bad, *(u for u in unusable if u not in earlier)]]
-    if lines and not skip_bad:
-        for line in lines[1:]:
-            print(line, file=sys.stderr)
-        raise BadInput(lines[0] + f" ({len(lines)} such volumes or files, all named here)" * (len(lines) > 1))
+    if bad and not skip_bad:
+        _refuse(bad)
     return records, left_out + bad
 
 

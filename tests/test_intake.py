@@ -199,8 +199,10 @@ def test_btcv_has_the_same_gate(btcv, tmp_path):
     (training / "label/label0035.nii.gz").symlink_to(tmp_path / "nowhere")
     with pytest.raises(SystemExit):
         datasets.main(["audit", "--data", str(btcv)])
-    with pytest.raises(BadInput, match="3 such volumes or files"):  # no label, a broken link, another format
+    with pytest.raises(BadInput, match="2 such volumes or files"):  # a broken link, another format
         datasets.prepare(btcv, tmp_path / "s", "segment")
+    store = datasets.prepare(btcv, tmp_path / "s", "segment", skip_bad=True)
+    assert [v["id"] for v in store.volumes] == ["0001"] and sum(not s["no_image"] for s in store.skipped) == 3
 
 
 # ----------------------------------------------------------------------------------------- by its values and geometry
