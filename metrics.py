@@ -128,17 +128,19 @@ def transunet(table: np.ndarray, volumes: Sequence) -> tuple[np.ndarray, float]:
 def summarise(table: np.ndarray, volumes: Sequence) -> dict[str, float | list[float | None] | None]:
     """Every convention's mean, in [0, 1], as plain numbers for a log; None where undefined.
 
-    `mDS`, the headline: counts pooled over the set, mean over organs. `mDice_with_background`: the same with
-    background (mmseg). `per_volume_{monai,nnunet,swinunetr,transunet}`: means over organs. `organs`: the
-    pooled Dice of classes 1, 2, ... Raises ValueError as `volume_counts`, and for an empty table.
+    `mDS`, the headline: counts pooled over the set, mean over the organs that occur in its truth (one that does not
+    has no Dice, whatever is predicted). `mDice_with_background`: mmseg's, where such an organ, predicted, is worth 0.
+    `per_volume_{monai,nnunet,swinunetr,transunet}`: means over organs. `organs`: the pooled Dice of classes 1, 2, ...,
+    None for those that do not occur. Raises ValueError as `volume_counts`, and for an empty table.
     """
     if not len(table):
         raise ValueError("a table without slices has no Dice")
     pooled = pooled_dice(table)
-    means = {"mDS": _nan_mean(pooled[1:]), "mDice_with_background": _nan_mean(pooled)}
+    organs = np.where(table[:, 1:, 2].sum(0) > 0, pooled[1:], np.nan)
+    means = {"mDS": _nan_mean(organs), "mDice_with_background": _nan_mean(pooled)}
     means |= {f"per_volume_{convention.__name__}": convention(table, volumes)[1]
               for convention in (monai, nnunet, swinunetr, transunet)}
-    return {**{name: _plain(mean) for name, mean in means.items()}, "organs": [_plain(d) for d in pooled[1:]]}
+    return {**{name: _plain(mean) for name, mean in means.items()}, "organs": [_plain(d) for d in organs]}
 
 
 def spread(table: np.ndarray, number: int) -> list[tuple[int, float]]:

@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     device = processes.start().device
     if phantom:
         processes.announce_phantom()
+    for line in prepare.remarks(store.volumes, store.skipped):
+        print(line)
     slices = store.of(tasks.cases("val"))
     squares = torch.from_numpy(np.concatenate([prepare.square(store.slice(int(i))[None], max(args.image_size, 32))
                                                for i in tqdm(slices, "slices", disable=None, leave=False)]))

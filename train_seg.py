@@ -341,7 +341,8 @@ def finish(trainer: Trainer, run: runs.Run, config: dict) -> None:
     report.write_csv(folder / "dice.csv", [metrics.CASE_COLUMNS, *metrics.per_case(table, ids, distances, ORGANS)])
     runs.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
     runs.write_text(folder / "result.json", json.dumps(result) + "\n")
-    print(f"{title}: mDS {100 * result['mDS']:.2f} % (13 organs, pooled over the validation set), with background "
+    occur = sum(dice is not None for dice in result["organs"])
+    print(f"{title}: mDS {100 * result['mDS']:.2f} % ({occur} organs, pooled over the validation set), with background "
           f"{100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
     if args.save_predictions:
         for name, path in validation_files(trainer.store).items():
@@ -381,8 +382,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.predict or args.run or args.predict_out:
         if not (args.predict and args.run):
             raise BadInput("--predict VOLUME_OR_FOLDER and --run RUN: give both")
-        return predict.files(predict.find_volumes(args.predict), predict.find_run(args.run, args.out), args.amp,
-                             processes.start().device, args.predict_out)
+        paths, skipped = predict.find_volumes(args.predict)
+        return predict.files(paths, predict.find_run(args.run, args.out), args.amp, processes.start().device,
+                             args.predict_out, skipped)
     data, phantom = intake.locate(args.data, "BTCV")
     settle(args, phantom)
     names = choose_backbones(args, phantom)
@@ -405,6 +407,8 @@ def main(argv: list[str] | None = None) -> None:
               f"{'/'.join(dict.fromkeys(f'{recipe(args, p).iterations:,}' for p in args.protocols))} "
               f"iterations of {args.batch_size} crops of {args.crop_size} px each, in {args.out / 'seg'}; "
               f"{processes.hardware()}")
+        for line in prepare.remarks(store.volumes, store.skipped):
+            print(line)
     tell_unfinished(args, names, phantom, ranks)
     for name in names:
         for draw in args.draws:

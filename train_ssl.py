@@ -264,6 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     store = datasets.prepare(data, args.store or prepare.default_store(data), "pretrain", tuple(args.window),
                              args.size, args.workers)
     ranks = processes.start()
+    for line in prepare.remarks(store.volumes, store.skipped) if ranks.is_main else ():
+        print(line)
     if args.init == start_of(args) and not (args.out / args.init / "backbone.pth").exists():
         settings = vars(args) | PHANTOM | START | dict(name=args.init, size=args.size)
         pretrain(argparse.Namespace(**settings), store, data, phantom, ranks)

@@ -1,10 +1,44 @@
-"""What is in a folder: which layout, which volumes, what is left out and why."""
+"""What is in a folder and what of it is a CT: which layout, which volumes, what is left out and why.
 
+Every command comes in by these two doors. `find_volumes` goes by names: files and folders that name labels are left
+out, what is not read here is counted. `judge` goes by a volume's values and geometry: what is no CT in HU, or no stack
+of axial slices, is refused; what is usable and yet unusual is told.
+"""
+
+import functools
 import os
+import re
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
+
 from ct import phantom, volumes
-from ct.volumes import SUFFIXES, BadInput, stem
+from ct.volumes import BadInput, Volume, is_nifti, stem
+
+SOFT = (-175.0, 250.0)  # HU from fat to bone: MONAI's window for BTCV
+PADDING = -8192  # HU; scanners write -1024 to -8192 where they measured nothing
+HIGHEST = 32767  # HU that 16 bits can hold
+GREYS = 32  # a CT has more numbers than that even in a few slices; a mask of 0 and 255 has not
+LEAST_SIDE = 16  # rows and columns of a slice; a scout stored as a stack is 1 pixel high
+LEAST_SLICES = 3
+SQUARE, OTHER_PLANE = 1.1, 2.0  # ratio of a pixel's sides: above the first odd, above the second no axial slices
+AIR = -200  # HU that every CT of a body goes under: it has fat or air beside it
+
+# Words that name labels, in names of files and folders, each apart from the letters around it: labelsTr, liver_mask,
+# Segmentations, RibFrac1-label, GT; not "unlabelled". A folder of images below a folder of labels is one of images.
+LABELS = re.compile(r"(label(map)?s?|masks?|msk|d?segs?|segmentations?|annotations?|groundtruth|gt)(t[rs])?")
+IMAGES = re.compile(r"(images?|imgs?|imaging|volumes?|scans?)(t[rs])?")
+BY_NAME = "a label map by its name"
+# Images that are not read here: ending -> (what they are, what converts them to .nii.gz)
+DICOM, PAIR, ITK = (("DICOM", "dcm2niix"), ("NIfTI or Analyze pairs", "SimpleITK"), ("MetaImage or NRRD", "SimpleITK"))
+OTHERS = {".dcm": DICOM, ".dicom": DICOM, ".ima": DICOM, ".hdr": PAIR, ".img": PAIR, ".hdr.gz": PAIR, ".img.gz": PAIR,
+          ".mha": ITK, ".mhd": ITK, ".nrrd": ITK, ".nhdr": ITK, ".mgz": ("FreeSurfer", "nibabel"),
+          ".nii.bz2": ("bzip2", "bunzip2 and gzip"), ".nii.xz": ("xz", "unxz and gzip"),
+          ".nii.zip": ("zipped", "unzip"), ".nii.zst": ("zstd", "unzstd and gzip")}
+
+
+# ------------------------------------------------------------------------------------------------------ by its names
 
 
 def find_volumes(data: Path, kind: str) -> tuple[list[dict], list[dict]]:
@@ -12,37 +46,31 @@ def find_volumes(data: Path, kind: str) -> tuple[list[dict], list[dict]]:
 
     Known layouts: BTCV's RawData/Training/{img,label}, AbdomenCT-1K's Case_00001_0000.nii.gz in one folder or
     in part folders, and for pre-training any folder of NIfTI volumes. no_image: the file's name says that it is
-    none, so nothing is missed. Raises BadInput for a missing or empty folder, and for segmentation without
-    BTCV's layout.
+    none, so nothing is missed; all other skipped ones are unusable. Raises BadInput for a missing or empty folder, for
+    two files of one id, and for segmentation without BTCV's layout.
     """
     if not data.is_dir():
         raise BadInput(f"{data}: no such folder; give --data the folder of the CT volumes")
     if root := btcv_root(data):
-        return _find_btcv(root, kind)
+        return _without(*_find_btcv(root, kind), _others_in_btcv(root, kind))
     if kind == "segment":
         raise BadInput(f"{data}: no RawData/Training/img there; unpack BTCV's RawData.zip into it")
-    files, skipped = [], []
-    for path in _nifti_files(data):
-        if path.name.startswith("."):
-            skipped.append(_skip(path, "hidden file", no_image=True))
-        elif not path.is_file():
-            skipped.append(_skip(path, "a broken link, or no file"))
-        else:
-            files.append(path)
-    if any(_is_case(p) and p.name.count("_") == 2 for p in files):  # AbdomenCT-1K: masks lack the _0000
-        skipped += [_skip(p, "a label map by its name", no_image=True) for p in files
-                    if not stem(p).endswith("_0000")]
-        files = [p for p in files if stem(p).endswith("_0000")]
+    files, skipped = _survey(data)
+    if any(_is_case(p) and stem(p).endswith("_0000") for p in files):  # AbdomenCT-1K: masks lack the _0000
+        masks = [p for p in files if _is_case(p) and not stem(p).endswith("_0000")]
+        skipped += [_skip(p, BY_NAME, no_image=True) for p in masks]
+        files = [p for p in files if p not in set(masks)]
     if not files:
-        raise BadInput(f"{data}: no .nii or .nii.gz volumes in this folder or below it")
+        others = "; ".join(named(s) for s in skipped[:3]) + f" ... ({len(skipped)} such)" * (len(skipped) > 3)
+        raise BadInput(f"{data}: no .nii or .nii.gz volumes in this folder or below it" + f"; {others}" * bool(others))
     found: dict[str, dict] = {}
     for p in files:
         name = (stem(p).removesuffix("_0000") if _is_case(p) else
                 "__".join([*p.relative_to(data).parts[:-1], stem(p)]))
         if name in found:
-            skipped.append(_skip(p, f"same case as {found[name]['image']}"))
-        else:
-            found[name] = {"id": name, "image": p, "label": None}
+            raise BadInput(f"{found[name]['image']} and {p}: two files of one id, {name}; rename one, or take out the "
+                           "one that is no image or not wanted")
+        found[name] = {"id": name, "image": p, "label": None}
     return [found[name] for name in sorted(found)], skipped
 
 
@@ -52,20 +80,121 @@ def btcv_root(data: Path) -> Path | None:
                                    data / "Training", data) if (root / "img").is_dir()), None)
 
 
+def named(skipped: dict) -> str:
+    """A skipped file in a line; a reason that comes from reading begins with the file's name."""
+    return skipped["reason"] if skipped["file"] in skipped["reason"] else f"{skipped['file']}: {skipped['reason']}"
+
+
 def _skip(path: Path, reason: str, no_image: bool = False) -> dict:
     return {"file": str(path), "reason": reason, "no_image": no_image}
 
 
-def _nifti_files(folder: Path) -> list[Path]:
-    """All files named as NIfTI in a folder and below it, in linked folders too, each folder once; sorted."""
-    files, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+def _others_in_btcv(root: Path, kind: str) -> list[dict]:
+    """What else there is in BTCV's folder; its labels are nothing else, and a label that is missing is one too few."""
+    others = []
+    for s in _survey(root)[1]:
+        if Path(s["file"]).is_relative_to(root / "label"):
+            others += [s | {"no_image": kind != "segment"}] * (s["reason"] != BY_NAME)
+        else:
+            others.append(s)
+    return others
+
+
+def _without(found: list[dict], skipped: list[dict], others: list[dict]) -> tuple[list[dict], list[dict]]:
+    """BTCV's volumes without what cannot be opened, which is among `others`; an image's missing label is told later."""
+    gone = {s["file"] for s in others}
+    kept = [v if str(v["label"]) not in gone else v | {"label": None} for v in found if str(v["image"]) not in gone]
+    if not kept:
+        raise BadInput(f"not one image there can be used; {named(others[0])} ({len(others)} such)")
+    return kept, [s for s in skipped if s["file"] not in gone] + others
+
+
+def _survey(folder: Path) -> tuple[list[Path], list[dict]]:
+    """(the NIfTI files in a folder and below it that may be images, sorted; what else there is, skipped).
+
+    In linked folders too, each folder once. Images of other formats are counted, one line for each format.
+    """
+    files, skipped, seen, others = [], [], set(), {}
+
+    def unreadable(error: OSError) -> None:
+        if not _hidden(path := Path(error.filename), folder):
+            skipped.append(_skip(path, f"a folder that cannot be opened ({error.strerror})",
+                                 names_labels(path.relative_to(folder) / "any")))
+
+    for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        folders.sort()
         if (real := os.path.realpath(root)) in seen:  # a link back up
             folders.clear()
             continue
         seen.add(real)
-        files += [Path(root, name) for name in names if name.endswith(SUFFIXES)]
-    return sorted(files)
+        for path in sorted(Path(root, name) for name in names):
+            if _hidden(path, folder):
+                skipped += [_skip(path, "hidden file", no_image=True)] * is_nifti(path)
+            elif not is_nifti(path) and (what := _other_format(path)):
+                label = names_labels(path.relative_to(folder)) or _converted(path, names)
+                others.setdefault((what, label), []).append(path)
+            elif path.is_symlink() and not os.path.exists(path) or is_nifti(path) and not os.path.isfile(path):
+                skipped.append(_skip(path, "a broken link, or no file", names_labels(path.relative_to(folder))))
+            elif is_nifti(path) and names_labels(path.relative_to(folder)):
+                skipped.append(_skip(path, BY_NAME, no_image=True))
+            elif is_nifti(path):
+                files.append(path)
+    for ((what, tool), no_image), paths in others.items():
+        first = ", ".join(str(p.relative_to(folder)) for p in paths[:3]) + " ..." * (len(paths) > 3)
+        told = "labels by their names, or there as .nii too" if no_image else f"convert them with {tool}, or move them"
+        skipped.append(_skip(folder, f"{len(paths)} files of another format, {what}, not read ({first}); {told}",
+                             no_image))
+    return sorted(files), skipped
+
+
+def names_labels(path: Path) -> bool:
+    """Whether a file's name, or the nearest of its folders that says what it holds, names labels and not images."""
+    if _has_word(stem(path), LABELS):
+        return True
+    for name in reversed(path.parts[:-1]):
+        if _has_word(name, IMAGES):
+            return False
+        if _has_word(name, LABELS):
+            return True
+    return False
+
+
+@functools.lru_cache(1 << 14)  # folders come again with each of their files
+def _has_word(name: str, words: re.Pattern) -> bool:
+    """liverMask has the words liver and mask, label0001 and labelsTr the word label(s)."""
+    parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", re.sub("(?i)ground[ _-]?truth", "groundtruth", name))
+    return any(words.fullmatch(part.lower()) for part in parts)
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _other_format(path: Path) -> tuple[str, str] | None:
+    """(what, the tool that converts it) of an image file that is not read here; of a pair, the header alone."""
+    if (ending := _ending(path)) in (".img", ".img.gz"):
+        header = path.with_name(path.name[: -len(ending)] + ending.replace("img", "hdr"))
+        return None if header.exists() else PAIR
+    if ending:
+        return OTHERS[ending]
+    if path.suffix[1:].isdigit() or not path.suffix:  # as scanners and archives name DICOM files
+        try:
+            with open(path, "rb") as f:
+                return DICOM if f.read(132)[128:] == b"DICM" else None
+        except OSError:
+            return None
+    return None
+
+
+def _ending(path: Path) -> str:
+    return max((e for e in OTHERS if path.name.lower().endswith(e)), key=len, default="")
+
+
+def _converted(path: Path, names: list[str]) -> bool:
+    """Whether a NIfTI file of the same name lies beside a file of another format."""
+    ending = _ending(path)
+    own = path.name[: -len(ending)] if ending else path.name
+    return any(is_nifti(Path(n)) and stem(Path(n)) == own for n in names)
 
 
 def _is_case(path: Path) -> bool:
@@ -75,7 +204,7 @@ def _is_case(path: Path) -> bool:
 def _find_btcv(root: Path, kind: str) -> tuple[list[dict], list[dict]]:
     def numbered(part: str, name: str) -> dict[str, Path]:
         found: dict[str, Path] = {}
-        for path in sorted(p for p in (root / part).glob(f"{name}*") if p.name.endswith(SUFFIXES)):
+        for path in sorted(p for p in (root / part).glob(f"{name}*") if is_nifti(p)):
             if (other := found.setdefault(stem(path).removeprefix(name), path)) != path:
                 raise BadInput(f"{path}: the same case as {other}; remove one of the two")
         return found
@@ -102,3 +231,85 @@ def locate(data: Path | None, name: str) -> tuple[Path, bool]:
 def is_phantom(data: Path) -> bool:
     """True when the folder's first volume was generated by phantom.py (its header says so)."""
     return volumes.is_phantom(find_volumes(data, "pretrain")[0][0]["image"])
+
+
+# ----------------------------------------------------------------------------------------- by its values and geometry
+
+
+def judge(read: Volume, low: float, high: float) -> list[str]:
+    """What is odd about a volume whose HU go from `low` to `high`, a line each.
+
+    Raises BadInput for what is no CT by its values, whatever the window: a CT's cover at least a third of SOFT, since
+    soft tissue together with air, fat or bone does, and are many. Constant volumes, label maps, masks, images
+    normalised to 0..1 or to unit deviation do not, nor soft tissue alone without its intercept; and no CT has values
+    below PADDING or above HIGHEST. Raises it, too, for what is no stack of axial slices by its geometry.
+    """
+    (slices, rows, columns), (_, y, x) = read.stored.shape, read.spacing
+    if min(rows, columns) < LEAST_SIDE:
+        raise BadInput(f"{read.path}: no stack of axial slices by its geometry, {slices} of {rows} x {columns} pixels "
+                       "(a scout?); leave it out")
+    if max(x, y) > OTHER_PLANE * min(x, y):
+        plane = "coronal" if y > x else "sagittal"
+        raise BadInput(f"{read.path}: no stack of axial slices by its geometry, pixels of {y:.3g} x {x:.3g} mm "
+                       f"({plane} slices?); resample it to square pixels or leave it out")
+    if low < PADDING or high > HIGHEST or min(high, SOFT[1]) - max(low, SOFT[0]) < (SOFT[1] - SOFT[0]) / 3:
+        raise BadInput(f"{read.path}: no CT by its values, {low:g} to {high:g}; expected HU that cover at least a "
+                       f"third of {SOFT[0]:g} to {SOFT[1]:g} (a label map? normalised?)")
+    some = read.stored[:: 1 + slices // 16, :: 1 + rows // 128, :: 1 + columns // 128]
+    if (greys := len(np.unique(some))) < GREYS:
+        raise BadInput(f"{read.path}: no CT by its values, only {greys} different ones (a mask?)")
+    return [*_odd_values(read, low, high), *_odd_geometry(read)]
+
+
+def _odd_values(read: Volume, low: float, high: float) -> list[str]:
+    odd = []
+    if low > AIR:
+        odd.append(f"HU from {low:.0f} to {high:.0f} only, never under {AIR} (exported to 0..255, or stored without "
+                   "its intercept?)")
+    elif high < 200:
+        odd.append(f"HU from {low:.0f} to {high:.0f} only")
+    slope = float(read.header["scl_slope"])
+    if not np.isfinite(slope):
+        odd.append(f"scl_slope {slope} in its header; taken for no scaling")
+    return odd
+
+
+def _odd_geometry(read: Volume) -> list[str]:
+    """Where the grid is unusual for a CT, or the header contradicts itself about it."""
+    header, slices, (_, y, x), odd = read.header, len(read.stored), read.spacing, []
+    if slices < LEAST_SLICES:
+        odd.append(f"{slices} slice{'s' * (slices > 1)} only (a scout?)")
+    if read.spacing == (1.0, 1.0, 1.0):
+        odd.append("spacing (1, 1, 1) mm, most likely a placeholder")
+    if max(x, y) > SQUARE * min(x, y):
+        odd.append(f"pixels of {y:.3g} x {x:.3g} mm, far from square")
+    sizes = nib.affines.voxel_sizes(read.affine)
+    axes = read.affine[:3, :3] / sizes
+    if (turned := np.degrees(np.arccos(np.clip(np.abs(axes).max(0).min(), 0, 1)))) > 20:
+        odd.append(f"axes turned by {turned:.0f} degrees against the patient's; the slices are not axial")
+    if (shear := np.abs(axes.T @ axes - np.eye(3)).max()) > 0.01:
+        odd.append(f"axes {90 - np.degrees(np.arcsin(min(shear, 1))):.0f} degrees apart, not at right angles")
+    sform, qform = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
+    if not sform and not qform:
+        odd.append("no orientation in its header; NIfTI's default was assumed")
+    if volumes.empty_sform(header):
+        odd.append("an sform of zeros in its header; the qform was used")
+    elif sform and not np.allclose(header["pixdim"][1:4], sizes, rtol=0.01):
+        odd.append(f"a spacing of {_told(header['pixdim'][1:4])} mm in its header, of {_told(sizes)} mm in its sform, "
+                   "which was used")
+    if sform and qform and not volumes.empty_sform(header):
+        try:
+            other = header.get_qform()
+        except (nib.spatialimages.HeaderDataError, ValueError):
+            odd.append("a damaged qform in its header; the sform was used")
+        else:
+            shape = read.header["dim"][1:4]
+            corners = np.array([[i, j, k, 1] for i in (0, shape[0]) for j in (0, shape[1]) for k in (0, shape[2])])
+            shift = np.abs((corners @ (other - read.affine).T)[:, :3]).max()
+            if not shift <= 0.1 * min(read.spacing):  # nor is NaN
+                odd.append(f"its qform and its sform place voxels up to {shift:.3g} mm apart; the sform was used")
+    return odd
+
+
+def _told(sizes: np.ndarray) -> str:
+    return " x ".join(f"{s:.3g}" for s in sizes)

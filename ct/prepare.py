@@ -40,14 +40,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ct.intake import _skip, btcv_root, find_volumes
+from ct.intake import AIR, SOFT, _skip, btcv_root, find_volumes, judge, named
 from ct.tasks import ORGANS, cases
 from ct.volumes import BadInput, Volume, read_labels, read_volume
 
-WINDOW = (-175.0, 250.0)  # HU
+WINDOW = SOFT  # HU
 SIZE = 512  # side of the slices kept for pre-training
 SHEET = 24  # slices on a contact sheet
-FORMAT = 3  # of the store; another number means: prepare again
+FEW = 20  # files of a folder that are left out for one reason: named one by one, more of them by their folder
+FORMAT = 4  # of the store; another number means: prepare again
 # what a file system without locks answers: Lustre without flock, NFS without lockd
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 PAPER = {"pretrain": (1062, 215_325), "segment": (30, 3017 + 762)}  # volumes, slices
@@ -74,6 +75,16 @@ def levels(volume: Volume, window: tuple[float, float]) -> tuple[np.ndarray, flo
         level[:] = window_to_uint8(hu, window)
     lows, highs = zip(*ends, strict=True)
     return out, float(min(lows)), float(max(highs))
+
+
+def read_ct(path: Path, window: tuple[float, float]) -> tuple[Volume, np.ndarray, tuple[float, float], list[str]]:
+    """What every command makes of a file: (the volume, its 8-bit slices, its lowest and highest HU, what is odd).
+
+    Raises BadInput when it is unreadable, or no CT in HU, or no stack of axial slices.
+    """
+    read = read_volume(path)
+    slices, low, high = levels(read, window)
+    return read, slices, (low, high), judge(read, low, high)
 
 
 def square(slices: np.ndarray, size: int) -> np.ndarray:
@@ -135,22 +146,15 @@ def _unchanged(source: dict, volume: dict) -> dict | None:
 
 def _describe(volume: dict, kind: str, window: tuple[float, float]) -> tuple[dict, np.ndarray, np.ndarray | None]:
     """(what there is to say about a volume, its 8-bit slices, its labels for segmentation). Raises BadInput."""
-    read = read_volume(volume["image"])
-    slices, low, high = levels(read, window)
+    read, slices, (low, high), odd = read_ct(volume["image"], window)
     record = {"id": volume["id"], "file": str(volume["image"]), "phantom": read.is_phantom, "spacing": read.spacing,
               "shape": list(slices.shape), "slices": len(slices), "hu": [low, high],
-              "content": hashlib.sha256(slices).hexdigest(), "odd": []}
-    if read.spacing == (1.0, 1.0, 1.0):
-        record["odd"].append("spacing (1, 1, 1) mm, most likely a placeholder")
-    if low > -200 or high < 200:
-        record["odd"].append(f"HU from {low:.0f} to {high:.0f} only")
-    if not int(read.header["sform_code"]) and not int(read.header["qform_code"]):
-        record["odd"].append("no orientation in its header; NIfTI's default was assumed")
+              "content": hashlib.sha256(slices).hexdigest(), "odd": odd}
     if kind == "pretrain":
         return record, slices, None
     if volume["label"] is None:
         raise BadInput(f"{volume['image']}: has no label {Path('label', volume['image'].name.replace('img', 'label'))}")
-    labels = read_labels(volume["label"], read, len(ORGANS))
+    labels = read_labels(volume["label"], read, len(ORGANS), record["odd"])
     if not labels.any():
         raise BadInput(f"{volume['label']}: an empty label, all background; it would train nothing")
     record["voxels"] = np.bincount(labels.ravel(), minlength=len(ORGANS)).tolist()
@@ -231,6 +235,25 @@ def _accepted(store: Path) -> dict[str, dict]:
         return {}
 
 
+def _refuse_unusable(skipped: list[dict], store: Path) -> None:
+    """Raise BadInput for what is unusable in the data folder, but for what `prepare --skip-bad` accepted before."""
+    try:
+        index = json.loads((store / "index.json").read_text())
+        before = index["skipped"] if index["format"] == FORMAT else []
+    except (OSError, ValueError, KeyError, TypeError):
+        before = []
+    if unusable := [s for s in skipped if not s["no_image"] and s not in before]:
+        _refuse(unusable)
+
+
+def _refuse(unusable: list[dict]) -> None:
+    """Raise BadInput with the first of these, the others on stderr."""
+    first, *others = map(named, unusable)
+    for line in others:
+        print(line, file=sys.stderr)
+    raise BadInput(first + f" ({len(unusable)} such volumes or files, all named here)" * bool(others))
+
+
 def _stamps(volume: dict) -> list:
     return [_stamp(volume["image"]), _stamp(volume["label"])]
 
@@ -248,8 +271,8 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
 
     Volumes are read in `workers` processes. What an earlier call finished is kept if its source and settings are
     unchanged; where that is all, nothing is locked or written. A second process waits for the first. Raises BadInput
-    for a store of another folder, and when volumes cannot be used, all named on stderr, unless `skip_bad`: then they
-    are left out, by later calls too, and listed.
+    for a store of another folder, and when volumes, or other files of the folder, cannot be used, all named on stderr,
+    unless `skip_bad`: then they are left out, by later calls too, and listed.
     """
     window = tuple(float(w) for w in window)
     if not window[0] < window[1]:
@@ -259,6 +282,8 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
     # a folder of its own for another window: a run that reads this one must not find its slices exchanged
     folder = store / (name if window == WINDOW else f"{name}-{window[0]:g}-{window[1]:g}")
     found, skipped = find_volumes(data, kind)
+    if not skip_bad:
+        _refuse_unusable(skipped, folder)
     owner, complete = str(data.resolve()), None
 
     def index_of(records: dict[str, dict], left_out: list[dict]) -> dict:
@@ -366,9 +391,7 @@ def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, f
         else:
             records[volume["id"]] = outcome
     if bad and not skip_bad:
-        for b in bad[1:]:
-            print(b["reason"], file=sys.stderr)
-        raise BadInput(bad[0]["reason"] + (f" ({len(bad)} such volumes, all named here)" if len(bad) > 1 else ""))
+        _refuse(bad)
     return records, left_out + bad
 
 
@@ -401,6 +424,30 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def remarks(volumes: list[dict], skipped: list[dict]) -> list[str]:
+    """What a command tells at its start about a store's volumes: how many things are odd, intensities, organs."""
+    see = "(python datasets.py audit names them)"
+    lines = [f"odd: {len(odd)} {see}"] if (odd := _odd(volumes)) else []
+    if bright := [v for v in volumes if v["hu"][0] > AIR]:
+        low, high = bright[0]["hu"]
+        lines.append(f"intensities: {len(bright)} of {len(volumes)} volumes never go under {AIR} HU "
+                     f"({bright[0]['id']}: {low:.0f} to {high:.0f}); exported to 0..255, or stored without the "
+                     "intercept? They are used as they are")
+    if left := sum(s["no_image"] for s in skipped):
+        lines.append(f"left out, no images by their names: {left} {see}")
+    if unusable := len(skipped) - left:
+        lines.append(f"left out, unusable: {unusable} {see}")
+    if absent := absent_organs(volumes):
+        lines.append(f"no volume has: {', '.join(absent)}; mean Dice is over the organs that occur")
+    return lines
+
+
+def absent_organs(volumes: list[dict]) -> list[str]:
+    """The organs of which no labelled volume has a voxel; [] where none is labelled."""
+    voxels = [v["voxels"] for v in volumes if "voxels" in v]
+    return [ORGANS[i] for i in np.flatnonzero(np.sum(voxels, 0) == 0)] if voxels else []
 
 
 def audit(data: Path, kind: str, workers: int, store: Path, draw: Callable | None = None) -> int:
@@ -455,10 +502,12 @@ def _tell_organs(good: list[dict]) -> None:
               f"(the paper's: {paper[0]}, {paper[1]:,})")
     for organ, voxels in zip(ORGANS, np.reshape([r["voxels"] for r in good], (-1, len(ORGANS))).T, strict=True):
         print(f"  {ORGANS.index(organ):2d} {organ:26s} {voxels.sum():14,d} voxels in {(voxels > 0).sum()} volumes")
+    if absent := absent_organs(good):
+        print(f"  no volume has: {', '.join(absent)}")
 
 
-def _tell_skipped(records: list[dict], skipped: list[dict]) -> int:
-    """The list that ends both commands: unusable, odd, no image. Returns the number of the unusable."""
+def _odd(records: list[dict]) -> list[str]:
+    """What is odd about volumes, a line each, and which are the same image."""
     odd = [f"{r['file']}: {reason}" for r in records for reason in r["odd"]]
     first: dict[str, str] = {}
     for r in records:
@@ -466,14 +515,24 @@ def _tell_skipped(records: list[dict], skipped: list[dict]) -> int:
             known = " (a known one)" if {r["id"], first[r["content"]]} == {"Case_00297", "Case_00928"} else ""
             odd.append(f"{r['id']}: the same image as {first[r['content']]}{known}")
         first.setdefault(r["content"], r["id"])
-    # a reason that comes from reading begins with the file's name
-    lines = {kind: [s["reason"] if s["file"] in s["reason"] else f"{s['file']}: {s['reason']}" for s in skipped
-                    if s["no_image"] == kind] for kind in (False, True)}
-    for title, named in (("unusable", lines[False]), ("odd", odd), ("no image by its name", lines[True])):
-        print(f"{title}: {len(named)}")
-        for line in sorted(named):
+    return odd
+
+
+def _tell_skipped(records: list[dict], skipped: list[dict]) -> int:
+    """The list that ends both commands: unusable, odd, no image. Returns the number of the unusable."""
+    unusable = sorted(named(s) for s in skipped if not s["no_image"])
+    folders: dict[tuple, list] = {}
+    for s in sorted((s for s in skipped if s["no_image"]), key=lambda s: s["file"]):
+        folders.setdefault((Path(s["file"]).parent, s["reason"]), []).append(s)
+    left = [named(s) for group in folders.values() if len(group) <= FEW for s in group]
+    left += [f"{folder}: {len(group)} files, each {reason} ({Path(group[0]['file']).name} ...)"
+             for (folder, reason), group in folders.items() if len(group) > FEW]
+    for title, number, told in (("unusable", len(unusable), unusable), ("odd", len(odd := sorted(_odd(records))), odd),
+                                ("no image by its name", len(skipped) - len(unusable), sorted(left))):
+        print(f"{title}: {number}")
+        for line in told:
             print(f"  {line}")
-    return len(lines[False])
+    return len(unusable)
 
 
 def verify(store: Path) -> int:

@@ -30,6 +30,7 @@ DISPLAY = axcodes2ornt(("L", "P", "S"))
 PLACE = ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
          "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
 MAX_VOXELS = 2**31  # 2,147 million: 8,000 slices of 512 x 512. A header that declares more is damaged.
+ROUNDED = 0.05  # by how much a label may lie beside a whole number (editing in floats leaves 2.9999)
 BLOCK = 1 << 20  # bytes of a compressed file that are read at once
 MAX_RATIO = 1100  # of gzip's compression: deflate cannot do better than 1,032
 
@@ -62,9 +63,14 @@ class Volume:
         return _marked(self.header)
 
 
+def is_nifti(path: Path) -> bool:
+    """Whether a file's name says NIfTI, in small letters or in capitals."""
+    return path.name.lower().endswith(SUFFIXES)
+
+
 def stem(path: Path) -> str:
-    """The file's name without .nii or .nii.gz."""
-    return next(path.name[: -len(s)] for s in SUFFIXES if path.name.endswith(s))
+    """The file's name without .nii or .nii.gz; whole where it has another ending."""
+    return next((path.name[: -len(s)] for s in SUFFIXES if path.name.lower().endswith(s)), path.name)
 
 
 def read_volume(path: str | os.PathLike) -> Volume:
@@ -77,15 +83,19 @@ def read_volume(path: str | os.PathLike) -> Volume:
     data, header, affine = _load(path)
     spacing = nib.affines.voxel_sizes(affine)[np.argsort(_to_display(affine)[:, 0])]
     read = Volume(_display(data, affine), tuple(float(s) for s in spacing[::-1]), path, header, affine)
-    if (data.dtype.kind == "f" or _is_scaled(header)) and not np.isfinite(read.hu).all():
-        bad = int((~np.isfinite(read.hu)).sum())
-        raise BadInput(f"{path}: {bad} of {read.hu.size} voxels are NaN or infinite; export it again or remove it")
+    # the ends decide for integers (scaling keeps their order), a slice at a time else: no volume in float beside it
+    parts = range(len(read.stored)) if data.dtype.kind == "f" else ()
+    if not np.isfinite(_hu(np.array([data.min(), data.max()]), header)).all():
+        parts = range(len(read.stored))
+    if bad := sum(int((~np.isfinite(read.slice(z))).sum()) for z in parts):
+        raise BadInput(f"{path}: {bad} of {data.size} voxels are NaN or infinite; export it again or remove it")
     return read
 
 
-def read_labels(path: str | os.PathLike, volume: Volume, classes: int) -> np.ndarray:
+def read_labels(path: str | os.PathLike, volume: Volume, classes: int, odd: list[str] | None = None) -> np.ndarray:
     """Read the label map of a volume: (Z, Y, X) uint8 with ids 0..classes-1.
 
+    Values within ROUNDED of a whole number are rounded; a line that says so is appended to `odd`.
     Raises BadInput when it is unreadable, lies on another grid than the volume (shape, or an affine that
     moves a corner by over a tenth of a voxel), or holds anything but those ids.
     """
@@ -101,14 +111,22 @@ def read_labels(path: str | os.PathLike, volume: Volume, classes: int) -> np.nda
     if shift > 0.1 * min(volume.spacing):
         raise BadInput(f"{path}: its affine differs from that of {volume.path.name} by up to {shift:.2f} mm; "
                        "label and image must be on one grid")
-    labels = np.ascontiguousarray(_display(_scaled(data, header), affine))
-    if labels.dtype.kind == "f" and not (np.isfinite(labels).all() and (labels == np.rint(labels)).all()):
-        raise BadInput(f"{path}: label values are not all whole numbers; resample labels by nearest neighbour")
-    low, high = labels.min(), labels.max()
-    if low < 0 or high >= classes:
-        raise BadInput(f"{path}: unknown label id {int(low if low < 0 else high)}; "
-                       f"expected 0 to {classes - 1} (see tasks.ORGANS)")
-    return labels.astype(np.uint8)
+    stored = _display(data, affine)
+    labels, away = np.empty(stored.shape, np.uint8), 0
+    for z, out in enumerate(labels):
+        part = _scaled(stored[z], header)
+        whole = np.rint(part) if part.dtype.kind == "f" else part
+        if whole is not part and not np.isclose(part, whole, rtol=0, atol=ROUNDED).all():
+            raise BadInput(f"{path}: label values are not all whole numbers; resample labels by nearest neighbour")
+        low, high = whole.min(), whole.max()
+        if low < 0 or high >= classes:  # infinity, too
+            raise BadInput(f"{path}: unknown label id {low if low < 0 else high:.0f}; "
+                           f"expected 0 to {classes - 1} (see tasks.ORGANS)")
+        out[:] = whole
+        away += int((part != whole).sum()) if whole is not part else 0
+    if away and odd is not None:
+        odd.append(f"{away:,} labels of {path.name} are no whole numbers, though near; they were rounded")
+    return labels
 
 
 def is_phantom(path: Path) -> bool:
@@ -118,6 +136,12 @@ def is_phantom(path: Path) -> bool:
             return _marked(header)
     except BadInput:
         return False  # read_volume will say what is wrong with it
+
+
+def empty_sform(header: nib.Nifti1Header) -> bool:
+    """Whether the sform's code is set, its numbers are all zero, and a qform says where the voxels are."""
+    return (int(header["sform_code"]) > 0 and int(header["qform_code"]) > 0
+            and not any(header[f"srow_{axis}"][:3].any() for axis in "xyz"))
 
 
 def write_labels(path: str | os.PathLike, labels: np.ndarray, volume: Volume) -> None:
@@ -158,9 +182,9 @@ def _display(data: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 
 def _is_scaled(header: nib.Nifti1Header) -> bool:
-    """Whether scl_slope and scl_inter change anything; a slope of 0 is none."""
+    """Whether scl_slope and scl_inter change anything; a slope of 0 is none, nor is one that is no number (nibabel)."""
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    return slope != 0 and (slope, inter) != (1, 0)
+    return slope != 0 and math.isfinite(slope) and (slope, inter) != (1, 0)
 
 
 def _scaled(data: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
@@ -185,10 +209,10 @@ class _Gunzip:
     def __init__(self, file: BinaryIO):
         self.file, self.inflate, self.rest = file, zlib.decompressobj(31), b""
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int) -> bytearray:
         """Up to `size` bytes, fewer only at the end. Raises zlib.error and, where the file is cut short, EOFError."""
-        parts, wanted = [], size
-        while wanted:
+        whole, done = bytearray(size), 0  # filled in place: pieces joined would need the memory twice
+        while done < size:
             if self.inflate.eof:  # of a member: the end of the file, zeros or another member follow
                 self.rest = self.inflate.unused_data.lstrip(b"\0")
                 while not self.rest and (block := self.file.read(BLOCK)):
@@ -199,16 +223,18 @@ class _Gunzip:
             self.rest = self.rest or self.file.read(BLOCK)
             if not self.rest:
                 raise EOFError("it ends too early")
-            parts.append(self.inflate.decompress(self.rest, wanted))
+            part = self.inflate.decompress(self.rest, min(BLOCK, size - done))
             self.rest = self.inflate.unconsumed_tail
-            wanted -= len(parts[-1])
-        return b"".join(parts)
+            whole[done : done + len(part)] = part
+            done += len(part)
+        del whole[done:]
+        return whole
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple["BinaryIO | _Gunzip", nib.Nifti1Header]]:
     """The file's unzipped bytes behind its header, and that header. Raises BadInput, for what fails later too."""
-    if not path.name.endswith(SUFFIXES):
+    if not is_nifti(path):
         raise BadInput(f"{path}: not a NIfTI name; expected {' or '.join(SUFFIXES)}")
     try:
         with open(path, "rb") as file:
@@ -282,14 +308,19 @@ def _check_header(path: Path, header: nib.Nifti1Header) -> tuple[tuple[int, ...]
     if not (math.isfinite(offset) and header.sizeof_hdr + 4 <= offset <= 1 << 24 and offset == int(offset)):
         raise BadInput(f"{path}: damaged header (image starts at byte {offset})")
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope != 0 and not (math.isfinite(slope) and math.isfinite(inter)):
-        raise BadInput(f"{path}: scl_slope {slope} or scl_inter {inter} is not a number")
+    if slope != 0 and math.isfinite(slope) and not math.isfinite(inter):
+        raise BadInput(f"{path}: scl_inter {inter} is not a number; export it again")
     return tuple(shape), dtype, int(offset)
 
 
 def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
-    """Voxels -> mm: the sform where its code is set, else the qform, else the spacing alone. Raises BadInput."""
+    """Voxels -> mm: the sform where its code is set, else the qform, else the spacing alone. Raises BadInput.
+
+    An sform of zeros is none, where a qform stands beside it.
+    """
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
+    if empty_sform(header):
+        sform = 0
     if not 0 <= sform <= 5 or (sform == 0 and not 0 <= qform <= 5):
         raise BadInput(f"{path}: damaged header (sform_code {sform}, qform_code {qform})")
     if int(header["xyzt_units"]) & 7 in (1, 3):
@@ -301,7 +332,7 @@ def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
         if header["pixdim"][0] == 0:
             header["pixdim"][0] = 1  # the standard: a handedness of 0 counts as 1
     try:
-        affine = header.get_best_affine()
+        affine = header.get_best_affine() if not empty_sform(header) else header.get_qform()
     except (nib.spatialimages.HeaderDataError, ValueError) as e:
         raise BadInput(f"{path}: damaged qform ({' '.join(str(e).split())})") from None
     with np.errstate(all="ignore"):

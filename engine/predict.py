@@ -25,8 +25,6 @@ from segment import Segmenter
 
 SOURCES = "sources.jsonl"  # beside predictions: which volume each is of
 BATCH = 8  # slices predicted at once
-PADDING = -8192  # HU; scanners write -1024 to -8192 where they measured nothing
-HIGHEST = 32767  # HU that 16 bits can hold
 
 
 @torch.no_grad()
@@ -68,39 +66,28 @@ def find_run(name: str, out: Path) -> Path:
     return folder
 
 
-def read_ct(path: Path, window: Sequence[float]) -> tuple[volumes.Volume, np.ndarray]:
-    """A volume to predict and its 8-bit slices. Raises BadInput when unreadable, or by its values no CT in HU.
+def find_volumes(source: Path) -> tuple[dict[str, Path], list[dict]]:
+    """A volume, or the volumes of a folder -> ({name of its prediction: file}, what else the folder holds, skipped).
 
-    A CT's values cover at least a third of the window: soft tissue together with air, fat or bone does. Constant
-    volumes, label maps, images normalised to 0..1 or to unit deviation, and soft tissue stored without its
-    intercept do not; and no CT has values below PADDING or above HIGHEST.
+    Raises BadInput for a folder without volumes.
     """
-    read = volumes.read_volume(path)
-    levels, low, high = prepare.levels(read, window)
-    covered = min(high, window[1]) - max(low, window[0])
-    if low < PADDING or high > HIGHEST or covered < (window[1] - window[0]) / 3:
-        raise BadInput(f"{path}: no CT by its values, {low:g} to {high:g}; expected HU that cover at least a third of "
-                       f"{window[0]:g} to {window[1]:g} (a label map? normalised?)")
-    return read, levels
-
-
-def find_volumes(source: Path) -> dict[str, Path]:
-    """A volume, or the volumes of a folder -> {name of its prediction: file}. Raises BadInput for an empty folder."""
     if not source.is_dir():
-        return {source.name.removesuffix(".gz").removesuffix(".nii"): source}
-    found, _ = intake.find_volumes(source, "pretrain")
+        return {volumes.stem(source): source}, []
+    found, skipped = intake.find_volumes(source, "pretrain")
     stems = [volumes.stem(v["image"]) for v in found]
     # the file's own name, unless two subfolders have a file of that name
     names = [stem if stems.count(stem) == 1 else v["id"] for stem, v in zip(stems, found, strict=True)]
     if len(set(names)) < len(names):  # a__ct.nii.gz beside a/ct.nii.gz and b/ct.nii.gz
         names = [v["id"] for v in found]
-    return {name: v["image"] for name, v in zip(names, found, strict=True)}
+    return {name: v["image"] for name, v in zip(names, found, strict=True)}, skipped
 
 
-def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, into: Path | None = None) -> None:
+def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, into: Path | None = None,
+          skipped: Sequence[dict] = ()) -> None:
     """Write the labels that the run in `folder` gives to these volumes: NAME.nii.gz in `into` (folder/predictions).
 
-    Volumes that cannot be used, and those whose place another volume's prediction has, are left out and, at the end,
+    What is odd about a volume is told before its prediction. Volumes that cannot be used, those whose place another
+    volume's prediction has, and what was skipped as unusable where they were found, are left out and, at the end,
     raise one BadInput.
     """
     into = into or folder / "predictions"
@@ -110,23 +97,31 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, 
     model = model.to(device, memory_format=torch.channels_last)
     if amp == "auto":  # as in the run; what a CPU cannot do in half precision it does in full
         amp = "off" if saved["amp"] == "fp16" and device.type == "cpu" else saved["amp"]
-    amp, bad = processes.precision(amp, device), []
+    amp, odd, bad = processes.precision(amp, device), 0, [intake.named(s) for s in skipped if not s["no_image"]]
+    if others := [s["file"] for s in skipped if s["no_image"]]:
+        first = ", ".join(others[:3]) + " ..." * (len(others) > 3)
+        print(f"left out, no images by their names: {len(others)} ({first})")
     several = None if len(paths) > 1 else True
     for name, path in tqdm(paths.items(), "predicting", unit="volume", disable=several, leave=False):
         try:
-            read, levels = read_ct(path, config["window"])
+            read, levels, _, strange = prepare.read_ct(path, config["window"])
             refuse_another(into / f"{name}.nii.gz", path)  # before the work
         except BadInput as e:
             bad.append(str(e))
             continue
+        for line in strange:
+            tqdm.write(f"odd: {path}: {line}")
+        odd += len(strange)
         labels = volume(model, levels, config["crop_size"], amp, device, name)
         foreign = config["data"] == "phantom" and not read.is_phantom
         tqdm.write(f"{write(into, name, labels, read)}: {len(np.unique(labels[labels > 0]))} organs in {len(labels)} "
                    "slices" + ", by a model that knows only the generated phantom" * foreign)
+    if odd:
+        print(f"odd: {odd} (python datasets.py audit names them)")
     for line in bad[1:]:
         print(line, file=sys.stderr)
     if bad:
-        raise BadInput(bad[0] + (f" ({len(bad)} of {len(paths)} volumes, all named here)" if len(bad) > 1 else ""))
+        raise BadInput(bad[0] + (f" ({len(bad)} such volumes or files, all named here)" if len(bad) > 1 else ""))
 
 
 def write(folder: Path, name: str, labels: np.ndarray, read: volumes.Volume) -> Path:

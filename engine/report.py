@@ -133,7 +133,9 @@ def markdown(report: Sequence[dict]) -> str:
         beside = data == "BTCV" and table.startswith("Table")
         where = "the generated phantom (these are no BTCV results)" if data == "phantom" else data
         columns = [f"{p}, paper | {p}, here" if beside else p for p in protocols]
-        text.append(f"{table}, on {where}. Mean Dice over 13 organs in %, pooled over the validation set; "
+        counts = sorted({int(np.isfinite(np.array(c["organs"], float)).sum()) for c in own if c["values"]})
+        number = " or ".join(map(str, counts or [len(ORGANS) - 1]))
+        text.append(f"{table}, on {where}. Mean Dice over {number} organs in %, pooled over the validation set; "
                     "± standard deviation over draws and seeds (n - 1), n their number.")
         for protocol in protocols:
             settings = sorted({c["settings"] for c in own if c["protocol"] == protocol} - {""})

@@ -43,7 +43,7 @@ class Nifti:
         version, order = int(rng.choice([1, 1, 1, 2])), str(rng.choice(["<", "<", ">"]))
         length = {1: 348, 2: 540}[version]
         code = int(rng.choice([4, 4, 512, 16, 64, 8, 2]))
-        shape = tuple(int(n) for n in rng.integers(3, 12, 3))
+        shape = tuple(int(n) for n in rng.integers(16, 24, 3))
         data = rng.integers(0, 200, shape).astype(order + TYPES[code])
         extension = b"\0\0\0\0"
         if rng.random() < 0.3:
@@ -71,7 +71,7 @@ class Nifti:
     def affine(self) -> np.ndarray:
         """The standard's methods 3 and 2; its method 1 (no codes) as nibabel has it: x towards the patient's left."""
         srow, (b, c, d), pixdim = self.get("srow"), self.get("quatern")[:3], np.array(self.get("pixdim"))
-        if self.get("sform_code")[0] > 0:
+        if self.get("sform_code")[0] > 0 and (np.reshape(srow, (3, 4))[:, :3].any() or self.get("qform_code")[0] <= 0):
             return np.reshape(srow, (3, 4))[:, :3]
         if self.get("qform_code")[0] == 0:
             return np.diag(pixdim[1:4] * (-1, 1, 1))
@@ -88,7 +88,8 @@ class Nifti:
         data = np.frombuffer(self.raw, dtype, int(np.prod(shape)), int(self.get("vox_offset")[0]))
         data = data.reshape(shape, order="F")
         (slope,), (inter,) = self.get("scl_slope"), self.get("scl_inter")
-        hu = data if slope in (0, 1) and inter == 0 or slope == 0 else data * np.float64(slope) + np.float64(inter)
+        scaled = np.isfinite(slope) and slope != 0 and (slope, inter) != (1, 0)
+        hu = data * np.float64(slope) + np.float64(inter) if scaled else data
         affine = self.affine().astype(float)
         sizes = np.sqrt((affine**2).sum(0))
         scores = {}

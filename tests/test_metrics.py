@@ -127,6 +127,15 @@ def test_summarise(toy):
     })
 
 
+def test_an_organ_that_does_not_occur_counts_nowhere_even_where_it_is_predicted(toy):
+    """Toolboxes' own conventions stay theirs: mmseg's mDice gives it 0."""
+    table = toy[0].copy()
+    table[1, 3, 1] = 9  # organ 3, of which there is no truth
+    summary = metrics.summarise(table, toy[1])
+    assert summary["mDS"] == pytest.approx((8 / 10 + 10 / 14) / 2) and summary["organs"][2] is None
+    assert summary["mDice_with_background"] == pytest.approx((70 / 76 + 8 / 10 + 10 / 14 + 0) / 4)
+
+
 def test_summarise_what_is_undefined_is_none_and_perfect_is_one():
     background = np.array([[[10, 10, 10], [0, 0, 0]]])
     assert json.loads(json.dumps(metrics.summarise(background, ["a"]), allow_nan=False)) == {

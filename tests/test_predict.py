@@ -149,9 +149,9 @@ def test_one_bad_volume_of_a_folder_keeps_no_other_from_being_predicted(small_ph
     for part, case in (("a", "0037"), ("b", "0038")):
         (tmp_path / part).mkdir()
         shutil.copy(image(small_phantom, case), tmp_path / part / "ct.nii.gz")
-    nib.save(nib.Nifti1Image(make("labels"), np.eye(4)), tmp_path / "label.nii.gz")
+    nib.save(nib.Nifti1Image(make("labels"), np.eye(4)), tmp_path / "organs.nii.gz")
     line = refusal(train_seg.main, ["--predict", tmp_path, "--run", out / "seg" / RUN])
-    assert "label.nii.gz: no CT" in line
+    assert "organs.nii.gz: no CT" in line
     folder = out / "seg" / RUN / "predictions"
     for name, case in (("a__ct", "0037"), ("b__ct", "0038")):
         np.testing.assert_array_equal(labels(folder / f"{name}.nii.gz"), labels(folder / f"img{case}.nii.gz"))
@@ -199,8 +199,26 @@ def test_each_volume_of_a_folder_has_a_prediction_of_its_own_name(tmp_path):
     for name in ("a/ct", "b/ct", "c/a__ct"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         nib.save(nib.Nifti1Image(make("unit"), np.eye(4)), tmp_path / f"{name}.nii.gz")
-    found = predict.find_volumes(tmp_path)
+    found, _ = predict.find_volumes(tmp_path)
     assert sorted(found) == ["a__ct", "b__ct", "c__a__ct"] and len(set(found.values())) == 3
+
+
+def test_the_gate_of_training_is_that_of_predicting(small_phantom, out, tmp_path, capsys):
+    """Labels left out, what cannot be opened an error, what is odd told: as `audit` has it."""
+    source = nib.load(image(small_phantom, "0037"))
+    for name, low in (("ct/images/a.nii.gz", 0), ("ct/labels/a.nii.gz", 0), ("ct/b.nii.gz", -1000)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(np.clip(source.dataobj, low, 255).astype(np.int16), source.affine), tmp_path / name)
+    (tmp_path / "ct/gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "ct/c.mha").touch()
+    with pytest.raises(SystemExit) as caught:
+        go(out, tmp_path / "ct")
+    told, err = capsys.readouterr()
+    assert caught.value.code == 1 and len(err.strip().splitlines()) == 2
+    assert "ct/gone: a broken link" in err and "1 files of another format" in err and "c.mha" in err
+    assert "left out, no images by their names: 1 " in told and "labels/a.nii.gz" in told
+    assert told.index("images/a.nii.gz: HU from 0 to 255 only, never under -200") < told.index("predictions/a.nii.gz")
+    assert "odd: 1 (python datasets.py audit names them)" in told and "predictions/b.nii.gz" in told
 
 
 def test_predicting_takes_no_random_number_and_leaves_the_mode():
@@ -219,7 +237,7 @@ def test_predicting_takes_no_random_number_and_leaves_the_mode():
 
 def test_real_ct_is_accepted(real_ct, tmp_path):
     for name in ("nifti/example_ct_sm.nii.gz", "nifti/aorta_ct.nii.gz", "BTCV/RawData/Training/img/img0035.nii.gz"):
-        read, levels = predict.read_ct(real_ct / name, prepare.WINDOW)
+        read, levels, _, _ = prepare.read_ct(real_ct / name, prepare.WINDOW)
         assert isinstance(read, volumes.Volume) and levels.shape == read.hu.shape
     with pytest.raises(volumes.BadInput, match="no CT by its values"):
-        predict.read_ct(real_ct / "nifti/example_ct_sm_label.nii.gz", prepare.WINDOW)
+        prepare.read_ct(real_ct / "nifti/example_ct_sm_label.nii.gz", prepare.WINDOW)

@@ -49,16 +49,20 @@ def flags(small_phantom, pretrained):
     return make
 
 
-def test_three_protocols_leave_results_and_are_skipped_when_done(flags, pretrained, capsys):
+def test_three_protocols_leave_results_and_are_skipped_when_done(flags, small_phantom, pretrained, capsys):
     train_seg.main(flags("--split", "12.5", "--draw", 1, "--iterations", 2))
     first = capsys.readouterr().out
     assert "PHANTOM" in first and "| 12.5 % | MoCo v2 + local + ZCA" in first
+    truth = [np.load(small_phantom.parent / f"seg/segment/label-{case}.npy") for case in tasks.cases("val")]
+    occur = len(np.unique(np.concatenate([t.ravel() for t in truth]))) - 1
+    assert 1 < occur < 13  # the phantom is a small one
+    assert first.count(f"({occur} organs, pooled over") == 3 and f"Mean Dice over {occur} organs" in first
     lines = [json.loads(x) for x in (pretrained / "results.jsonl").read_text().splitlines()]
     assert [x["protocol"] for x in lines] == ["linear-frozen", "linear-finetune", "deeplabv3plus"]
     for x in lines:
         assert x["data"] == "phantom" and x["cases"] == tasks.cases("12.5", 1) and len(x["organs"]) == 13
         defined = [o for o in x["organs"] if o is not None]
-        assert x["mDS"] == pytest.approx(statistics.fmean(defined))
+        assert x["mDS"] == pytest.approx(statistics.fmean(defined)) and len(defined) == occur
         assert x["whitening"] == ("fold" if x["protocol"] == "linear-frozen" else "bn")
     train_seg.main(flags("--split", "12.5", "--draw", 1, "--iterations", 2))
     assert capsys.readouterr().out.count("done before") == 3

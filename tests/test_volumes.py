@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from ct import volumes
+from ct import prepare, volumes
 from ct.volumes import BadInput, read_labels, read_volume, write_labels
 
 RAS = np.diag([0.8, 0.7, 2.5, 1.0])
@@ -78,6 +79,36 @@ def test_scale_and_intercept(tmp_path):
     raw[112:120] = np.array([0.5, -1024], "<f4").tobytes()
     (tmp_path / "a.nii").write_bytes(raw)
     np.testing.assert_array_equal(read_volume(tmp_path / "a.nii").hu, expected(scene()))
+
+
+@pytest.mark.parametrize("dtype", ["<i2", "<u2", ">i4", "<f4"])
+def test_a_volume_with_a_slope_needs_no_more_memory_than_one_without(tmp_path, dtype):
+    """Its numbers, their 8-bit levels, and blocks of the file: not a second time its numbers, nor as floats."""
+    header = nib.Nifti1Header(endianness="<>"[dtype[0] == ">"])
+    header.set_data_dtype(np.dtype(dtype))
+    data = np.random.default_rng(0).integers(0, 1500, (160, 160, 160)).astype(dtype)
+    nib.save(nib.Nifti1Image(data, RAS, header), tmp_path / "a.nii")
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[112:120] = np.array([2, -1024], dtype[0] + "f4").tobytes()
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(raw, 1))
+    tracemalloc.start()
+    try:
+        slices, low, high = prepare.levels(read_volume(tmp_path / "a.nii.gz"), (-175, 250))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (low, high) == (2.0 * data.min() - 1024, 2.0 * data.max() - 1024) and slices.nbytes == data.size
+    assert peak < 1.15 * data.nbytes + slices.nbytes + 4 * volumes.BLOCK
+
+
+def test_scaling_to_infinity_is_refused(tmp_path):
+    """Of integers, too, whose ends alone are looked at first."""
+    nib.save(nib.Nifti1Image(scene(), RAS), tmp_path / "a.nii")
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[112:120] = np.array([3e38, 0], "<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(raw)
+    with pytest.raises(BadInput, match=rf"a.nii: {(np.abs(scene()) > 1).sum()} of {scene().size} voxels are NaN or"):
+        read_volume(tmp_path / "a.nii")
 
 
 def test_one_time_point_and_nifti2(tmp_path):
@@ -206,10 +237,11 @@ def make_bad(tmp_path: Path, kind: str) -> Path:
     if kind == "type":
         raw[70:72] = np.array([77], "<i2").tobytes()
     fields = {"bits": (72, "<i2", 32), "form_code": (254, "<i2", 77), "metres": (123, "u1", 3),
-              "scl_slope": (112, "<f4", np.nan), "scl_inter": (116, "<f4", np.inf), "starts at": (108, "<f4", 100)}
+              "scl_inter": (112, "<f4", [1, np.inf]), "starts at": (108, "<f4", 100)}
     if kind in fields:
         at, dtype, value = fields[kind]
-        raw[at : at + np.dtype(dtype).itemsize] = np.array(value, dtype).tobytes()
+        value = np.array(value, dtype).tobytes()
+        raw[at : at + len(value)] = value
     quaternion = {"spacing of": (80, -1), "damaged qform": (256, 5)}  # where the sform is not set
     if kind in quaternion:
         raw[252:256] = np.array([1, 0], "<i2").tobytes()
@@ -234,14 +266,14 @@ def make_bad(tmp_path: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["2-D", "5-D", "time", "NaN", "infinity", "RGB", "10 TB", "affine", "type",
                                   "text", "truncated", "zero", "short", "missing", "bits", "form_code", "metres",
-                                  "scl_slope", "starts at", "scl_inter", "spacing of",
+                                  "starts at", "scl_inter", "spacing of",
                                   "damaged qform", "longer than"])
 def test_bad_files_are_refused_in_one_line_with_their_name(tmp_path, kind):
     path = make_bad(tmp_path, kind)
     with pytest.raises(BadInput) as caught:
         read_volume(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    words = ("bits", "form_code", "metres", "scl_slope", "scl_inter", "starts at", "spacing of", "damaged qform",
+    words = ("bits", "form_code", "metres", "scl_inter", "starts at", "spacing of", "damaged qform",
              "longer than")
     assert kind not in words or kind in str(caught.value)
 
