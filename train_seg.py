@@ -41,7 +41,7 @@ PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, l
 PHANTOM = dict(arch="resnet18", crop_size=96, batch_size=16)
 PHANTOM_RECIPES = {"linear-frozen": dict(iterations=300, lr=0.2, whole_slices=True),
                    "linear-finetune": dict(iterations=100, lr=0.05, whole_slices=False),
-                   "deeplabv3plus": dict(iterations=100, lr=0.05, whole_slices=False)}
+                   "deeplabv3plus": dict(iterations=60, lr=0.05, whole_slices=False)}
 CHECKPOINT = 4000  # iterations between two checkpoints and evaluations; the last one has both, too
 FLUSH = 10  # iterations between two looks at the loss
 SHOWN = 6  # slices in overlays.png
@@ -60,7 +60,7 @@ def parse(argv: list[str] | None):
     add("--whitening", choices=("bn", "fold"), default="bn",
         help="a whitened run, fine-tuned: plain BN as in the paper, or folded; frozen is always folded")
     add("--arch", help="of --backbone imagenet, random or FILE (resnet50) [resnet18]")
-    add("--iterations", type=int, help="(40000) [300 of the frozen head, 100 of the others]")
+    add("--iterations", type=int, help="(40000) [300 frozen, 100 fine-tuned, 60 of DeepLabv3+]")
     add("--crop-size", type=int, help="pixels of a training crop's side, and of a slice's when evaluated (512) [96]")
     add("--batch-size", type=int, help="crops an iteration, over all processes (16) [16]")
     add("--lr", type=float, help="learning rate (0.01) [0.2 of the frozen head, 0.05 of the others]")
