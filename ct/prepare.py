@@ -14,7 +14,6 @@ Both commands end with a list of everything skipped or odd, and with exit code 0
 --skip-bad accepts what was.
 """
 
-import argparse
 import contextlib
 import ctypes
 import fcntl
@@ -36,6 +35,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ct.command import Parser, command, number, printable, whole
 from ct.intake import _skip, find_volumes
 from ct.tasks import ORGANS, cases
 from ct.volumes import BadInput, Volume, read_labels, read_volume
@@ -44,7 +44,10 @@ WINDOW = (-175.0, 250.0)  # HU
 SIZE = 512  # side of the slices kept for pre-training
 SHEET = 24  # slices on a contact sheet
 FORMAT = 3  # of the store; another number means: prepare again
-PAPER = {"pretrain": (1062, 215_325), "segment": (30, 3017 + 762)}  # volumes, slices
+# What the paper says of its data. That 3017 are the slices of 24 of the 30 volumes, to train on, and that the other 6
+# have 762, is our inference (README, "What the paper leaves open").
+PAPER = {"pretrain": "AbdomenCT-1K: 1,062 volumes, 215,325 slices",
+         "segment": "BTCV: 30 volumes, 3,017 slices; by our inference those of 24 to train on, 3,779 in all"}
 
 
 def window_to_uint8(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
@@ -96,7 +99,19 @@ def _checksum(path: Path) -> str:
 def _stamp(path: Path | None) -> dict | None:
     if path is None:
         return None
-    return {"file": str(path), "bytes": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
+    try:
+        found = path.stat()
+    except OSError:  # reading it will say why
+        return {"file": str(path), "bytes": None, "mtime": None}
+    return {"file": str(path), "bytes": found.st_size, "mtime": found.st_mtime_ns}
+
+
+def _source(path: Path | None) -> dict | None:
+    """A file's stamp and checksum. Raises BadInput: one file that cannot be read must not stop the others."""
+    try:
+        return _stamp(path) and _stamp(path) | {"checksum": _checksum(path)}
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
 
 
 def _unchanged(source: dict, volume: dict) -> dict | None:
@@ -145,8 +160,8 @@ def _describe(volume: dict, kind: str, window: tuple[float, float]) -> tuple[dic
 
 def _prepare_volume(volume: dict, store: Path, kind: str, window: tuple[float, float], size: int) -> dict:
     """One volume into the store. Returns its record; raises BadInput. The .json is written last: no half volume."""
-    source = {part: _stamp(volume[part]) and _stamp(volume[part]) | {"checksum": _checksum(volume[part])}
-              for part in ("image", "label")}  # before it is read: a file that changes meanwhile is read again
+    # before it is read: a file that changes meanwhile is read again
+    source = {part: _source(volume[part]) for part in ("image", "label")}
     record, slices, labels = _describe(volume, kind, window)
     arrays = {"": slices, "label-": labels} if kind == "segment" else {"": square(slices, size)}
     record["slices"], record["height"], record["width"] = arrays[""].shape
@@ -194,12 +209,19 @@ def _kept(volume: dict, store: Path, window: tuple[float, float], size: int) -> 
     return record if right else None
 
 
+def _index(folder: Path) -> dict:
+    """A store's index.json; where it is missing or damaged an empty one, which the next preparation replaces."""
+    try:
+        index = json.loads((folder / "index.json").read_bytes())
+    except (OSError, ValueError):
+        index = None
+    usable = isinstance(index, dict) and {"volumes", "skipped"} <= index.keys()
+    return index if usable else {"volumes": [], "skipped": []}
+
+
 def _accepted(store: Path) -> dict[str, dict]:
     """What `prepare --skip-bad` left out before, by image."""
-    try:
-        return {e["file"]: e for e in json.loads((store / "index.json").read_text())["skipped"] if "stamps" in e}
-    except (OSError, ValueError, KeyError):
-        return {}
+    return {e["file"]: e for e in _index(store)["skipped"] if "stamps" in e}
 
 
 def _stamps(volume: dict) -> list:
@@ -242,7 +264,7 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
                 raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
             index = {"format": FORMAT, "kind": kind, "data": str(data.resolve()), "window": list(window), "size": size,
                      "volumes": [records[k] for k in sorted(records)], "skipped": skipped + left_out}
-            if not (folder / "index.json").exists() or json.loads((folder / "index.json").read_text()) != index:
+            if _index(folder) != index:
                 _write_json(folder / "index.json", index)
     except OSError as e:
         raise BadInput(f"{e.filename or folder}: {e.strerror or e} (while preparing {folder}); run the same command "
@@ -276,7 +298,7 @@ def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, f
             records[volume["id"]] = outcome
     if bad and not skip_bad:
         for b in bad[1:]:
-            print(b["reason"], file=sys.stderr)
+            print(printable(b["reason"]), file=sys.stderr)
         raise BadInput(bad[0]["reason"] + (f" ({len(bad)} such volumes, all named here)" if len(bad) > 1 else ""))
     return records, left_out + bad
 
@@ -300,7 +322,11 @@ def _in_processes(work: Callable, items: list, workers: int, title: str) -> Iter
 
 
 def _end_with_parent() -> None:
-    """A worker of a killed preparation must neither wait for work for ever nor write on beside the next one."""
+    """A worker of a killed preparation must neither wait for work for ever nor write on beside the next one.
+
+    Ctrl-C reaches all processes of a terminal: the parent answers it, a worker ends what it has in hand.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":  # at once: before anyone can see that the parent is gone
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         return
@@ -325,9 +351,7 @@ def audit(data: Path, kind: str, workers: int, store: Path, draw: Callable | Non
         else:
             good.append(outcome)
     good.sort(key=lambda r: r["id"])
-    name, (wanted_volumes, wanted_slices) = {"pretrain": "AbdomenCT-1K", "segment": "BTCV"}[kind], PAPER[kind]
-    print(f"{data}: {len(good)} volumes, {sum(r['slices'] for r in good):,} slices   (the paper's {name}: "
-          f"{wanted_volumes:,} volumes, {wanted_slices:,} slices)")
+    print(f"{data}: {len(good)} volumes, {sum(r['slices'] for r in good):,} slices   (the paper's {PAPER[kind]})")
     if good and all(r["phantom"] for r in good):
         print("every volume is generated: this is the phantom")
     if good:
@@ -350,10 +374,8 @@ def _inspect(volume: dict, kind: str) -> dict:
 
 def _contact_sheet(draw: Callable | None, path: Path, slices: list[np.ndarray], titles: list[str],
                    labels: list[np.ndarray] | None) -> None:
-    if slices and draw:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if draw(path, slices, titles, labels):
-            print(f"{path}: {len(slices)} slices to look at")
+    if slices and draw and draw(path, slices, titles, labels):
+        print(f"{path}: {len(slices)} slices to look at")
 
 
 def _tell_organs(good: list[dict]) -> None:
@@ -361,8 +383,9 @@ def _tell_organs(good: list[dict]) -> None:
     for split, paper in (("100", (24, 3017)), ("val", (6, 762))):
         present = [found[c] for c in cases(split) if c in found]
         print(f"  {'train' if split == '100' else 'val'}: {len(present)} volumes, {sum(present):,} slices   "
-              f"(the paper's: {paper[0]}, {paper[1]:,})")
-    for organ, voxels in zip(ORGANS, np.reshape([r["voxels"] for r in good], (-1, len(ORGANS))).T, strict=True):
+              f"(the paper's, by our inference: {paper[0]}, {paper[1]:,})")
+    counts = np.array([r["voxels"] for r in good], np.int64).reshape(-1, len(ORGANS))
+    for organ, voxels in zip(ORGANS, counts.T, strict=True):
         print(f"  {ORGANS.index(organ):2d} {organ:26s} {voxels.sum():14,d} voxels in {(voxels > 0).sum()} volumes")
 
 
@@ -381,7 +404,7 @@ def _tell_skipped(records: list[dict], skipped: list[dict]) -> int:
     for title, named in (("unusable", lines[False]), ("odd", odd), ("no image by its name", lines[True])):
         print(f"{title}: {len(named)}")
         for line in sorted(named):
-            print(f"  {line}")
+            print(f"  {printable(line)}")
     return len(lines[False])
 
 
@@ -390,7 +413,9 @@ def verify(store: Path) -> int:
     indices = sorted(store.glob("*/index.json"))
     if not indices:
         raise BadInput(f"{store}: nothing was prepared there; give --store")
-    damaged = [path for index in indices for record in json.loads(index.read_text())["volumes"]
+    if lost := [index for index in indices if not _index(index.parent)["volumes"]]:
+        raise BadInput(f"{lost[0]}: damaged; prepare that store again")
+    damaged = [path for index in indices for record in _index(index.parent)["volumes"]
                for name, checksum in record["checksums"].items()
                if not (path := index.parent / name).exists() or _checksum(path) != checksum]
     for path in damaged:
@@ -405,39 +430,37 @@ def default_store(data: Path) -> Path:
     return Path("stores") / (f"{data.parent.name}-{data.name}" if data.parent.name == "phantom" else data.name)
 
 
+@command
 def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     """The commands. draw(path, slices, titles, labels) -> bool: what draws a contact sheet, if anything."""
-    parser = argparse.ArgumentParser(prog="datasets.py", description="Prepare or audit a folder of CT volumes.")
+    parser = Parser(description="Prepare or audit a folder of CT volumes.")
     parser.add_argument("command", choices=("prepare", "audit"))
     parser.add_argument("--data", type=Path, required=True, help="folder of the CT volumes")
     parser.add_argument("--kind", choices=("pretrain", "segment"),
                         help="default: segment for BTCV's layout, else pretrain")
     parser.add_argument("--store", type=Path, help="folder of the slices (default stores/NAME_OF_DATA)")
-    parser.add_argument("--size", type=int, default=SIZE, help="prepare: side of the pre-training slices")
-    parser.add_argument("--window", type=float, nargs=2, default=WINDOW, metavar=("LOW", "HIGH"), help="HU window")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--size", type=whole(1), default=SIZE, help="prepare: side of the pre-training slices")
+    parser.add_argument("--window", type=number(), nargs=2, default=WINDOW, metavar=("LOW", "HIGH"), help="HU window")
+    parser.add_argument("--workers", type=whole(0), default=os.cpu_count(), help="processes")
     parser.add_argument("--skip-bad", action="store_true", help="leave out unusable volumes: listed, but no failure")
     parser.add_argument("--verify", action="store_true", help="audit: compare the store with its checksums instead")
     args = parser.parse_args(argv)
     btcv = any((args.data / p / "img").is_dir() for p in ("RawData/Training", "Training", "."))
     kind = args.kind or ("segment" if btcv else "pretrain")
     folder = args.store or default_store(args.data)
-    try:
-        if args.command == "audit" and args.verify:
-            raise SystemExit(1 if verify(folder) else 0)
-        if args.command == "audit":
-            skipped = audit(args.data, kind, args.workers, folder, draw)
-        else:
-            store, index = prepare(args.data, folder, kind, args.window, args.size, args.workers, args.skip_bad)
-            places = [(v["id"], z) for v in index["volumes"] for z in range(v["slices"])]
-            print(f"{store}: {len(index['volumes'])} volumes, {len(places):,} slices")
-            picked = [places[i] for i in np.linspace(0, len(places) - 1, min(SHEET, len(places))).astype(int)]
-            slices, labels = ([np.load(store / f"{prefix}{name}.npy", mmap_mode="r")[z] for name, z in picked]
-                              if not prefix or kind == "segment" else None for prefix in ("", "label-"))
-            _contact_sheet(draw, store / "contact_sheet.png", slices, [f"{n} slice {z}" for n, z in picked], labels)
-            skipped = _tell_skipped(index["volumes"], index["skipped"])
-    except BadInput as e:
-        raise SystemExit(f"datasets.py: {e}") from None
+    if args.command == "audit" and args.verify:
+        raise SystemExit(1 if verify(folder) else 0)
+    if args.command == "audit":
+        skipped = audit(args.data, kind, args.workers, folder, draw)
+    else:
+        store, index = prepare(args.data, folder, kind, args.window, args.size, args.workers, args.skip_bad)
+        places = [(v["id"], z) for v in index["volumes"] for z in range(v["slices"])]
+        print(f"{store}: {len(index['volumes'])} volumes, {len(places):,} slices")
+        picked = [places[i] for i in np.linspace(0, len(places) - 1, min(SHEET, len(places))).astype(int)]
+        slices, labels = ([np.load(store / f"{prefix}{name}.npy", mmap_mode="r")[z] for name, z in picked]
+                          if not prefix or kind == "segment" else None for prefix in ("", "label-"))
+        _contact_sheet(draw, store / "contact_sheet.png", slices, [f"{n} slice {z}" for n, z in picked], labels)
+        skipped = _tell_skipped(index["volumes"], index["skipped"])
     if skipped and not args.skip_bad:
         raise SystemExit(1)
 

@@ -1,6 +1,7 @@
 """Tables 1 and 2 from results.jsonl, the paper's figures beside those of here."""
 
 import csv
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,8 +157,9 @@ def _told(values: list[float]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Sequence]) -> None:
-    with open(path, "w", newline="") as f:
-        csv.writer(f).writerows(rows)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    runs.write_text(path, text.getvalue())
 
 
 def csv_rows(report: Sequence[dict]) -> list[list]:
