@@ -52,6 +52,15 @@ def number(least: float = -math.inf, most: float = math.inf, above: float = -mat
     return parse
 
 
+def folder(text: str) -> Path:
+    """A flag's type: a folder, or a place where one can be made."""
+    path = Path(text)
+    there = next((p for p in (path, *path.parents) if p.exists()), path)
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: {there} is no folder")
+    return path
+
+
 def printable(text: object) -> str:
     """One line that any terminal can show: of a file's name, control characters and bytes that are no text escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
@@ -92,8 +101,8 @@ def command(main):
 
 def _tell(line: str) -> None:
     """The line with which a command ends, from one process of each machine: every other has found the same."""
-    local = os.environ.get("LOCAL_RANK", os.environ.get("RANK", ""))
-    if not local.isdecimal() or int(local) == 0:
+    local, world = (os.environ.get(name, "") for name in ("LOCAL_RANK", "WORLD_SIZE"))
+    if local in ("", "0") or world in ("", "1"):
         print(f"{Path(sys.argv[0]).name}: {printable(line)}", file=sys.stderr)
 
 

@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ct.command import Parser, command, number, printable, whole
+from ct.command import Parser, command, folder, number, printable, whole
 from ct.intake import _skip, find_volumes
 from ct.tasks import ORGANS, cases
 from ct.volumes import BadInput, Volume, read_labels, read_volume
@@ -438,7 +438,7 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the CT volumes")
     parser.add_argument("--kind", choices=("pretrain", "segment"),
                         help="default: segment for BTCV's layout, else pretrain")
-    parser.add_argument("--store", type=Path, help="folder of the slices (default stores/NAME_OF_DATA)")
+    parser.add_argument("--store", type=folder, help="folder of the slices (default stores/NAME_OF_DATA)")
     parser.add_argument("--size", type=whole(1), default=SIZE, help="prepare: side of the pre-training slices")
     parser.add_argument("--window", type=number(), nargs=2, default=WINDOW, metavar=("LOW", "HIGH"), help="HU window")
     parser.add_argument("--workers", type=whole(0), default=os.cpu_count(), help="processes")
@@ -447,13 +447,13 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     args = parser.parse_args(argv)
     btcv = any((args.data / p / "img").is_dir() for p in ("RawData/Training", "Training", "."))
     kind = args.kind or ("segment" if btcv else "pretrain")
-    folder = args.store or default_store(args.data)
+    target = args.store or default_store(args.data)
     if args.command == "audit" and args.verify:
-        raise SystemExit(1 if verify(folder) else 0)
+        raise SystemExit(1 if verify(target) else 0)
     if args.command == "audit":
-        skipped = audit(args.data, kind, args.workers, folder, draw)
+        skipped = audit(args.data, kind, args.workers, target, draw)
     else:
-        store, index = prepare(args.data, folder, kind, args.window, args.size, args.workers, args.skip_bad)
+        store, index = prepare(args.data, target, kind, args.window, args.size, args.workers, args.skip_bad)
         places = [(v["id"], z) for v in index["volumes"] for z in range(v["slices"])]
         print(f"{store}: {len(index['volumes'])} volumes, {len(places):,} slices")
         picked = [places[i] for i in np.linspace(0, len(places) - 1, min(SHEET, len(places))).astype(int)]

@@ -56,7 +56,7 @@ def find_run(name: str, out: Path) -> Path:
     folder = next((f for f in (out / "seg" / name, Path(name), out / name) if (f / "config.json").exists()), None)
     if folder is None:
         raise BadInput(f"--run {name}: no such run in {out / 'seg'} and no such folder")
-    if "protocol" not in runs.read_config(folder):
+    if "protocol" not in runs.read_config(folder, "arch", "data"):
         raise BadInput(f"--run {name}: a pre-training run, which knows no organs; train_seg.py --backbone "
                        f"{folder.name} --split 100 trains one that does")
     if not (folder / "result.json").exists():

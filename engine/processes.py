@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from ct import command as ct_command
-from ct.command import cause, number, whole
+from ct.command import cause, folder, number, whole
 from ct.volumes import BadInput
 
 # Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
@@ -38,8 +38,8 @@ class Parser(ct_command.Parser):
         add = self.add_argument
         add("--data", type=Path, help=f"folder of CT volumes (default data/{data} if it exists, else the built-in "
             "phantom)")
-        add("--store", type=Path, help="folder of the prepared slices (default stores/NAME_OF_DATA)")
-        add("--out", type=Path, default=Path("runs"), help="folder of all runs and results (default runs)")
+        add("--store", type=folder, help="folder of the prepared slices (default stores/NAME_OF_DATA)")
+        add("--out", type=folder, default=Path("runs"), help="folder of all runs and results (default runs)")
         add("--seed", type=whole(0), default=0)
         add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
             help="mixed precision; auto: bf16 where the hardware computes in it")
