@@ -10,7 +10,6 @@ n vectors cannot span more than n - 1 dimensions: the 762 slices of BTCV's valid
 2048 values at 761.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ import augment
 import datasets
 import metrics
 from ct import intake, prepare, tasks
+from ct.command import whole
 from ct.volumes import BadInput
 from engine import backbones, figures, processes, report
 
@@ -42,15 +42,17 @@ def features(backbone: nn.Module, slices: torch.Tensor, size: int, positions: bo
 @processes.command
 def main(argv: list[str] | None = None) -> None:
     parser = processes.Parser(prog="svd_spectrum.py", description=__doc__.split("\n\n")[0])
-    parser.common()
-    parser.add_argument("backbones", nargs="*", help="runs of --out, files, imagenet or random (default: all runs)")
+    parser.common("BTCV")
+    parser.add_argument("backbones", nargs="*", help="runs of --out or their folders, files, imagenet or random "
+                        "(default: all runs)")
     parser.add_argument("--positions", action="store_true", help="every position of the last map, not their mean")
-    parser.add_argument("--image-size", type=int, help="pixels of a slice's side (224) [64 on the phantom]")
+    parser.add_argument("--image-size", type=whole(1), help="pixels of a slice's side (224) [64 on the phantom]")
     parser.add_argument("--arch", help="of imagenet, random and files (resnet50) [resnet18]")
     args = parser.parse_args(argv)
     data, phantom = intake.locate(args.data, "BTCV")
     args.image_size = args.image_size or (64 if phantom else 224)
     args.arch = args.arch or ("resnet18" if phantom else "resnet50")
+    backbones.architecture(args.arch)
     names = [backbones.resolve(n, args.out, phantom) for n in args.backbones or runs_in(args.out, phantom)]
     store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
                              workers=args.workers)
@@ -85,8 +87,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def runs_in(out: Path, phantom: bool) -> list[str]:
     """The pre-training runs of a folder, those on the phantom or the others. Raises BadInput for none."""
-    names = [p.parent.name for p in sorted(out.glob("*/checkpoint.pt"))
-             if (json.loads((p.parent / "config.json").read_text())["data"] == "phantom") == phantom]
+    found = backbones.pretrained(sorted(p.parent for p in out.glob(f"*/{backbones.CHECKPOINT}")))
+    names = [folder.name for folder, config in found.items() if (config["data"] == "phantom") == phantom]
     if not names:
         raise BadInput(f"{out}: no pre-training run there; torchrun train_ssl.py --local --zca makes one")
     return sorted(names, key=lambda n: (len(n), n))

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import datasets
 import metrics
 from ct import intake, prepare, tasks, volumes
+from ct.command import number, whole
 from ct.tasks import ORGANS
 from ct.volumes import BadInput
 from engine import backbones, figures, predict, processes, report, runs
@@ -50,20 +51,21 @@ SHOWN = 6  # slices in overlays.png
 def parse(argv: list[str] | None):
     parser = processes.Parser(prog="train_seg.py", description=__doc__.split("\n\n")[0],
                             epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
-    parser.common()
+    parser.common("BTCV")
     add = parser.add_argument
     add("--split", help="percent of BTCV's training volumes: 12.5, 25 or 100")
-    add("--draw", type=int, help="one of the random choices of volumes, 0 to 2 (default: all)")
+    add("--draw", type=whole(0), help="one of the random choices of volumes, 0 to 2 (default: all)")
     add("--protocol", choices=PROTOCOLS, help="default: all three")
     add("--backbone", help="a RUN of --out or its folder, a FILE of weights, imagenet, random or all (default: "
         "moco-local-zca)")
     add("--whitening", choices=("bn", "fold"), default="bn",
         help="a whitened run, fine-tuned: plain BN as in the paper, or folded; frozen is always folded")
     add("--arch", help="of --backbone imagenet, random or FILE (resnet50) [resnet18]")
-    add("--iterations", type=int, help="(40000) [300 frozen, 100 fine-tuned, 60 of DeepLabv3+]")
-    add("--crop-size", type=int, help="pixels of a training crop's side, and of a slice's when evaluated (512) [96]")
-    add("--batch-size", type=int, help="crops an iteration, over all processes (16) [16]")
-    add("--lr", type=float, help="learning rate (0.01) [0.2 of the frozen head, 0.05 of the others]")
+    add("--iterations", type=whole(1), help="(40000) [300 frozen, 100 fine-tuned, 60 of DeepLabv3+]")
+    add("--crop-size", type=whole(32), help="pixels of a training crop's side, and of a slice's when evaluated (512) "
+        "[96]")
+    add("--batch-size", type=whole(2), help="crops an iteration, over all processes (16) [16]")
+    add("--lr", type=number(above=0), help="learning rate (0.01) [0.2 of the frozen head, 0.05 of the others]")
     add("--whole-slices", action=argparse.BooleanOptionalAction, help="linear-frozen trains on whole slices instead "
         "of random crops: their features are computed once, which is fast and not the paper's (no) [yes]")
     add("--overwrite", action="store_true", help="start over what has been run")
@@ -86,9 +88,6 @@ def settle(args, phantom: bool) -> None:
         raise BadInput("--split is missing: give --split 12.5, 25 or 100 (or --report)")
     if args.split not in DRAWS:
         raise BadInput(f"--split {args.split}: no such split; there are {', '.join(DRAWS)}")
-    for key, least in (("iterations", 1), ("crop_size", 32), ("batch_size", 2)):
-        if (value := getattr(args, key)) is not None and value < least:
-            raise BadInput(f"--{key.replace('_', '-')} {value}: must be at least {least}")
     args.draws = range(DRAWS[args.split]) if args.draw is None else [args.draw]
     for draw in args.draws:
         if draw not in range(DRAWS[args.split]):
@@ -113,13 +112,13 @@ def choose_backbones(args, phantom: bool) -> list[str]:
     if args.backbone != "all":
         return [backbones.resolve(args.backbone or f"moco-local-zca{seed}", args.out, phantom)]
     rows = [r for r in report.ROWS | report.BEYOND if r not in ("imagenet", "random")]
-    runs = {r: args.out / f"{prefix}{r}{seed}" for r in rows}
-    present = [r for r, folder in runs.items() if (folder / "checkpoint.pt").exists()]
-    if absent := [runs[r].name for r in rows[1:5] if r not in present]:
+    folders = {r: args.out / f"{prefix}{r}{seed}" for r in rows}
+    present = backbones.pretrained(folders.values())
+    if absent := [folders[r].name for r in rows[1:5] if not (folders[r] / backbones.CHECKPOINT).exists()]:
         print(f"not run yet, left out: {', '.join(absent)} (train_ssl.py)", file=sys.stderr)
     # beside them what they started from: ImageNet's weights, or random ones (and the run of those)
-    inits = {json.loads((runs[r] / "config.json").read_text())["init"] for r in present}
-    return ["imagenet" if "imagenet" in inits or not (inits or phantom) else "random", *(runs[r].name for r in present)]
+    inits = {config["init"] for config in present.values()}
+    return ["imagenet" if "imagenet" in inits or not (inits or phantom) else "random", *(f.name for f in present)]
 
 
 def tell_unfinished(args, names: list[str], phantom: bool, ranks: processes.Processes) -> None:
@@ -226,7 +225,7 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
     run = runs.Run(folder, config, args.overwrite, ranks.is_main)
     if done:
         if ranks.is_main:
-            result = json.loads((folder / "result.json").read_text())
+            result = runs.read_json(folder / "result.json", "mDS", remedy="delete it, and this run is measured again")
             print(f"{title}: done before, mDS {100 * result['mDS']:.2f} %")
             if args.save_predictions:
                 predict.files(validation_files(store), folder, args.amp, ranks.device)
@@ -387,6 +386,7 @@ def main(argv: list[str] | None = None) -> None:
                              args.predict_out, skipped)
     data, phantom = intake.locate(args.data, "BTCV")
     settle(args, phantom)
+    backbones.architecture(args.arch)
     names = choose_backbones(args, phantom)
     store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
                              workers=args.workers)

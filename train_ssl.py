@@ -13,7 +13,6 @@ for the whole global batch, so a run does not depend on the number of processes 
 import argparse
 import contextlib
 import inspect
-import json
 import math
 import sys
 import time
@@ -28,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import augment
 import datasets
 from ct import intake, prepare
+from ct.command import number, whole
 from ct.volumes import BadInput
 from engine import backbones, figures, monitor, processes, runs
 from local_loss import CELLS
@@ -51,7 +51,7 @@ FEW = 20_000  # slices: below, the paper's settings are looked at for what canno
 def parse(argv: list[str] | None):
     parser = processes.Parser(prog="train_ssl.py", description=__doc__.split("\n\n")[0],
                             epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
-    parser.common()
+    parser.common("AbdomenCT-1K")
     add = parser.add_argument
     add("--local", action="store_true", help="local loss on the first stage's feature map, Eq. 2")
     add("--zca", action="store_true", help="ZCA whitening in place of the backbone's last BN, Eq. 5")
@@ -61,21 +61,21 @@ def parse(argv: list[str] | None):
     add("--init", help="imagenet, random, a RUN of --out or a FILE (imagenet) [phantom-start, which is trained first]")
     add("--name", help="of the run (default moco[-local][-zca][-nogeo|-aligned][-seedN])")
     add("--overwrite", action="store_true", help="start over where a run of this name exists")
-    add("--size", type=int, help="pixels of a stored slice's side (512) [192]")
-    add("--image-size", type=int, help="pixels of a view's side (224) [64]")
-    add("--batch-size", type=int, help="slices a step, over all processes (256) [64]")
-    add("--bn-group", type=int, help="slices that share batch statistics (32) [32]")
-    add("--epochs", type=int, help="horizon of the schedule (200) [8]")
-    add("--steps", type=int, help="stop after so many optimizer steps in all (default: all epochs)")
-    add("--lr", type=float, help="learning rate as it is (0.03 x batch / 256) [0.01]")
-    add("--queue", type=int, help="keys kept, a multiple of the batch (65536) [256]")
-    add("--ema", type=float, help="momentum of the key encoder (0.999) [0.99]")
-    add("--temperature", type=float, default=0.2, help="of Eq. 1")
-    add("--temperature-local", type=float, default=0.2, help="of Eq. 2")
-    add("--lambda-local", type=float, default=1.0, help="weight of the local loss, Eq. 3")
-    add("--patches", type=int, default=20, help="K of Eq. 2")
-    add("--zca-group", type=int, help="channels whitened together (64) [64]")
-    add("--zca-iterations", type=int, default=5, help="T of Newton's iteration")
+    add("--size", type=whole(1), help="pixels of a stored slice's side (512) [192]")
+    add("--image-size", type=whole(1), help="pixels of a view's side (224) [64]")
+    add("--batch-size", type=whole(1), help="slices a step, over all processes (256) [64]")
+    add("--bn-group", type=whole(1), help="slices that share batch statistics (32) [32]")
+    add("--epochs", type=whole(1), help="horizon of the schedule (200) [8]")
+    add("--steps", type=whole(0), help="stop after so many optimizer steps in all (default: all epochs)")
+    add("--lr", type=number(above=0), help="learning rate as it is (0.03 x batch / 256) [0.01]")
+    add("--queue", type=whole(1), help="keys kept, a multiple of the batch (65536) [256]")
+    add("--ema", type=number(0, 1), help="momentum of the key encoder (0.999) [0.99]")
+    add("--temperature", type=number(above=0), default=0.2, help="of Eq. 1")
+    add("--temperature-local", type=number(above=0), default=0.2, help="of Eq. 2")
+    add("--lambda-local", type=number(0), default=1.0, help="weight of the local loss, Eq. 3")
+    add("--patches", type=whole(1), default=20, help="K of Eq. 2")
+    add("--zca-group", type=whole(1), help="channels whitened together (64) [64]")
+    add("--zca-iterations", type=whole(1), default=5, help="T of Newton's iteration")
     add("--compile", action="store_true", help="torch.compile the encoders")
     return parser.parse_args(argv)
 
@@ -88,10 +88,6 @@ def settle(args, phantom: bool) -> None:
     if args.geometric is None:
         args.geometric = not args.local
     args.lr = 0.03 * args.batch_size / 256 if args.lr is None else args.lr
-    for key in ("size", "image_size", "batch_size", "bn_group", "epochs", "queue", "patches", "zca_group",
-                "zca_iterations"):
-        if getattr(args, key) < 1:
-            raise BadInput(f"--{key.replace('_', '-')} {getattr(args, key)}: must be at least 1")
     if args.local and args.patches > CELLS**2:
         raise BadInput(f"--patches {args.patches}: a feature map has {CELLS**2} non-overlapping cells")
     if args.image_size < 32 or (args.local and args.image_size < 4 * CELLS):
@@ -103,6 +99,8 @@ def settle(args, phantom: bool) -> None:
         views = {(False, False): "-nogeo", (True, True): "-aligned"}.get((args.local, args.geometric), "")
         args.name = "phantom-" * phantom + "moco" + "-local" * args.local + "-zca" * args.zca + views
         args.name += processes.seed_suffix(args.seed)
+    if Path(args.name).name != args.name or args.name in ("", "..", "seg", "imagenet", "random"):
+        raise BadInput(f"--name {args.name}: must be a new folder's name in --out, and none of seg, imagenet, random")
 
 
 def start_of(args) -> str:
@@ -143,10 +141,9 @@ def advice(args, trained: int, horizon: int) -> list[str]:
 
 def build(args, phantom: bool = False) -> MoCo:
     args.init = backbones.resolve(args.init, args.out, phantom)
-    run = args.out / args.init / "config.json"
-    if run.exists() and (arch := json.loads(run.read_text())["arch"]) != args.arch:
-        raise BadInput(f"--init {args.init}: is a {arch}; give --arch {arch} or another start")
     opened = backbones.open_backbone(args.init, args.out, args.arch, args.seed, "fold", phantom)
+    if (arch := opened.pretraining["arch"]) != args.arch:
+        raise BadInput(f"--init {args.init}: is a {arch}; give --arch {arch} or another start")
     backbone, args.init_checksum = opened.net, opened.pretraining["checksum"]
     args.init_unfinished = opened.unfinished
     if args.zca:
@@ -259,8 +256,14 @@ class Trainer:
 @processes.command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.steps == 0:
+        print("--steps 0: nothing to do")
+        return
     data, phantom = intake.locate(args.data, "AbdomenCT-1K")
     settle(args, phantom)
+    backbones.architecture(args.arch)  # what is refused is refused before the slices are prepared, which takes long
+    if args.init != start_of(args):
+        args.init = backbones.resolve(args.init, args.out, phantom)
     store = datasets.prepare(data, args.store or prepare.default_store(data), "pretrain", tuple(args.window),
                              args.size, args.workers)
     ranks = processes.start()
@@ -291,7 +294,7 @@ def pretrain(args, store: datasets.Store, data: Path, phantom: bool, ranks: proc
     runs.announce_changes(saved, amp, ranks)
     trainer = Trainer(args, moco, batches, ranks, amp)
     first = trainer.load(saved) if saved else 0
-    last = min(trainer.horizon, args.steps or trainer.horizon)
+    last = trainer.horizon if args.steps is None else min(trainer.horizon, args.steps)
     if ranks.is_main:
         introduce(args, store, phantom, ranks, amp, first, last, trainer)
     if first < last:

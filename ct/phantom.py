@@ -24,11 +24,11 @@ Coordinates: x to the patient's left, y posterior, z superior, mm; the origin li
 the lowest slice of an average patient, whose lung bases lie at z = 220.
 """
 
-import argparse
 import gzip
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 import uuid
@@ -42,6 +42,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
+from ct.command import Parser, command, whole
 from ct.volumes import BadInput
 
 PURPOSE = 4001  # this module's entry in SeedSequence([seed, purpose, patient])
@@ -466,7 +467,8 @@ def write(folder: str | os.PathLike, seed: int = 0, labelled: int = 30, unlabell
             for path in filter(None, job[3:]):
                 path.parent.mkdir(parents=True, exist_ok=True)
         slices = 0
-        with ProcessPoolExecutor(min(workers or os.cpu_count(), len(jobs)), mp_context=context) as pool:
+        with ProcessPoolExecutor(min(workers or os.cpu_count(), len(jobs)), context, signal.signal,
+                                 (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C: the parent answers it
             try:
                 futures = [pool.submit(_write_patient, *job) for job in jobs]
                 for future in tqdm(as_completed(futures), "phantom", len(jobs), unit="patient", disable=None):
@@ -497,18 +499,16 @@ def ensure(folder: str | os.PathLike = "data/phantom") -> Path:
     return folder
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write a generated abdomen in both data sets' layouts.")
+    parser = Parser(description="Write a generated abdomen in both data sets' layouts.")
     parser.add_argument("--out", type=Path, default=Path("data/phantom"), help="folder to make (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--labelled", type=int, default=30, help="patients under BTCV's ids, at most 30")
-    parser.add_argument("--unlabelled", type=int, default=40, help="patients as cases of AbdomenCT-1K")
+    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--labelled", type=whole(0), default=30, help="patients under BTCV's ids, at most 30")
+    parser.add_argument("--unlabelled", type=whole(0), default=40, help="patients as cases of AbdomenCT-1K")
     args = parser.parse_args(argv)
     start = time.perf_counter()
-    try:
-        slices = write(args.out, args.seed, args.labelled, args.unlabelled)
-    except BadInput as e:
-        sys.exit(f"ct.phantom: {e}")
+    slices = write(args.out, args.seed, args.labelled, args.unlabelled)
     print(f"{args.labelled} labelled and {args.unlabelled} unlabelled patients, {slices} slices in {args.out}, "
           f"{time.perf_counter() - start:.1f} s")
 

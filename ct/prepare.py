@@ -15,7 +15,6 @@ Both commands end with a list of everything skipped or odd, and with exit code 0
 --skip-bad accepts what was.
 """
 
-import argparse
 import contextlib
 import ctypes
 import errno
@@ -40,6 +39,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ct.command import Parser, command, folder, number, printable, whole
 from ct.intake import AIR, SOFT, _skip, btcv_root, find_volumes, judge, named
 from ct.tasks import ORGANS, cases
 from ct.volumes import BadInput, Volume, read_labels, read_volume
@@ -51,7 +51,10 @@ FEW = 20  # files of a folder that are left out for one reason: named one by one
 FORMAT = 4  # of the store; another number means: prepare again
 # what a file system without locks answers: Lustre without flock, NFS without lockd
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-PAPER = {"pretrain": (1062, 215_325), "segment": (30, 3017 + 762)}  # volumes, slices
+# What the paper says of its data. That 3017 are the slices of 24 of the 30 volumes, to train on, and that the other 6
+# have 762, is our inference (README, "What the paper leaves open").
+PAPER = {"pretrain": "AbdomenCT-1K: 1,062 volumes, 215,325 slices",
+         "segment": "BTCV: 30 volumes, 3,017 slices; by our inference those of 24 to train on, 3,779 in all"}
 
 
 def window_to_uint8(hu: np.ndarray, window: tuple[float, float]) -> np.ndarray:
@@ -119,7 +122,20 @@ def _checksum_of(path: Path, size: int, mtime: int) -> str:
 def _stamp(path: Path | None) -> dict | None:
     if path is None:
         return None
-    return {"file": os.path.abspath(path), "bytes": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
+    file = os.path.abspath(path)
+    try:
+        found = path.stat()
+    except OSError:  # reading it will say why
+        return {"file": file, "bytes": None, "mtime": None}
+    return {"file": file, "bytes": found.st_size, "mtime": found.st_mtime_ns}
+
+
+def _source(path: Path | None) -> dict | None:
+    """A file's stamp and checksum. Raises BadInput: one file that cannot be read must not stop the others."""
+    try:
+        return _stamp(path) and _stamp(path) | {"checksum": checksum(path)}
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
 
 
 def _unchanged(source: dict, volume: dict) -> dict | None:
@@ -177,8 +193,8 @@ def _record(store: Path, volume: str) -> Path:
 
 def _prepare_volume(volume: dict, store: Path, kind: str, window: tuple[float, float], size: int) -> dict:
     """One volume into the store. Returns its record; raises BadInput. The .json is written last: no half volume."""
-    source = {part: _stamp(volume[part]) and _stamp(volume[part]) | {"checksum": checksum(volume[part])}
-              for part in ("image", "label")}  # before it is read: a file that changes meanwhile is read again
+    # before it is read: a file that changes meanwhile is read again
+    source = {part: _source(volume[part]) for part in ("image", "label")}
     record, slices, labels = _describe(volume, kind, window)
     arrays = {False: slices, True: labels} if kind == "segment" else {False: square(slices, size)}
     record["slices"], record["height"], record["width"] = arrays[False].shape
@@ -227,21 +243,25 @@ def _kept(volume: dict, store: Path, window: tuple[float, float], size: int, ren
     return record if right else None
 
 
+def _read_index(folder: Path) -> dict:
+    """A store's index.json; where it is missing or damaged an empty one, which the next preparation replaces."""
+    try:
+        index = json.loads((folder / "index.json").read_bytes())
+    except (OSError, ValueError):
+        index = None
+    usable = isinstance(index, dict) and {"volumes", "skipped"} <= index.keys()
+    return index if usable else {"volumes": [], "skipped": []}
+
+
 def _accepted(store: Path) -> dict[str, dict]:
     """What `prepare --skip-bad` left out before, by image."""
-    try:
-        return {e["file"]: e for e in json.loads((store / "index.json").read_text())["skipped"] if "stamps" in e}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    return {e["file"]: e for e in _read_index(store)["skipped"] if "stamps" in e}
 
 
 def _refuse_unusable(skipped: list[dict], store: Path) -> None:
     """Raise BadInput for what is unusable in the data folder, but for what `prepare --skip-bad` accepted before."""
-    try:
-        index = json.loads((store / "index.json").read_text())
-        before = index["skipped"] if index["format"] == FORMAT else []
-    except (OSError, ValueError, KeyError, TypeError):
-        before = []
+    index = _read_index(store)
+    before = index["skipped"] if index.get("format") == FORMAT else []
     if unusable := [s for s in skipped if not s["no_image"] and s not in before]:
         _refuse(unusable)
 
@@ -250,7 +270,7 @@ def _refuse(unusable: list[dict]) -> None:
     """Raise BadInput with the first of these, the others on stderr."""
     first, *others = map(named, unusable)
     for line in others:
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     raise BadInput(first + f" ({len(unusable)} such volumes or files, all named here)" * bool(others))
 
 
@@ -319,12 +339,10 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
 
 def _index(folder: Path, data: str) -> dict | None:
     """A store's index, None where it has none that is whole. Raises BadInput where it was made from another folder."""
-    try:
-        index = json.loads((folder / "index.json").read_text())
-        owner = index.get("data", data)
-    except (OSError, ValueError, AttributeError):
+    index = _read_index(folder)
+    if "data" not in index:
         return None
-    if owner != data:
+    if (owner := index["data"]) != data:
         raise BadInput(f"{folder}: was made from {owner}, not from {data}; give another --store (or, if that folder "
                        f"has moved, delete {folder / 'index.json'}: each volume is then compared by its checksum)")
     return index
@@ -414,7 +432,11 @@ def _in_processes(work: Callable, items: list, workers: int, title: str) -> Iter
 
 
 def _end_with_parent() -> None:
-    """A worker of a killed preparation must neither wait for work for ever nor write on beside the next one."""
+    """A worker of a killed preparation must neither wait for work for ever nor write on beside the next one.
+
+    Ctrl-C reaches all processes of a terminal: the parent answers it, a worker ends what it has in hand.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":  # at once: before anyone can see that the parent is gone
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         return
@@ -463,9 +485,7 @@ def audit(data: Path, kind: str, workers: int, store: Path, draw: Callable | Non
         else:
             good.append(outcome)
     good.sort(key=lambda r: r["id"])
-    name, (wanted_volumes, wanted_slices) = {"pretrain": "AbdomenCT-1K", "segment": "BTCV"}[kind], PAPER[kind]
-    print(f"{data}: {len(good)} volumes, {sum(r['slices'] for r in good):,} slices   (the paper's {name}: "
-          f"{wanted_volumes:,} volumes, {wanted_slices:,} slices)")
+    print(f"{data}: {len(good)} volumes, {sum(r['slices'] for r in good):,} slices   (the paper's {PAPER[kind]})")
     if good and all(r["phantom"] for r in good):
         print("every volume is generated: this is the phantom")
     if good:
@@ -488,10 +508,8 @@ def _inspect(volume: dict, kind: str) -> dict:
 
 def _contact_sheet(draw: Callable | None, path: Path, slices: list[np.ndarray], titles: list[str],
                    labels: list[np.ndarray] | None) -> None:
-    if slices and draw:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if draw(path, slices, titles, labels):
-            print(f"{path}: {len(slices)} slices to look at")
+    if slices and draw and draw(path, slices, titles, labels):
+        print(f"{path}: {len(slices)} slices to look at")
 
 
 def _tell_organs(good: list[dict]) -> None:
@@ -499,8 +517,9 @@ def _tell_organs(good: list[dict]) -> None:
     for split, paper in (("100", (24, 3017)), ("val", (6, 762))):
         present = [found[c] for c in cases(split) if c in found]
         print(f"  {'train' if split == '100' else 'val'}: {len(present)} volumes, {sum(present):,} slices   "
-              f"(the paper's: {paper[0]}, {paper[1]:,})")
-    for organ, voxels in zip(ORGANS, np.reshape([r["voxels"] for r in good], (-1, len(ORGANS))).T, strict=True):
+              f"(the paper's, by our inference: {paper[0]}, {paper[1]:,})")
+    counts = np.array([r["voxels"] for r in good], np.int64).reshape(-1, len(ORGANS))
+    for organ, voxels in zip(ORGANS, counts.T, strict=True):
         print(f"  {ORGANS.index(organ):2d} {organ:26s} {voxels.sum():14,d} voxels in {(voxels > 0).sum()} volumes")
     if absent := absent_organs(good):
         print(f"  no volume has: {', '.join(absent)}")
@@ -527,11 +546,11 @@ def _tell_skipped(records: list[dict], skipped: list[dict]) -> int:
     left = [named(s) for group in folders.values() if len(group) <= FEW for s in group]
     left += [f"{folder}: {len(group)} files, each {reason} ({Path(group[0]['file']).name} ...)"
              for (folder, reason), group in folders.items() if len(group) > FEW]
-    for title, number, told in (("unusable", len(unusable), unusable), ("odd", len(odd := sorted(_odd(records))), odd),
+    for title, count, told in (("unusable", len(unusable), unusable), ("odd", len(odd := sorted(_odd(records))), odd),
                                 ("no image by its name", len(skipped) - len(unusable), sorted(left))):
-        print(f"{title}: {number}")
+        print(f"{title}: {count}")
         for line in told:
-            print(f"  {line}")
+            print(f"  {printable(line)}")
     return len(unusable)
 
 
@@ -540,7 +559,9 @@ def verify(store: Path) -> int:
     indices = sorted(store.glob("*/index.json"))
     if not indices:
         raise BadInput(f"{store}: nothing was prepared there; give --store")
-    damaged = [path for index in indices for record in json.loads(index.read_text())["volumes"]
+    if lost := [index for index in indices if not _read_index(index.parent)["volumes"]]:
+        raise BadInput(f"{lost[0]}: damaged; prepare that store again")
+    damaged = [path for index in indices for record in _read_index(index.parent)["volumes"]
                for name, written in record["checksums"].items()
                if not (path := index.parent / name).exists() or checksum(path) != written]
     for path in damaged:
@@ -564,38 +585,36 @@ def default_store(data: Path) -> Path:
     return Path("stores") / f"{name}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:8]}"
 
 
+@command
 def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     """The commands. draw(path, slices, titles, labels) -> bool: what draws a contact sheet, if anything."""
-    parser = argparse.ArgumentParser(prog="datasets.py", description="Prepare or audit a folder of CT volumes.")
+    parser = Parser(description="Prepare or audit a folder of CT volumes.")
     parser.add_argument("command", choices=("prepare", "audit"))
     parser.add_argument("--data", type=Path, required=True, help="folder of the CT volumes")
     parser.add_argument("--kind", choices=("pretrain", "segment"),
                         help="default: segment for BTCV's layout, else pretrain")
-    parser.add_argument("--store", type=Path, help="folder of the slices (default stores/NAME-HASH of --data)")
-    parser.add_argument("--size", type=int, default=SIZE, help="prepare: side of the pre-training slices")
-    parser.add_argument("--window", type=float, nargs=2, default=WINDOW, metavar=("LOW", "HIGH"), help="HU window")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--store", type=folder, help="folder of the slices (default stores/NAME-HASH of --data)")
+    parser.add_argument("--size", type=whole(1), default=SIZE, help="prepare: side of the pre-training slices")
+    parser.add_argument("--window", type=number(), nargs=2, default=WINDOW, metavar=("LOW", "HIGH"), help="HU window")
+    parser.add_argument("--workers", type=whole(0), default=os.cpu_count(), help="processes")
     parser.add_argument("--skip-bad", action="store_true", help="leave out unusable volumes: listed, but no failure")
     parser.add_argument("--verify", action="store_true", help="audit: compare the store with its checksums instead")
     args = parser.parse_args(argv)
     kind = args.kind or ("segment" if btcv_root(args.data) else "pretrain")
-    folder = args.store or default_store(args.data)
-    try:
-        if args.command == "audit" and args.verify:
-            raise SystemExit(1 if verify(folder) else 0)
-        if args.command == "audit":
-            skipped = audit(args.data, kind, args.workers, folder, draw)
-        else:
-            store, index = prepare(args.data, folder, kind, args.window, args.size, args.workers, args.skip_bad)
-            places = [(v["id"], z) for v in index["volumes"] for z in range(v["slices"])]
-            print(f"{store}: {len(index['volumes'])} volumes, {len(places):,} slices")
-            picked = [places[i] for i in np.linspace(0, len(places) - 1, min(SHEET, len(places))).astype(int)]
-            slices, labels = ([np.load(array(store, name, label), mmap_mode="r")[z] for name, z in picked]
-                              if not label or kind == "segment" else None for label in (False, True))
-            _contact_sheet(draw, store / "contact_sheet.png", slices, [f"{n} slice {z}" for n, z in picked], labels)
-            skipped = _tell_skipped(index["volumes"], index["skipped"])
-    except BadInput as e:
-        raise SystemExit(f"datasets.py: {e}") from None
+    target = args.store or default_store(args.data)
+    if args.command == "audit" and args.verify:
+        raise SystemExit(1 if verify(target) else 0)
+    if args.command == "audit":
+        skipped = audit(args.data, kind, args.workers, target, draw)
+    else:
+        store, index = prepare(args.data, target, kind, args.window, args.size, args.workers, args.skip_bad)
+        places = [(v["id"], z) for v in index["volumes"] for z in range(v["slices"])]
+        print(f"{store}: {len(index['volumes'])} volumes, {len(places):,} slices")
+        picked = [places[i] for i in np.linspace(0, len(places) - 1, min(SHEET, len(places))).astype(int)]
+        slices, labels = ([np.load(array(store, name, label), mmap_mode="r")[z] for name, z in picked]
+                          if not label or kind == "segment" else None for label in (False, True))
+        _contact_sheet(draw, store / "contact_sheet.png", slices, [f"{n} slice {z}" for n, z in picked], labels)
+        skipped = _tell_skipped(index["volumes"], index["skipped"])
     if skipped and not args.skip_bad:
         raise SystemExit(1)
 

@@ -260,11 +260,24 @@ def _header(path: Path, stream: BinaryIO | _Gunzip) -> nib.Nifti1Header:
     if start[4:7] == b"n+2":
         kind, start = nib.Nifti2Header, start + stream.read(192)
     elif start[344:347] not in (b"n+1", b"n+2"):
-        raise BadInput(f"{path}: not a NIfTI file (no n+1 or n+2 in its header); convert it to .nii.gz")
+        raise BadInput(f"{path}: not a NIfTI file ({_instead(start)}")
     header = kind(start, check=False) if len(start) == kind.sizeof_hdr else None
     if header is None or int(header["sizeof_hdr"]) != kind.sizeof_hdr:
         raise BadInput(f"{path}: damaged header (its length or byte order)")
     return header
+
+
+def _instead(start: bytes) -> str:
+    """What a file is that begins like this and is no NIfTI, and what to do about it."""
+    if start.startswith(b"\x1f\x8b"):
+        return "gzip within gzip); gunzip it once"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer in its place); fetch the file with git lfs pull"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page in its place); download it again, from a page that asks for no login"
+    if start.startswith(b"PK\x03\x04"):
+        return "a zip archive); unpack it"
+    return "no n+1 or n+2 in its header); convert it to .nii.gz"
 
 
 def _load(path: Path) -> tuple[np.ndarray, nib.Nifti1Header, np.ndarray]:

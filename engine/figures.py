@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ct.command import printable
 from ct.volumes import BadInput
+from engine import runs
 
 INK, PALE = "#222222", "#b5b5b5"
 # distinct in colour and, through the line styles or markers, in grey
@@ -39,11 +41,19 @@ def pyplot():
 
 
 def attempt(draw: Callable[..., None], *args) -> bool:
-    """draw(*args), one of the pictures below; without matplotlib one line says so and all else goes on."""
+    """draw(path, ...), one of the pictures below, and whether it was drawn.
+
+    One that cannot be drawn, whatever the reason, is told in one line and ends nothing.
+    """
     try:
         draw(*args)
-    except BadInput as e:
+    except BadInput as e:  # no matplotlib
         _tell_once(str(e))
+        return False
+    except Exception as e:  # a broken matplotlib, its settings, a font, a disk, a bug: what was computed is worth more
+        if plt := sys.modules.get("matplotlib.pyplot"):
+            plt.close("all")
+        _tell_once(printable(f"{args[0]}: not drawn ({type(e).__name__}: {e})"))
         return False
     return True
 
@@ -54,7 +64,9 @@ def _tell_once(line: str) -> None:
 
 
 def _save(plt, figure, path: Path) -> None:
-    figure.savefig(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with runs.whole(path) as f:
+        figure.savefig(f, format="png")
     plt.close(figure)
 
 

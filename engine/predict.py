@@ -6,7 +6,6 @@ Beside the predictions, sources.jsonl says which volume each is of: none is over
 `volume` is also what evaluates a run, so a prediction of a validation volume is the evaluated one, voxel for voxel.
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -58,7 +57,7 @@ def find_run(name: str, out: Path) -> Path:
     folder = next((f for f in (out / "seg" / name, Path(name), out / name) if (f / "config.json").exists()), None)
     if folder is None:
         raise BadInput(f"--run {name}: no such run in {out / 'seg'} and no such folder")
-    if "protocol" not in json.loads((folder / "config.json").read_text()):
+    if "protocol" not in runs.read_config(folder, "arch", "data"):
         raise BadInput(f"--run {name}: a pre-training run, which knows no organs; train_seg.py --backbone "
                        f"{folder.name} --split 100 trains one that does")
     if not (folder / "result.json").exists():
@@ -91,7 +90,8 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, 
     raise one BadInput.
     """
     into = into or folder / "predictions"
-    config, saved = json.loads((folder / "config.json").read_text()), runs.load(folder / "checkpoint.pt", device)
+    config = runs.read_config(folder, "arch", "protocol", "crop_size", "window", "data")
+    saved = runs.load(folder / "checkpoint.pt", device)
     model = Segmenter(backbones.architecture(config["arch"]), config["protocol"], len(tasks.ORGANS))
     model.load_state_dict(saved["model"])
     model = model.to(device, memory_format=torch.channels_last)

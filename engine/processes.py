@@ -5,12 +5,10 @@ Exit codes of the scripts: 0 done; 1 data, files or disk are at fault, as one li
 After 1, once its cause is gone, and after a signal, SIGKILL too, the same command continues where it was.
 """
 
-import argparse
 import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,49 +22,71 @@ import torchvision
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from ct import command as ct_command
+from ct.command import cause, folder, number, whole
 from ct.volumes import BadInput
 
 # Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
 INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, SIGNS = range(9)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, with the flags the scripts share."""
+class Parser(ct_command.Parser):
+    """A command's parser with the flags that the scripts share."""
 
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-    def common(self) -> None:
+    def common(self, data: str) -> None:
+        """data: the folder below data/ that is taken where --data is not given."""
         add = self.add_argument
-        add("--data", type=Path, help="folder of CT volumes (default: %s, else the built-in phantom)")
-        add("--store", type=Path, help="folder of the prepared slices (default stores/NAME_OF_DATA)")
-        add("--out", type=Path, default=Path("runs"), help="folder of all runs and results (default runs)")
-        add("--seed", type=int, default=0)
+        add("--data", type=Path, help=f"folder of CT volumes (default data/{data} if it exists, else the built-in "
+            "phantom)")
+        add("--store", type=folder, help="folder of the prepared slices (default stores/NAME_OF_DATA)")
+        add("--out", type=folder, default=Path("runs"), help="folder of all runs and results (default runs)")
+        add("--seed", type=whole(0), default=0)
         add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
             help="mixed precision; auto: bf16 where the hardware computes in it")
-        add("--workers", type=int, default=2, help="threads that read slices (and processes that prepare them)")
-        add("--window", type=float, nargs=2, default=(-175.0, 250.0), metavar=("LOW", "HIGH"), help="HU window")
+        add("--workers", type=whole(0), default=2, help="threads that read slices (and processes that prepare them)")
+        add("--window", type=number(), nargs=2, default=(-175.0, 250.0), metavar=("LOW", "HIGH"), help="HU window")
 
 
 def command(main):
-    """Wrap a script's main(argv): BadInput becomes one line on stderr and exit code 1, Ctrl-C one line and 130."""
+    """`ct.command.command` for a script of torchrun: its variables are looked at before anything is done."""
 
+    @ct_command.command
     @wraps(main)
     def wrapped(argv=None):
         try:
+            launched()
             return main(argv)
-        except BadInput as e:
-            if int(os.environ.get("RANK", 0)) == 0:  # every process found the same; one line is enough
-                print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-            raise SystemExit(1) from None
-        except KeyboardInterrupt:  # outside the training loop, where StopRequest is not at work
-            print(f"{Path(sys.argv[0]).name}: interrupted; the same command continues", file=sys.stderr)
-            raise SystemExit(128 + signal.SIGINT) from None
+        except (torch.OutOfMemoryError, RuntimeError) as e:
+            if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
+                raise
+            raise BadInput("not enough memory; lower --batch-size, --bn-group, --queue or the sizes in pixels, and run "
+                           "it again") from None
         finally:
             if dist.is_available() and dist.is_initialized():
                 dist.destroy_process_group()
 
     return wrapped
+
+
+def launched() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) that torchrun's variables give: (0, 1, 0) without them.
+
+    Raises BadInput where they contradict each other or are incomplete.
+    """
+    numbers = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    for name in numbers:
+        value = os.environ.get(name, str(numbers[name]))
+        if not value.isdecimal():
+            raise BadInput(f"{name}={value!r} in the environment: no number; start with torchrun, or unset {name}")
+        numbers[name] = int(value)
+    rank, world, local = numbers.values()
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world > 1 else ()
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise BadInput(f"WORLD_SIZE={world} in the environment without {', '.join(missing)}; start with torchrun, or "
+                       "unset WORLD_SIZE")
+    if rank >= world:
+        raise BadInput(f"RANK={rank} in the environment, but WORLD_SIZE={world}; start with torchrun, or unset both")
+    return rank, world, local
 
 
 @dataclass(frozen=True)
@@ -91,31 +111,38 @@ class Processes:
 def start() -> Processes:
     """Join the processes that torchrun started, or be the only one: NCCL between GPUs, gloo between CPUs."""
     cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if cuda and local >= torch.cuda.device_count():
-        raise BadInput(f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} found); "
-                       "lower --nproc-per-node")
+    _, world, local = launched()
+    here = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # all of them find it, the one that tells it too
+    if cuda and here > torch.cuda.device_count():
+        raise BadInput(f"{here} processes on this machine for {torch.cuda.device_count()} GPUs; lower "
+                       "--nproc-per-node")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        store, rank, world = next(rendezvous("env://"))
-        # torchrun keeps its store through a restart, and in it the addresses of the processes that died
-        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30), store=store,
-                                rank=rank, world_size=world)
+    if world > 1:
+        try:
+            store, rank, world = next(rendezvous("env://"))
+            # torchrun keeps its store through a restart, and in it the addresses of the processes that died
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30),
+                                    store=store, rank=rank, world_size=world)
+        except (ValueError, dist.DistError) as e:  # an address that is no address, a port in use, no one there
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise BadInput(f"the other processes cannot be joined at {where} ({str(e).splitlines()[0]})") from None
         return Processes(dist.get_rank(), dist.get_world_size(), device)
     return Processes(0, 1, device)
 
 
 def on_main(main: bool, work):
-    """work() by the main process alone: its result, or the BadInput it raised, on every process."""
+    """work() by the main process alone: its result, or the BadInput or OSError it raised, on every process."""
     result = error = None
     if main:
         try:
             result = work()
         except BadInput as e:
             error = str(e)
+        except OSError as e:
+            error = cause(e)
     if dist.is_available() and dist.is_initialized():
         told = [(result, error)]
         dist.broadcast_object_list(told)
@@ -220,19 +247,19 @@ class StopRequest:
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for n, handler in self.before.items():
+            signal.signal(n, handler)
 
-    def _note(self, number, frame):
+    def _note(self, received, frame):
         under_torchrun = dist.is_available() and dist.is_torchelastic_launched()
         if not self.signal:
-            self.signal, self.since = number, time.monotonic()
+            self.signal, self.since = received, time.monotonic()
             if not under_torchrun:
                 for n in self.before:
                     signal.signal(n, signal.SIG_DFL)
         elif time.monotonic() - self.since > self.REPEAT:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.signal(received, signal.SIG_DFL)
+            os.kill(os.getpid(), received)
 
     @property
     def exit_code(self) -> int:

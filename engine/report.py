@@ -1,6 +1,7 @@
 """Tables 1 and 2 from results.jsonl, the paper's figures beside those of here."""
 
 import csv
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,8 @@ def data_of(result: dict) -> str:
 
 def label(name: str, phantom: bool) -> str:
     """The row that a run's name stands for, its seed behind it; names that are no row stay as they are."""
-    run, seed = re.fullmatch(r"(.*?)(?:-seed(\d+))?", name.removeprefix("phantom-") if phantom else name).groups()
+    bare = name.removeprefix("phantom-") if phantom else name
+    run, seed = re.fullmatch(r"(.*?)(?:-seed(\d+))?", bare, re.DOTALL).groups()
     row = (ROWS | BEYOND).get(run)
     return name if row is None else row + f", seed {seed}" * bool(seed)
 
@@ -164,8 +166,9 @@ def _told(values: list[float]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Sequence]) -> None:
-    with open(path, "w", newline="") as f:
-        csv.writer(f).writerows(rows)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    runs.write_text(path, text.getvalue())
 
 
 def csv_rows(report: Sequence[dict]) -> list[list]:

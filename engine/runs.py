@@ -1,10 +1,12 @@
 """The run folder: files that are whole or absent, checkpoints, the log, and what makes a run go on or stop."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,11 +20,15 @@ from ct.volumes import BadInput
 from engine.processes import Processes, on_main
 
 SHOWN = 8  # differing settings that a refusal names
-MAKE_ROOM = "make room there and run the same command again"
+
+
+def _unwritable(path: Path, e: OSError) -> BadInput:
+    mend = "make room there" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "give another --out, or mend that"
+    return BadInput(f"{path}: cannot be written ({e.strerror}); {mend} and run the same command again")
 
 
 @contextlib.contextmanager
-def _whole(path: Path):
+def whole(path: Path):
     """A file that appears at `path` whole or not at all: written beside it, flushed to disk, renamed."""
     part = path.with_name(f".{path.name}.part")
     try:
@@ -35,21 +41,22 @@ def _whole(path: Path):
         cause = e if isinstance(e, OSError) else e.__context__  # torch's zip writer hides it in a RuntimeError
         if not isinstance(cause, OSError):
             raise
-        raise BadInput(f"{path}: cannot be written ({cause.strerror}); {MAKE_ROOM}") from None
+        raise _unwritable(path, cause) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # that there is none, or a folder that is read-only
+            part.unlink()
 
 
 def save(value: object, path: Path) -> None:
     """torch.save, whole or not at all. Raises BadInput when the disk is full or not writable."""
-    with _whole(path) as f:
+    with whole(path) as f:
         torch.save(value, f)
 
 
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all. Raises BadInput when the disk is full or not writable."""
-    with _whole(path) as f:
-        f.write(text.encode())
+    with whole(path) as f:
+        f.write(text.encode(errors="surrogateescape"))  # names of files may hold bytes that are no text
 
 
 def append(path: Path, records: list[dict]) -> None:
@@ -64,7 +71,7 @@ def append(path: Path, records: list[dict]) -> None:
             f.flush()
             os.fsync(f.fileno())
     except OSError as e:
-        raise BadInput(f"{path}: cannot be written ({e.strerror}); {MAKE_ROOM}") from None
+        raise _unwritable(path, e) from None
 
 
 def read_log(path: Path) -> list[dict]:
@@ -74,6 +81,27 @@ def read_log(path: Path) -> list[dict]:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return [r for r in records if isinstance(r, dict)]
+
+
+def read_json(path: Path, *keys: str, remedy: str) -> dict:
+    """A JSON object with these keys. Raises BadInput, with the remedy, where it is missing, damaged or lacks one."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise BadInput(f"{path}: is missing; {remedy}") from None
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
+    except ValueError:
+        raise BadInput(f"{path}: damaged; {remedy}") from None
+    if not isinstance(value, dict) or (lacking := [k for k in keys if k not in value]):
+        raise BadInput(f"{path}: damaged ({f'it lacks {lacking[0]}' if isinstance(value, dict) else 'no object'}); "
+                       f"{remedy}")
+    return value
+
+
+def read_config(folder: Path, *keys: str) -> dict:
+    """The settings of the run in a folder. Raises BadInput where config.json is missing, damaged or lacks a key."""
+    return read_json(folder / "config.json", *keys, remedy="start that run over with --overwrite, or remove its folder")
 
 
 def load(path: Path, device: str | torch.device = "cpu"):
@@ -87,7 +115,9 @@ def load(path: Path, device: str | torch.device = "cpu"):
             with zipfile.ZipFile(path) as z:
                 if z.testzip():
                     raise BadInput(f"{path}: cannot be loaded (damaged: a checksum differs)")
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickles: they load, or the error says why not
+            return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except OSError as e:
@@ -95,7 +125,8 @@ def load(path: Path, device: str | torch.device = "cpu"):
     except (BadInput, MemoryError):
         raise
     except Exception as e:  # zip, pickle and unpickling errors have no common base
-        why = "it holds more than tensors" if "weights_only" in str(e).lower() else "damaged or no PyTorch file"
+        why = ("it holds more than tensors; save its state_dict alone" if "weights_only" in str(e).lower() else
+               "damaged or no PyTorch file")
         raise BadInput(f"{path}: cannot be loaded ({why})") from None
 
 
@@ -133,17 +164,13 @@ class Run:
                          "validation.png", "overlays.png"):
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / "predictions", ignore_errors=True)
-        if (folder / "config.json").exists():
-            self._compare(config)
+        if any(path.exists() for path in (folder / "config.json", self.path, self.previous, self.next)):
+            self._compare(config)  # a checkpoint whose settings no one knows is refused there
         else:
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _compare(self, new: dict) -> None:
-        try:
-            old = json.loads((self.folder / "config.json").read_text())
-        except ValueError:
-            raise BadInput(f"{self.folder / 'config.json'}: damaged; start over with --overwrite") from None
-        old, new = (dict(_flat(config)) for config in (old, json.loads(json.dumps(new))))
+        old, new = (dict(_flat(config)) for config in (read_config(self.folder), json.loads(json.dumps(new))))
         differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new})
                      if old.get(k) != new.get(k)]
         if differing:

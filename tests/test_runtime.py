@@ -209,11 +209,11 @@ def test_backbones_from_files(tmp_path, capsys):
         backbones.build_backbone("random", "vgg16")
 
 
-def test_a_failed_download_names_the_choices(monkeypatch):
+def test_a_failed_download_names_the_choices(tmp_path, monkeypatch):
     def offline(*args, **kw):
         raise OSError("no network")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(BadInput, match="--init random, or --init FILE"):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(BadInput, match=f"fetch https://.*resnet18-f37072fd.pth elsewhere and put it at {tmp_path}"):
         backbones.build_backbone("imagenet", "resnet18")

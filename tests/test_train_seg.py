@@ -438,7 +438,7 @@ def test_bad_input_ends_in_one_line(flags, pretrained, tmp_path, refusal, small_
     assert "--draw 3: split 25 has draws 0 to 2" in line("--split", "25", "--draw", 3)
     assert "--split is missing" in line()
     assert "moco-nope: no such run" in line("--split", "25", "--backbone", "moco-nope")
-    assert "batch-size 1" in line("--split", "25", "--batch-size", 1)
+    assert "--batch-size: 1: must be" in line("--split", "25", "--batch-size", 1)
     torch.save({"a": 1}, tmp_path / "x.pth")
     assert "x.pth: not a backbone of architecture resnet18" in line("--split", "25", "--backbone", tmp_path / "x.pth")
     assert "no results yet" in refusal(train_seg.main, ["--report", "--out", tmp_path])

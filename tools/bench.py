@@ -7,7 +7,6 @@
 bare step: query forward and backward plus key forward of the encoder alone, same type, layout and groups.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import io
@@ -30,6 +29,8 @@ import augment
 import datasets
 import train_ssl
 from ct import prepare
+from ct.command import Parser
+from ct.volumes import BadInput
 from engine import backbones, processes, runs
 from segment import Segmenter
 
@@ -470,15 +471,16 @@ def memory(table: Table, s: Setting) -> None:
               f"{ratio:.2f} ({peaks[1]:.2f} GiB / {peaks[0]:.2f} GiB)", ratio <= 1.3)
 
 
+@processes.command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="small networks, at most 2 minutes")
     parser.add_argument("--peers", action="store_true", help="lightly, kornia and torchvision's transforms beside ours")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args(argv)
     for peer in ("lightly", "kornia") if args.peers else ():
         if not importlib.util.find_spec(peer):
-            raise SystemExit(f"tools.bench: {peer} is not installed: pip install -r requirements-bench.txt")
+            raise BadInput(f"{peer} is not installed: pip install -r requirements-bench.txt")
     s, table = Setting(args.quick, args.peers), Table(args.json)
     machine = {"hardware": processes.hardware(), "commit": processes.commit(), "date": time.strftime("%Y-%m-%d"),
                "precision": s.amp, "flags": _cpu_flags()}

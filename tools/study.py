@@ -9,7 +9,6 @@ whole slices at 1, 1.5 and 2 times the views' side: a network that never saw a c
 command continues; several may run beside each other with other seeds.
 """
 
-import argparse
 import csv
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import metrics
+from ct.command import Parser, whole
 from engine import processes, runs
 
 ROOT = Path(__file__).parent.parent
@@ -90,16 +90,17 @@ def table(out: Path, seeds: list[int]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.study", description=__doc__.split("\n\n")[0])
+@processes.command
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m tools.study", description=__doc__.split("\n\n")[0])
     parser.add_argument("--ssl", type=Path, required=True, help="folder of CT volumes to pre-train on")
     parser.add_argument("--seg", type=Path, required=True, help="folder of labelled volumes in BTCV's layout")
     parser.add_argument("--out", type=Path, default=Path("study"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, nargs=2, default=[35, 46], metavar=("START", "ROWS"),
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=whole(1), nargs=2, default=[35, 46], metavar=("START", "ROWS"),
                         help="horizons; about 140 and 184 steps on 300 slices (default 35 46)")
     parser.add_argument("--table", action="store_true", help="run nothing; the table of what is there")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for seed in [] if args.table else args.seeds:
         study(args, seed)
     print(f"{len(args.seeds)} seeds; {processes.hardware()}; commit {processes.commit()}")

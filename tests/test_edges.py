@@ -1,0 +1,534 @@
+"""Every edge of every command: bad input ends it with one line and the right exit code, and nothing is written."""
+
+import copy
+import gzip
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import datasets
+import svd_spectrum
+import train_seg
+import train_ssl
+from ct import command, phantom, prepare, tasks
+from ct.volumes import BadInput, read_volume
+from engine import backbones, figures, processes, runs
+from segment import Segmenter
+from tools import bench, study
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {"ssl": train_ssl.main, "seg": train_seg.main, "svd": svd_spectrum.main, "prepare": datasets.main,
+            "audit": datasets.main, "phantom": phantom.main, "bench": bench.main, "study": study.main}
+PROBE = ("--backbone", "random", "--amp", "off", "--split", "25", "--draw", "0", "--protocol", "linear-frozen",
+         "--iterations", "1", "--crop-size", "32")
+
+
+class World:
+    """The small phantom, its stores, and a folder of runs: a pre-training and a segmentation, made without training."""
+
+    def __init__(self, data: Path, root: Path):
+        self.data, self.root, self.out = data, root, root / "runs"
+        self.stores = data.parent / "store", data.parent / "seg"
+        datasets.prepare(data / "AbdomenCT-1K", self.stores[0], "pretrain", size=192)
+        datasets.prepare(data / "BTCV", self.stores[1], "segment")
+        net, model = torchvision.models.resnet18(weights=None), Segmenter(backbones.architecture("resnet18"),
+                                                                          "linear-frozen", len(tasks.ORGANS))
+        weights = {f"encoder_q.backbone.{k}": v for k, v in net.state_dict().items()}
+        self.run("phantom-moco", {"data": "phantom", "arch": "resnet18", "init": "random"},
+                 {"step": 1, "arch": "resnet18", "zca": [], "model": weights})
+        self.run("seg/a", {"data": "phantom", "arch": "resnet18", "protocol": "linear-frozen", "crop_size": 32,
+                           "window": [-175, 250]}, {"step": 1, "model": model.state_dict(), "amp": "off"})
+        (self.out / "seg/a/result.json").write_text('{"mDS": 0.5}')
+        (self.root / "file").write_text("no folder")
+
+    def run(self, name: str, config: dict | None, state: dict) -> None:
+        (self.out / name).mkdir(parents=True)
+        torch.save(state, self.out / name / "checkpoint.pt")
+        if config is not None:
+            (self.out / name / "config.json").write_text(json.dumps(config))
+
+    def argv(self, name: str, *more: object) -> list[str]:
+        """A call of a command that would work, and `more`, which takes precedence."""
+        ct, btcv = self.data / "AbdomenCT-1K", self.data / "BTCV"
+        small = ("--image-size", 32, "--batch-size", 8, "--bn-group", 4, "--queue", 32, "--steps", 1, "--amp", "off")
+        calls = {"ssl": ("--data", ct, "--store", self.stores[0], "--out", self.out, "--init", "random", *small),
+                 "seg": ("--data", btcv, "--store", self.stores[1], "--out", self.out, *PROBE),
+                 "svd": ("--data", btcv, "--store", self.stores[1], "--out", self.out, "--image-size", 32),
+                 "prepare": ("prepare", "--data", ct, "--store", self.root / "new"),
+                 "audit": ("audit", "--data", ct, "--store", self.root / "new"),
+                 "phantom": ("--out", self.root / "new", "--labelled", 1, "--unlabelled", 0),
+                 "bench": (), "study": ("--ssl", ct, "--seg", btcv, "--table")}
+        return [str(a).format(w=self.root, out=self.out) for a in (*calls[name], *more)]
+
+    def files(self) -> dict[str, tuple]:
+        """All that lies in the runs and around, and in the stores, with sizes and times; locks aside."""
+        found = [p for folder in (self.root, self.data.parent) for p in folder.rglob("*") if p.name != ".lock"]
+        return {str(p): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in found if not p.is_dir()}
+
+
+@pytest.fixture(scope="module")
+def made(small_phantom, tmp_path_factory) -> World:
+    return World(small_phantom, tmp_path_factory.mktemp("edges"))
+
+
+@pytest.fixture
+def shared(made, monkeypatch) -> World:
+    """For calls that must leave it as it is."""
+    monkeypatch.chdir(made.root)
+    return made
+
+
+@pytest.fixture
+def world(made, tmp_path, monkeypatch) -> World:
+    """A copy, to be written to."""
+    shutil.copytree(made.root, tmp_path / "w", copy_function=os.link)
+    monkeypatch.chdir(tmp_path / "w")
+    own = copy.copy(made)
+    own.root, own.out = tmp_path / "w", tmp_path / "w/runs"
+    return own
+
+
+@pytest.fixture
+def ends(capsys):
+    """ends(command, argv) -> (exit code, the lines on stderr, stdout) of a call in this process."""
+
+    def run(name: str, argv: list) -> tuple[int, list[str], str]:
+        capsys.readouterr()
+        code = 0
+        try:
+            COMMANDS[name]([str(a) for a in argv])
+        except SystemExit as e:
+            code = e.code
+        captured = capsys.readouterr()
+        return code, captured.err.splitlines(), captured.out
+
+    return run
+
+
+def case(name, *more, code=1, says, **environment):
+    return pytest.param(name, more, code, says, environment, id=" ".join([name, *map(str, more), *environment]))
+
+
+ENVIRONMENTS = [({"WORLD_SIZE": "2"}, "without RANK"), ({"LOCAL_RANK": ""}, "LOCAL_RANK=''"),
+                ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"), ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+                ({"WORLD_SIZE": "0"}, "RANK=0"), ({"RANK": "1"}, "WORLD_SIZE=1"), ({"WORLD_SIZE": "-2"}, "no number")]
+FLAGS = {"ssl": ["--seed", "--lr", "--steps", "--epochs", "--workers", "--image-size"], "seg": ["--seed", "--lr",
+         "--draw", "--iterations"], "svd": ["--seed", "--image-size"], "prepare": ["--size", "--workers"],
+         "audit": ["--workers"], "phantom": ["--seed", "--labelled", "--unlabelled"], "study": ["--seeds", "--epochs"]}
+TABLE = [
+    *(case(name, flag, "-1", *["-1"] * (name == "study" and flag == "--epochs"), code=2, says=f"{flag}: -1: must be")
+      for name, flags in FLAGS.items() for flag in flags),
+    case("prepare", "--size", "0", code=2, says="--size: 0: must be"),
+    case("svd", "--image-size", "0", code=2, says="--image-size: 0"),
+    case("ssl", "--temperature", "0", code=2, says="--temperature: 0: must be a number above 0"),
+    case("ssl", "--ema", "2", code=2, says="of at most 1"),
+    *(case(name, flag, code=2, says=flag) for name in COMMANDS for flag in ("--nothing",)),
+    *(case(name, "--a\nb", code=2, says=r"--a\nb") for name in COMMANDS),
+    *(case(name, "--window", "nan", "5", code=2, says="--window: nan") for name in ("ssl", "seg", "svd", "prepare")),
+    *(case(name, "--window", "5", "5", says="--window 5.0 5.0") for name in ("ssl", "seg", "svd", "prepare")),
+    *(case(name, says=says, **environment) for environment, says in ENVIRONMENTS for name in ("ssl", "seg", "svd")),
+    *(case(name, "--data", where, says="no such folder") for name in ("ssl", "seg", "svd", "prepare", "audit")
+      for where in ("{w}/nowhere", "{w}/file")),
+    *(case(name, flag, where, code=2, says="file is no folder") for name in ("ssl", "seg", "svd", "prepare")
+      for flag in ("--store", "--out")[: 1 + (name != "prepare")] for where in ("{w}/file", "{w}/file/s")),
+    case("phantom", "--out", "{w}/file/p", says="Not a directory"),
+    case("phantom", "--out", "{w}/file", says="exists already"),
+    case("seg", "--report", "--out", "{w}/s", says="no results yet"),
+    *(case("ssl", "--name", name, says="--name ") for name in ("", "..", "a/b", "{w}/a", "seg", "random")),
+    case("ssl", "--init", "nothing", says="nothing: no such run"), case("ssl", "--arch", "vgg16", says="--arch vgg16"),
+    case("seg", "--backbone", "nothing", says="nothing: no such run"),
+    case("svd", "nothing", says="nothing: no such run"),
+    case("seg", "--arch", "vgg16", says="--arch vgg16"), case("svd", "--arch", "vgg16", "random", says="--arch vgg16"),
+    case("svd", "seg/a", says="no checkpoint of a pre-training"),
+    case("seg", "--backbone", "seg/a", says="no checkpoint of a pre-training"),
+    case("ssl", "--init", "{out}/seg/a/checkpoint.pt", says="no checkpoint of a pre-training"),
+    case("seg", "--predict", "{w}/file", "--run", "a", says="not a NIfTI name"),
+    case("seg", "--predict", "{w}/nowhere", "--run", "a", says="nowhere"),
+    case("seg", "--predict", "{w}/file", "--run", "phantom-moco", says="knows no organs"),
+    case("audit", "--verify", says="nothing was prepared there"),
+]
+
+
+@pytest.mark.parametrize("name, more, code, says, environment", TABLE)
+def test_bad_input_is_one_line_and_nothing_is_written(shared, ends, monkeypatch, name, more, code, says, environment):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    before = shared.files()
+    ended, lines, _ = ends(name, shared.argv(name, *more))
+    assert (ended, len(lines)) == (code, 1) and says in lines[0], (ended, lines)
+    assert shared.files() == before
+
+
+def test_refused_before_the_slices_are_prepared(world, ends):
+    """That takes hours on the paper's data: what can be known before is refused before."""
+    for name, more in (("ssl", ("--init", "nothing")), ("ssl", ("--arch", "vgg16")), ("seg", ("--arch", "vgg16")),
+                       ("seg", ("--backbone", "nothing")), ("svd", ("nothing",)), ("svd", ("random", "--arch", "x"))):
+        code, lines, _ = ends(name, world.argv(name, *more, "--store", world.root / "fresh"))
+        assert code == 1 and len(lines) == 1 and not (world.root / "fresh").exists(), (name, more)
+
+
+class Found(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_number_among_the_flags_has_bounds(shared, ends, monkeypatch, name):
+    def stop(self, argv=None):
+        raise Found(self)
+
+    with monkeypatch.context() as patch, pytest.raises(Found) as found:
+        patch.setattr(command.Parser, "parse_args", stop)
+        COMMANDS[name](shared.argv(name))
+    for action in found.value.args[0]._actions:
+        assert action.type in (None, Path) or action.type.__module__ == "ct.command", action.option_strings
+        if action.type not in (None, Path, command.folder):
+            for value in ("nan", "x", "", "1e400"):
+                values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
+                code, lines, _ = ends(name, shared.argv(name, action.option_strings[0], *values))
+                assert code == 2 and len(lines) == 1 and action.option_strings[0] in lines[0], (lines, value)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_text(ends, name):
+    code, lines, out = ends(name, ["--help"])
+    assert code == 0 and not lines and "{'" not in out and "%" not in out.replace("percent", "") and "usage" in out
+    if name in ("ssl", "seg", "svd"):
+        assert ("data/AbdomenCT-1K" if name == "ssl" else "data/BTCV") in out
+
+
+# ----------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("config", [None, "", "[]", "{}"])
+def test_a_run_without_its_settings_is_refused_and_keeps_no_other_from_being_used(world, ends, config, no_pictures):
+    state = runs.load(world.out / "phantom-moco/checkpoint.pt")
+    for name in ("phantom-moco-zca", "seg/b"):
+        world.run(name, None, state)
+        if config is not None:
+            (world.out / name / "config.json").write_text(config)
+    (world.out / "seg/b/result.json").write_text("{}")
+    before = world.files()
+    calls = [("ssl", "--zca", "--zca-group", 16, "--name", "phantom-moco-zca"), ("ssl", "--init", "phantom-moco-zca"),
+             ("seg", "--backbone", "moco-zca"), ("svd", "moco-zca")]
+    if config is not None:  # without the file, a folder is no run
+        calls += [("seg", "--predict", world.root / "file", "--run", "b")]
+    for name, *more in calls:
+        code, lines, _ = ends(name, world.argv(name, *more))
+        # an object that is no config differs in every setting
+        told = "config.json: " if config != "{}" or more[0] != "--zca" else "was started with other settings"
+        assert code == 1 and len(lines) == 1 and told in lines[0], (name, more, lines)
+        assert world.files() == before
+    code, lines, out = ends("svd", world.argv("svd"))
+    assert code == 0 and "phantom-moco: effective rank" in out and "phantom-moco-zca" not in out
+    assert len(lines) == 1 and "left out" in lines[0] and "phantom-moco-zca/config.json" in lines[0]
+    args = train_seg.parse(world.argv("seg", "--backbone", "all"))
+    assert train_seg.choose_backbones(args, True) == ["random", "phantom-moco"]
+
+
+def test_no_steps_is_nothing_to_do(world, ends):
+    before = world.files()
+    code, lines, out = ends("ssl", world.argv("ssl", "--steps", 0))
+    assert code == 0 and not lines and "nothing to do" in out and world.files() == before
+
+
+def test_predictions_that_cannot_be_written_are_one_line(world, ends):
+    (world.out / "seg/a/predictions").write_text("in the way")  # as root, no mode makes a folder read-only
+    image = world.data / "BTCV/RawData/Training/img/img0001.nii.gz"
+    before = world.files()
+    code, lines, _ = ends("seg", ["--predict", image, "--run", "a", "--out", world.out])
+    assert code == 1 and len(lines) == 1 and "predictions" in lines[0] and world.files() == before
+
+
+def test_an_error_of_the_system_reaches_all_processes_as_one_line():
+    with pytest.raises(BadInput, match="/nowhere: No such file or directory"):
+        processes.on_main(True, Path("/nowhere").read_text)
+
+
+def test_more_processes_than_gpus_are_refused_by_each_of_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for local in "01":
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with pytest.raises(BadInput, match="2 processes on this machine for 1 GPUs"):
+            processes.start()
+
+
+def test_an_address_where_no_one_listens_is_one_line(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match="cannot be joined at 127.0.0.1:x"):
+        processes.start()
+
+
+# ------------------------------------------------------------------------------------------------------ backbones
+
+
+def test_one_way_from_a_name_to_a_backbone(world, ends, no_pictures):
+    folder = world.out / "phantom-moco"
+    names = ["moco", "phantom-moco", folder, folder / "checkpoint.pt", Path("runs/phantom-moco/checkpoint.pt")]
+    for name in names:
+        assert backbones.resolve(str(name), world.out, True) == "phantom-moco"
+        args = train_seg.parse(world.argv("seg", "--backbone", name))
+        assert train_seg.choose_backbones(args, True) == ["phantom-moco"]
+    code, _, out = ends("svd", world.argv("svd", *names[2:]))
+    assert code == 0 and out.count("phantom-moco: effective rank") == 3
+    elsewhere = world.root / "my.pt"
+    elsewhere.write_bytes((folder / "checkpoint.pt").read_bytes())
+    code, lines, _ = ends("svd", world.argv("svd", elsewhere))
+    assert code == 1 and "my.pt: the checkpoint of a run; name that run's folder" in lines[-1]
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch ran",))
+
+
+def test_imagenet_weights_are_those_of_their_hash_and_run_no_code(world, ends, monkeypatch, no_pictures):
+    monkeypatch.setenv("TORCH_HOME", str(world.root))
+    cached = world.root / "hub/checkpoints/resnet18-f37072fd.pth"
+    cached.parent.mkdir(parents=True)
+    good = torchvision.models.resnet18(weights=None).state_dict()
+    for content in (b"torn", pickle.dumps(Evil()), None):
+        cached.write_bytes(content or b"")
+        if content is None:  # any weights of that name
+            torch.save(good, cached)
+        before = world.files()
+        calls = (("svd", "--positions"), ("ssl", "--init"), ("seg", "--backbone"))
+        for name, flag in calls if content is None else calls[:1]:
+            code, lines, _ = ends(name, world.argv(name, flag, "imagenet"))
+            assert code == 1 and len(lines) == 1 and f"{cached}: is damaged" in lines[0] and "delete it" in lines[0]
+        assert world.files() == before and not Path("ran").exists()
+    start = hashlib.sha256(cached.read_bytes()).hexdigest()[:8]
+    url = f"https://download.pytorch.org/models/resnet18-{start}.pth"
+    monkeypatch.setattr(backbones, "_imagenet_url", lambda arch: url)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, *_, **k: shutil.copy(cached, path))
+    shutil.copy(cached, world.root / "mine.pth")
+    for name in ("imagenet", world.root / "mine.pth"):  # a file with their content is they, in the tables too
+        opened = backbones.open_backbone(str(name), world.out, "resnet18", 0, "fold", True)
+        assert opened.name == "imagenet" and torch.equal(opened.net.conv1.weight, good["conv1.weight"])
+
+
+@pytest.mark.parametrize("kind, says", [
+    ("swav", "its names begin with 'projection_head.', 'prototypes.'"),
+    ("dino", "under 'student.module.backbone.' and 'teacher.backbone.'"),
+    ("lightly", "its names begin with 'backbone.'"), ("prefix", "under 'encoder.'"), ("arch", "give the --arch"),
+    ("code", "it holds more than tensors; save its state_dict alone")])
+def test_weights_of_other_projects_are_told_what_stands_in_the_way(tmp_path, kind, says):
+    own = torchvision.models.resnet18(weights=None).state_dict()
+    stages = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc"]
+    told = {"swav": {f"module.{k}": v for k, v in own.items()} | {"module.projection_head.0.weight": torch.ones(2),
+                                                                 "module.prototypes.weight": torch.ones(2)},
+            "dino": {"student": {f"module.backbone.{k}": v for k, v in own.items()}, "epoch": 3,
+                     "teacher": {f"backbone.{k}": v for k, v in own.items()}},
+            "lightly": {f"backbone.{stages.index(k.split('.')[0])}.{k.split('.', 1)[1]}": v for k, v in own.items()},
+            "prefix": {f"encoder.{k}": v for k, v in own.items()},
+            "arch": torchvision.models.resnet34(weights=None).state_dict(), "code": {"args": Evil()}}
+    torch.save(told[kind], tmp_path / "x.pth")
+    with pytest.raises(BadInput, match="x.pth: ") as caught:
+        backbones.build_backbone(str(tmp_path / "x.pth"), "resnet18")
+    assert says in str(caught.value) and ("--arch" in str(caught.value)) == (kind == "arch")
+
+
+# ------------------------------------------------------------------------------------------------ files and names
+
+
+def write(path: Path, seed: int, shape=(20, 16, 4)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = np.random.default_rng(seed).integers(-1000, 1000, shape).astype(np.int16)
+    nib.save(nib.Nifti1Image(data, np.diag([-1.5, -1.5, 5.0, 1.0])), path)
+
+
+@pytest.mark.parametrize("what, says", [
+    ("double", "gzip within gzip); gunzip it once"), ("pointer", "a Git LFS pointer in its place); fetch the file"),
+    ("page", "a web page in its place); download it again"), ("zip", "a zip archive); unpack it")])
+def test_what_is_saved_under_a_nifti_name_is_named(tmp_path, what, says):
+    write(tmp_path / "a.nii.gz", 0)
+    content = {"double": gzip.compress((tmp_path / "a.nii.gz").read_bytes()),
+               "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+               "page": b"\n<!DOCTYPE html><html><body>Please log in</body></html>", "zip": b"PK\3\4" + bytes(400)}
+    (tmp_path / "a.nii.gz").write_bytes(content[what])
+    with pytest.raises(BadInput, match="a.nii.gz: not a NIfTI file") as caught:
+        read_volume(tmp_path / "a.nii.gz")
+    assert says in str(caught.value)
+
+
+def test_btcv_without_labels_is_listed(tmp_path, ends):
+    write(tmp_path / "B/img/img0001.nii.gz", 1)
+    code, lines, out = ends("audit", ["audit", "--data", tmp_path / "B", "--store", tmp_path / "s"])
+    assert code == 1 and not lines and "img0001.nii.gz: has no label" in out and "unusable: 1" in out
+    assert "30 volumes, 3,017 slices; by our inference" in out and not (tmp_path / "s").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that cannot be read, by root either")
+def test_one_unreadable_file_may_be_left_out(tmp_path, ends, no_pictures):
+    for i in range(3):
+        write(tmp_path / f"A/scan{i}.nii.gz", i)
+    (tmp_path / "A/scan7.nii.gz").symlink_to("/proc/self/mem")
+    argv = ["prepare", "--data", tmp_path / "A", "--store", tmp_path / "s", "--size", 16]
+    code, lines, _ = ends("prepare", argv)
+    assert code == 1 and "scan7.nii.gz: cannot be read" in lines[-1] and len(lines) == 1
+    for _ in range(2):
+        code, lines, out = ends("prepare", [*argv, "--skip-bad"])
+        assert code == 0 and "3 volumes, 12 slices" in out and "unusable: 1" in out and not lines
+    assert ends("audit", ["audit", *argv[1:5], "--skip-bad"])[0] == 0
+    for index in (tmp_path / "s").rglob("index.json"):  # and a damaged list of a store is made again, or told
+        index.write_text("")
+    assert "index.json: damaged" in ends("audit", ["audit", *argv[1:5], "--verify"])[1][0]
+    assert ends("prepare", [*argv, "--skip-bad"])[0] == 0
+
+
+def test_names_of_any_bytes(world, ends, no_pictures):
+    odd = os.fsdecode(b"scan\xff\n\x1b[1m")
+    write(world.root / f"A/{odd}.nii.gz", 0)
+    write(world.root / "A/good.nii.gz", 1)
+    store = ("--data", world.root / "A", "--store", world.root / "s")
+    code, lines, out = ends("prepare", ["prepare", *store, "--size", 16])
+    assert code == 0 and not lines and "2 volumes" in out
+    code, _, out = ends("audit", ["audit", *store])
+    assert code == 0 and "2 volumes" in out
+    (world.root / f"A/{odd}.nii.gz").write_bytes(b"")
+    code, lines, _ = ends("prepare", ["prepare", *store, "--size", 16])
+    assert code == 1 and r"scan\udcff\n\x1b[1m.nii.gz: empty file" in lines[-1]
+    ends("audit", ["audit", *store])
+    image = world.root / f"{odd}.nii.gz"
+    image.write_bytes((world.data / "BTCV/RawData/Training/img/img0001.nii.gz").read_bytes())
+    code, lines, _ = ends("seg", ["--predict", image, "--run", "a", "--out", world.out])
+    assert code == 0 and (world.out / f"seg/a/predictions/{odd}.nii.gz").exists()
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), world.root / f"{odd}.pth")
+    code, lines, _ = ends("svd", world.argv("svd", world.root / f"{odd}.pth"))
+    assert code == 0 and b"scan\xff" in (world.out / "spectrum.csv").read_bytes()
+    config = {"data": "phantom", "slices": 120, "split": "25", "protocol": "linear-frozen", "organs": [0.5] * 13}
+    runs.append(world.out / "results.jsonl", [config | {"backbone": odd, "draw": d, "mDS": 0.5} for d in (0, 1)])
+    code, _, _ = ends("seg", ["--report", "--out", world.out])
+    assert code == 0 and b"\xff" in (world.out / "report.md").read_bytes()
+
+
+# ---------------------------------------------------------------------------------- pictures, streams and signals
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("bug"), MemoryError(), ValueError("a\nb"), OSError(28, "full")])
+def test_a_picture_that_cannot_be_drawn_ends_nothing(world, ends, monkeypatch, error):
+    def draw(path, *rest):
+        raise error
+
+    figures._tell_once.cache_clear()
+    monkeypatch.setattr(figures, "spectrum", draw)
+    code, lines, out = ends("svd", world.argv("svd", "random"))
+    assert code == 0 and len(lines) == 1 and "spectrum.png: not drawn" in lines[0]
+    assert "spectrum.csv: " in out and "spectrum.png" not in out and (world.out / "spectrum.csv").exists()
+
+
+def test_half_a_picture_is_not_left(tmp_path, monkeypatch, capsys):
+    import matplotlib.figure
+
+    def half(self, file, **more):
+        Path(file if isinstance(file, str | Path) else file.name).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", half)
+    figures._tell_once.cache_clear()
+    assert not figures.attempt(figures.contact_sheet, tmp_path / "x.png", [np.zeros((9, 9), np.uint8)], ["a"])
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_stdout_in_ascii(world, monkeypatch):
+    told = {"data": "phantom", "slices": 120, "split": "25", "protocol": "linear-frozen", "organs": [0.5] * 13}
+    runs.append(world.out / "results.jsonl", [told | {"backbone": "mäßig", "draw": d, "mDS": 0.5} for d in (0, 1)])
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    monkeypatch.setattr(figures, "attempt", lambda *_: False)
+    train_seg.main(["--report", "--out", str(world.out)])
+    ascii_only.flush()
+    assert rb"m\xe4\xdfig" in (printed := ascii_only.buffer.getvalue()) and b"50.00 +- 0.00" in printed
+
+
+def start(*argv: object, **more) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", *map(str, argv)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True, **{"stdout": subprocess.PIPE, **more})
+
+
+def test_a_reader_that_goes_away_ends_nothing(tmp_path):
+    write(tmp_path / "A/scan.nii.gz", 0)
+    store = ("--data", tmp_path / "A", "--store", tmp_path / "s")
+    begun = [start("ct.prepare", what, *store) for what in ("prepare", "audit")]
+    for process in begun:
+        process.stdout.close()
+    assert [(p.wait(60), p.stderr.read()) for p in begun] == [(0, "")] * 2
+    assert list((tmp_path / "s").glob("*/index.json"))
+    with open("/dev/full", "w") as full:  # where someone would miss what was printed, it is told
+        process = start("ct.prepare", "audit", *store, stdout=full)
+        told = process.stderr.read().splitlines()
+    assert process.wait(60) == 1 and len(told) == 1 and "No space left" in told[0]
+
+
+@pytest.mark.parametrize("what", ["prepare", "audit", "phantom"])
+def test_ctrl_c_is_one_line(tmp_path, what):
+    write(tmp_path / "A/scan000.nii", 0, (200, 200, 40))
+    for i in range(1, 200):
+        os.link(tmp_path / "A/scan000.nii", tmp_path / f"A/scan{i:03d}.nii")
+    store = ("--data", tmp_path / "A", "--store", tmp_path / "s", "--workers", 2)
+    process = start("ct.phantom", "--out", tmp_path / "p") if what == "phantom" else start("ct.prepare", what, *store)
+    children, end = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 30
+    while len(children.read_text().split()) < 2 and time.monotonic() < end:
+        time.sleep(0.005)
+    time.sleep(0.1)  # the workers are at work
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and len(told.splitlines()) == 1 and "interrupted" in told, told
+    assert not [p for p in tmp_path.rglob(".*") if p.name != ".lock"]  # nothing half-written
+    if what == "prepare":  # and nothing lost: what was done stays done
+        assert len(list((tmp_path / "s/pretrain-512").glob("*.npy"))) == len(
+            list((tmp_path / "s/pretrain-512").glob("scan*.json")))
+
+
+# ------------------------------------------------------------------------------------------------ where it is run
+
+
+def test_windows_is_told_at_import():
+    code = "import sys; sys.platform = 'win32'; import ct.prepare"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr == "this runs on Linux and macOS; on Windows, in WSL\n"
+
+
+def test_torchrun_starts_in_a_folder_with_a_space(tmp_path):
+    """The Makefile's own recipe, with stand-ins for what it would install."""
+    clone = tmp_path / "a clone"
+    (clone / ".venv/bin").mkdir(parents=True)
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        (clone / name).write_bytes((ROOT / name).read_bytes())
+    python = clone / ".venv/bin/python"
+    python.write_text('#!/bin/sh\nfor a in "$@"; do echo "<$a>"; done\n')
+    python.chmod(0o755)
+    subprocess.run(["make", "-s", "setup", "PYTHON=true"], cwd=clone, check=True, capture_output=True)
+    torchrun = clone / ".venv/bin/torchrun"
+    told = subprocess.run([torchrun, "train ssl.py", "--local"], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines() == [f"<{torchrun}>", "<train ssl.py>", "<--local>"]
+    assert "run.main()" in torchrun.read_text() and compile(torchrun.read_text(), "torchrun", "exec")
+
+
+def test_exit_codes_are_those_of_the_docstring(monkeypatch, capsys):
+    for error, code in ((BadInput("a\nb"), 1), (FileNotFoundError(2, "No such file", "x"), 1),
+                        (KeyboardInterrupt(), 130), (torch.OutOfMemoryError("CUDA out of memory"), 1)):
+        @processes.command
+        def main(argv, error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as caught:
+            main([])
+        assert caught.value.code == code and capsys.readouterr().err.count("\n") == 1
+    assert prepare.main.__wrapped__ is not None  # the commands of ct too
