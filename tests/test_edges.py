@@ -444,6 +444,7 @@ def test_half_a_picture_is_not_left(tmp_path, monkeypatch, capsys):
     figures._tell_once.cache_clear()
     assert not figures.attempt(figures.contact_sheet, tmp_path / "x.png", [np.zeros((9, 9), np.uint8)], ["a"])
     assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert not matplotlib.pyplot.get_fignums()
 
 
 def test_stdout_in_ascii(world, monkeypatch):
