@@ -66,8 +66,10 @@ def _tell_once(line: str) -> None:
 def _save(plt, figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with runs.whole(path) as f:
-        figure.savefig(f, format="png")
-    plt.close(figure)
+        try:
+            figure.savefig(f, format="png")
+        finally:
+            plt.close(figure)
 
 
 def _style(i: int) -> dict:

@@ -16,8 +16,9 @@ for folder in "$SSL" "$SEG"; do
     [ -d "$folder" ] || { echo "make paper: $folder: no such folder; give SSL=... and SEG=... (README, Real data)" >&2; exit 1; }
 done
 # runs on the phantom have names of their own, and a start that is made by itself
-prefix=$("$BIN/python" -c 'import sys; from pathlib import Path; from datasets import is_phantom
-print("phantom-" * is_phantom(Path(sys.argv[1])))' "$SSL")
+prefix=$("$BIN/python" -c 'import sys; from pathlib import Path; from ct import command, intake
+sys.argv[0] = "make paper"
+command.command(lambda _: print("phantom-" * intake.is_phantom(Path(sys.argv[1]))))()' "$SSL")
 [ -z "$prefix" ] || INIT=phantom-start
 
 suffix() { [ "$1" = 0 ] || echo "-seed$1"; }
