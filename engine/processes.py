@@ -38,7 +38,7 @@ class Parser(ct_command.Parser):
         add = self.add_argument
         add("--data", type=Path, help=f"folder of CT volumes (default data/{data} if it exists, else the built-in "
             "phantom)")
-        add("--store", type=folder, help="folder of the prepared slices (default stores/NAME_OF_DATA)")
+        add("--store", type=folder, help="folder of the prepared slices (default stores/NAME-HASH of --data)")
         add("--out", type=folder, default=Path("runs"), help="folder of all runs and results (default runs)")
         add("--seed", type=whole(0), default=0)
         add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
