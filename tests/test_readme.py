@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = re.sub(r"^#SBATCH .*", "", (ROOT / "README.md").read_text(), flags=re.M)  # Slurm's own flags
 MODULES = {str(p.relative_to(ROOT).with_suffix("")): p for folder in (".", "ct", "engine", "tools")
            for p in (ROOT / folder).glob("*.py")}
 # torchrun's own flags, checked against nothing
-TORCHRUN = {"--max-restarts", "--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"}
+TORCHRUN = {"--max-restarts", "--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint",
+            "--rdzv-id"}
 
 
 @cache
