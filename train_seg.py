@@ -219,11 +219,10 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
     seed = processes.seed_suffix(args.seed)  # a run of this seed has it in its name already
     title = f"{backbone.name.removesuffix(seed)}{seed}-{protocol}-{args.split}-{draw}"
     folder = args.out / "seg" / title
-    # main decides for all: another machine's view of a shared folder may be seconds old
-    done = processes.on_main(ranks.is_main, lambda: (folder / "result.json").exists() and not args.overwrite)
     config = configure(args, backbone, protocol, draw, store, phantom)
     run = runs.Run(folder, config, args.overwrite, ranks.is_main)
-    if done:
+    # main decides for all: another machine's view of a shared folder may be seconds old
+    if processes.on_main(ranks.is_main, (folder / "result.json").exists):
         if ranks.is_main:
             result = runs.read_json(folder / "result.json", "mDS", remedy="delete it, and this run is measured again")
             print(f"{title}: done before, mDS {100 * result['mDS']:.2f} %")

@@ -86,7 +86,7 @@ def command(main):
                 finally:
                     sys.stdout.flush()
             except BadInput as e:
-                _tell(str(e))
+                _tell(str(e), e.relayed)
                 raise SystemExit(1) from None
             except OSError as e:
                 _tell(cause(e))
@@ -99,11 +99,12 @@ def command(main):
     return wrapped
 
 
-def _tell(line: str) -> None:
-    """The line with which a command ends, from one process of each machine: every other has found the same."""
-    local, world = (os.environ.get(name, "") for name in ("LOCAL_RANK", "WORLD_SIZE"))
-    if local in ("", "0") or world in ("", "1"):
-        print(f"{Path(sys.argv[0]).name}: {printable(line)}", file=sys.stderr)
+def _tell(line: str, relayed: bool = False) -> None:
+    """The line with which a command ends; of several processes each says what it found itself, with its rank."""
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    several = world not in ("", "1")
+    if not (several and relayed and rank != "0"):
+        print(f"{Path(sys.argv[0]).name}: {f'process {rank}: ' * several}{printable(line)}", file=sys.stderr)
 
 
 class _Outliving:

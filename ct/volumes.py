@@ -36,7 +36,12 @@ MAX_RATIO = 1100  # of gzip's compression: deflate cannot do better than 1,032
 
 
 class BadInput(ValueError):
-    """What the user gave cannot be used; the message is one line: the file, what is wrong, what to do."""
+    """What the user gave cannot be used; the message is one line: the file, what is wrong, what to do.
+
+    relayed: every process raises it, since one told the others; only the main one prints it.
+    """
+
+    relayed = False
 
 
 @dataclass(frozen=True)

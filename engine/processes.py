@@ -6,10 +6,13 @@ After 1, once its cause is gone, and after a signal, SIGKILL too, the same comma
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
@@ -28,6 +31,9 @@ from ct.volumes import BadInput
 
 # Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
 INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, SIGNS = range(9)
+
+
+PATIENCE = timedelta(minutes=30)  # with another process, before it counts as lost
 
 
 class Parser(ct_command.Parser):
@@ -122,15 +128,65 @@ def start() -> Processes:
     if world > 1:
         try:
             store, rank, world = next(rendezvous("env://"))
-            # torchrun keeps its store through a restart, and in it the addresses of the processes that died
-            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30),
+            store = dist.PrefixStore(agree(store, rank, world), store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE,
                                     store=store, rank=rank, world_size=world)
         except (ValueError, dist.DistError) as e:  # an address that is no address, a port in use, no one there
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise BadInput(f"the other processes cannot be joined at {where} ({str(e).splitlines()[0]})") from None
         return Processes(dist.get_rank(), dist.get_world_size(), device)
     return Processes(0, 1, device)
+
+
+def agree(store: dist.Store, rank: int, world: int, poll: float = 0.05) -> str:
+    """A token of this start, the same on all its processes and new: the prefix of all they write into the store.
+
+    torchrun keeps its store through restarts, and in it what processes wrote that died since; its count of restarts
+    is each machine's own. So a process leaves a fresh name, and takes the token only of a roster that has this name;
+    rank 0 writes the roster anew until every process of it has taken its token, and then lets all go on.
+    """
+    own, since, told = uuid.uuid4().hex, time.monotonic(), False
+    store.set(f"name/{rank}", own)
+    roster: dict = {"names": []}
+    while True:
+        missing = [r for r in range(world) if not store.check([f"name/{r}"])] if rank == 0 else []
+        if rank == 0 and not missing:
+            names = [store.get(f"name/{r}").decode() for r in range(world)]
+            if names != roster["names"]:
+                roster = {"token": uuid.uuid4().hex, "names": names}
+                store.set(f"taken/{roster['token']}/0", "")
+                store.set("roster", json.dumps(roster))
+            missing = [r for r in range(world) if not store.check([f"taken/{roster['token']}/{r}"])]
+            if not missing:
+                store.set(f"go/{roster['token']}", "")
+                return roster["token"]
+        elif rank and store.check(["roster"]):
+            roster = json.loads(store.get("roster"))
+            if own in roster["names"]:
+                store.set(f"taken/{roster['token']}/{rank}", "")
+                if store.check([f"go/{roster['token']}"]):
+                    return roster["token"]
+        if not told and time.monotonic() - since > 10:
+            told = True
+            whom = f"processes {', '.join(map(str, missing))} of {world}" if rank == 0 else "process 0 and the others"
+            print(f"process {rank}: waiting for {whom} to start", file=sys.stderr, flush=True)
+        if time.monotonic() - since > PATIENCE.total_seconds():
+            raise BadInput(f"process {rank} waited {PATIENCE} for the others to start; are the torchruns of all nodes "
+                           "running, and with the same --rdzv-endpoint?")
+        time.sleep(poll)
+
+
+def done_in_this_launch(what: str, mark: bool = False) -> bool:
+    """Whether the launch that these processes belong to, through all its restarts, has done `what`; mark: it has now.
+
+    Kept in the store that torchrun keeps; where it keeps none (--master-addr), a restart has done all of it.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    if mark:
+        store.set(f"done/{what}", "")
+    return store.check([f"done/{what}"])
 
 
 def on_main(main: bool, work):
@@ -148,7 +204,9 @@ def on_main(main: bool, work):
         dist.broadcast_object_list(told)
         result, error = told[0]
     if error is not None:
-        raise BadInput(error)
+        raised = BadInput(error)
+        raised.relayed = True  # by now all know it: one line is enough
+        raise raised
     return result
 
 

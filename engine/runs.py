@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ct.prepare import lock
 from ct.volumes import BadInput
+from engine import processes
 from engine.processes import Processes, on_main
 
 SHOWN = 8  # differing settings that a refusal names
@@ -158,12 +159,14 @@ class Run:
             raise BadInput(f"{folder}: cannot be written or locked ({e.strerror}); give another --out") from None
         for part in folder.glob(".*.part"):  # of a run that was killed while it wrote
             part.unlink()
-        if overwrite:
+        once = f"overwrite {folder.resolve()}"  # a restart of the processes goes on with what they began
+        if overwrite and not processes.done_in_this_launch(once):
             for name in ("config.json", "log.jsonl", "validation.jsonl", "backbone.pth", "result.json", "dice.csv",
                          self.next.name, self.path.name, self.previous.name, self.damaged.name, "curves.png",
                          "validation.png", "overlays.png"):
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / "predictions", ignore_errors=True)
+            processes.done_in_this_launch(once, mark=True)
         if any(path.exists() for path in (folder / "config.json", self.path, self.previous, self.next)):
             self._compare(config)  # a checkpoint whose settings no one knows is refused there
         else:

@@ -444,6 +444,27 @@ def restarts(bench: Bench, ranks: tuple[int, ...] = (0, 1)) -> list[str]:
     return [f"| torchrun: a worker of two killed, --max-restarts 1 | {len(ranks)} | restarted, equal results |"]
 
 
+def rejoin(bench: Bench) -> list[str]:
+    """Two launchers on loopback (c10d), each with a worker; the second's worker dies by SIGKILL: both start again."""
+    port, outs = free_port(), [bench.folder / f"rejoined-{rank}" for rank in (0, 1)]
+    launchers = [torchrun(bench, out, "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "r",
+                          "--rdzv-endpoint", f"127.0.0.1:{port}", "--max-restarts", 2) for out in outs]
+    logs = [bench.run_folder("train_ssl", out) / "log.jsonl" for out in outs]
+
+    def told() -> str:
+        return "".join((out / "output.txt").read_text() for out in outs)
+
+    while not any(log.exists() and len(runs.read_log(log)) >= 2 for log in logs):  # rank 0's; which one is not given
+        check(all(launcher.poll() is None for launcher in launchers), told())
+        time.sleep(0.01)
+    main = next(i for i, log in enumerate(logs) if log.exists())
+    os.kill(workers_of(launchers[1 - main])[0], signal.SIGKILL)
+    check([launcher.wait(300) for launcher in launchers] == [0, 0], f"{outs}: {told()[-3000:]}")
+    finished = [out for out, log in zip(outs, logs, strict=True) if log.exists()]
+    bench.check_equal("train_ssl", finished[-1] if len(finished) == 1 else outs[main], "bf16", 2)
+    return ["| two nodes, a worker of one killed, --max-restarts 2 | 1 | both rejoined, equal results |"]
+
+
 def terminated(bench: Bench) -> list[str]:
     """SIGTERM to torchrun itself, which passes it on; and the command again."""
     out = bench.folder / "terminated"
@@ -565,7 +586,7 @@ def main() -> None:
              "signals": lambda b: signals(b, SIGNALS[:1]) if args.short else signals(b),
              "processes": lambda b: ranks(b, ((2, 1),)) if args.short else ranks(b),
              "disk": lambda b: disk(b, ("train_ssl",)) if args.short else disk(b),
-             "restarts": lambda b: restarts(b, (0,)) if args.short else restarts(b),
+             "restarts": lambda b: restarts(b, (0,)) if args.short else restarts(b), "rejoin": rejoin,
              "terminated": terminated, "nodes": nodes, "files": lambda b: files(b, args.files, args.seed),
              "soak": lambda b: soaking()}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

@@ -6,12 +6,17 @@ import math
 import os
 import pickle
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision
 
+from ct import command as ct_command
 from ct.volumes import BadInput
 from engine import backbones, processes, runs
 from engine.runs import Run
@@ -217,3 +222,83 @@ def test_a_failed_download_names_the_choices(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(BadInput, match=f"fetch https://.*resnet18-f37072fd.pth elsewhere and put it at {tmp_path}"):
         backbones.build_backbone("imagenet", "resnet18")
+
+
+@pytest.fixture
+def agent_store():
+    """The store that torchrun keeps through the restarts of its processes."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def started(store, ranks, world, **more):
+    """The tokens that `processes.agree` gives to these ranks, each in a thread with a client of its own."""
+    def one(rank):
+        return processes.agree(dist.TCPStore("127.0.0.1", store.port, is_master=False), rank, world, **more)
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return [f.result(timeout=60) for f in [pool.submit(one, rank) for rank in ranks]]
+
+
+def test_all_processes_of_a_start_agree_on_a_token_that_no_earlier_start_had(agent_store):
+    """Whatever earlier starts left in the store, and also names of processes that died before they had agreed."""
+    tokens = [started(agent_store, range(3), 3) for _ in range(3)]
+    assert all(len(set(start)) == 1 for start in tokens) and len({start[0] for start in tokens}) == 3
+    agent_store.set("name/1", "a process that died")
+    agent_store.set("name/2", "another one")
+    late = threading.Timer(0.5, lambda: tokens.append(started(agent_store, [2], 3)))
+    late.start()
+    early = started(agent_store, [0, 1], 3)
+    late.join()
+    assert len({*early, *tokens[-1]}) == 1 and early[0] not in {start[0] for start in tokens[:-1]}
+    assert len(set(started(agent_store, range(2), 2))) == 1  # and with another number of processes
+
+
+def test_a_start_that_waits_says_for_whom(agent_store, monkeypatch, capsys):
+    times = iter(range(0, 10_000, 6))
+    monkeypatch.setattr(processes.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(processes, "PATIENCE", timedelta(seconds=30))
+    with pytest.raises(BadInput, match="process 0 waited .* torchruns of all nodes"):
+        processes.agree(agent_store, 0, 3, poll=0)
+    assert capsys.readouterr().err == "process 0: waiting for processes 1, 2 of 3 to start\n"
+
+
+def test_a_restart_under_torchrun_does_not_overwrite_again(tmp_path, monkeypatch, agent_store):
+    def opened(overwrite=True):
+        run = Run(tmp_path / "run", {}, overwrite, True)
+        there = (tmp_path / "run/backbone.pth").exists()
+        (tmp_path / "run/backbone.pth").touch()
+        run.lock.close()
+        return there
+
+    opened()
+    assert not opened() and opened(overwrite=False)  # without torchrun each start overwrites
+    for name, value in (("USE_AGENT_STORE", "True"), ("RUN_ID", "r"), ("RESTART_COUNT", "0")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(agent_store.port))
+    assert not opened() and opened() and opened()  # the count of restarts is each machine's own: 0 here
+    other = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # another launch
+    monkeypatch.setenv("MASTER_PORT", str(other.port))
+    assert not opened() and opened()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert not opened()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert opened()
+
+
+def test_of_several_processes_each_says_what_it_found_itself(monkeypatch, capsys):
+    def told(error, rank):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        with pytest.raises(SystemExit):
+            ct_command.command(lambda argv: (_ for _ in ()).throw(error))([])
+        return capsys.readouterr().err
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    own, relayed = BadInput("scan.nii: damaged"), BadInput("config: differs")
+    relayed.relayed = True
+    assert "process 3: scan.nii: damaged" in told(own, 3) and "process 0: scan.nii: damaged" in told(own, 0)
+    assert "config: differs" in told(relayed, 0) and told(relayed, 3) == ""
+    with pytest.raises(BadInput) as caught:
+        processes.on_main(True, lambda: (_ for _ in ()).throw(BadInput("x")))
+    assert caught.value.relayed
