@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [backbones.resolve(n, args.out, phantom) for n in args.backbones or runs_in(args.out, phantom)]
     store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
                              workers=args.workers)
-    device = processes.start().device
+    device = processes.start(args.deterministic).device
     if phantom:
         processes.announce_phantom()
     for line in prepare.remarks(store.volumes, store.skipped):

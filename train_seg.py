@@ -381,8 +381,8 @@ def main(argv: list[str] | None = None) -> None:
         if not (args.predict and args.run):
             raise BadInput("--predict VOLUME_OR_FOLDER and --run RUN: give both")
         paths, skipped = predict.find_volumes(args.predict)
-        return predict.files(paths, predict.find_run(args.run, args.out), args.amp, processes.start().device,
-                             args.predict_out, skipped)
+        folder, device = predict.find_run(args.run, args.out), processes.start(args.deterministic).device
+        return predict.files(paths, folder, args.amp, device, args.predict_out, skipped)
     data, phantom = intake.locate(args.data, "BTCV")
     settle(args, phantom)
     backbones.architecture(args.arch)
@@ -391,7 +391,7 @@ def main(argv: list[str] | None = None) -> None:
                              workers=args.workers)
     for cases in [tasks.cases(args.split, d) for d in args.draws] + [tasks.cases("val")]:
         store.of(cases)
-    ranks = processes.start()
+    ranks = processes.start(args.deterministic)
     if ranks.world > 1 and ranks.device.type == "cpu":
         raise BadInput("segmentation on several processes needs GPUs (synchronised batch statistics); "
                        "run python train_seg.py as one process")

@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         args.init = backbones.resolve(args.init, args.out, phantom)
     store = datasets.prepare(data, args.store or prepare.default_store(data), "pretrain", tuple(args.window),
                              args.size, args.workers)
-    ranks = processes.start()
+    ranks = processes.start(args.deterministic)
     for line in prepare.remarks(store.volumes, store.skipped) if ranks.is_main else ():
         print(line)
     if args.init == start_of(args) and not (args.out / args.init / "backbone.pth").exists():
@@ -282,7 +282,7 @@ def pretrain(args, store: datasets.Store, data: Path, phantom: bool, ranks: proc
     if not batches.steps_per_epoch:
         raise BadInput(f"{data}: {len(store)} slices are fewer than one batch of {args.batch_size} besides "
                        f"{len(batches.held_out)} held-out ones; lower --batch-size")
-    kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp",
+    kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
             "init_unfinished")  # out of the config
     moco = build(args, phantom)  # before the run folder: weights that do not fit leave nothing behind
     config = {k: v for k, v in vars(args).items() if k not in kept}

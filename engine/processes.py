@@ -49,6 +49,8 @@ class Parser(ct_command.Parser):
         add("--seed", type=whole(0), default=0)
         add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
             help="mixed precision; auto: bf16 where the hardware computes in it")
+        add("--deterministic", action="store_true", help="on a GPU: deterministic algorithms and no TF32, slower; "
+            "there nothing else continues exactly (a CPU does)")
         add("--workers", type=whole(0), default=2, help="threads that read slices (and processes that prepare them)")
         add("--window", type=number(), nargs=2, default=(-175.0, 250.0), metavar=("LOW", "HIGH"), help="HU window")
 
@@ -114,9 +116,18 @@ class Processes:
         return votes.item() > 0
 
 
-def start() -> Processes:
-    """Join the processes that torchrun started, or be the only one: NCCL between GPUs, gloo between CPUs."""
+def start(deterministic: bool = False) -> Processes:
+    """Join the processes that torchrun started, or be the only one: NCCL between GPUs, gloo between CPUs.
+
+    deterministic: the same numbers from every run on the same GPU, whose atomics, TF32 and choice of convolutions
+    else move the last digits.
+    """
     cuda = torch.cuda.is_available()
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on the GPU
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     _, world, local = launched()
     here = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # all of them find it, the one that tells it too
     if cuda and here > torch.cuda.device_count():

@@ -23,7 +23,7 @@ def pytest_collection_finish(session):
     if needed and not session.config.option.collectonly:
         session.config.stash[STRESS] = subprocess.Popen(
             [sys.executable, Path(__file__).parent / "stress.py", "--short", "--kills", "6", "--files", "300", "--only",
-             "files", "kills", "signals", "processes", "disk", "restarts"],
+             "files", "kills", "signals", "processes", "disk", "restarts", "rejoin"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 

@@ -14,7 +14,7 @@ import train_ssl
 from engine import runs
 
 PARTS = {"files": "mutated files", "kills": "SIGKILL", "signals": "SIGINT", "processes": "another number of processes",
-         "disk": "full disk", "restarts": "--max-restarts"}
+         "disk": "full disk", "restarts": "--max-restarts 1", "rejoin": "both rejoined"}
 
 
 @pytest.mark.parametrize("part", PARTS)

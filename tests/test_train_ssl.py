@@ -384,6 +384,37 @@ def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
     assert train_ssl.advice(args, 1_473, 184) == []
 
 
+@pytest.fixture
+def deterministic():
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def test_deterministic_algorithms_serve_every_step(flags, tmp_path, no_pictures, deterministic):
+    """On a CPU they change nothing; an operation without one would raise."""
+    for method in (["--local", "--zca", "--geometric"], ["--local", "--zca"]):
+        name = "phantom-moco-local-zca" + "-aligned" * ("--geometric" in method)
+        train_ssl.main(flags(tmp_path / "plain", *method, "--steps", 2))
+        train_ssl.main(flags(tmp_path / "deterministic", *method, "--steps", 2, "--deterministic"))
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+        one, other = (outcome(tmp_path / x / name)[2] for x in ("plain", "deterministic"))
+        assert all(torch.equal(one[k], other[k]) for k in one)
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+def test_a_gpu_continues_exactly_with_deterministic_algorithms(flags, tmp_path, no_pictures, deterministic):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for out, steps in (("a", (2, 4)), ("b", (4,))):
+        for n in steps:
+            train_ssl.main(flags(tmp_path / out, "--local", "--zca", "--deterministic", "--steps", n))
+    one, other = (outcome(tmp_path / x / "phantom-moco-local-zca")[2] for x in "ab")
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("more", [["--amp", "bf16"], ["--amp", "fp16"], ["--compile"]])
 def test_a_gpu_trains(flags, tmp_path, more):
