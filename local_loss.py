@@ -41,6 +41,7 @@ def pool_boxes(features: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
     height, width = features.shape[2:]
     with torch.autocast(features.device.type, enabled=False):
         top, left, tall, wide = boxes.to(features.device, torch.float32).unbind(1)
+        flip = flip.to(features.device)
         left = torch.where(flip, 1 - left - wide, left)
         corners = torch.stack([left * width, top * height, (left + wide) * width, (top + tall) * height], 1)
         image = torch.arange(len(boxes), device=features.device, dtype=torch.float32)[:, None]
