@@ -269,7 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     ranks = processes.start(args.deterministic)
     for line in prepare.remarks(store.volumes, store.skipped) if ranks.is_main else ():
         print(line)
-    if args.init == start_of(args) and not (args.out / args.init / "backbone.pth").exists():
+    trained = (args.out / args.init / "backbone.pth").exists
+    if args.init == start_of(args) and not processes.on_main(ranks.is_main, trained):
         settings = vars(args) | PHANTOM | START | dict(name=args.init, size=args.size)
         pretrain(argparse.Namespace(**settings), store, data, phantom, ranks)
     pretrain(args, store, data, phantom, ranks)
