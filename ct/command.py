@@ -146,7 +146,8 @@ class _Outliving:
 def _outliving(stream: TextIO | None) -> _Outliving:
     if stream is None:  # closed by the shell: >&-
         stream = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
-    with contextlib.suppress(AttributeError):  # a notebook's stream
+    # a notebook's stream; or one opened as a file whose descriptor has become a pipe since
+    with contextlib.suppress(AttributeError, OSError):
         stream.reconfigure(errors="spell")
     return stream if isinstance(stream, _Outliving) else _Outliving(stream)
 

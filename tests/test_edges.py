@@ -546,3 +546,14 @@ def test_exit_codes_are_those_of_the_docstring(monkeypatch, capsys):
             main([])
         assert caught.value.code == code and capsys.readouterr().err.count("\n") == 1
     assert prepare.main.__wrapped__ is not None  # the commands of ct too
+
+
+def test_a_stream_opened_as_a_file_may_have_become_a_pipe(tmp_path):
+    """As in a process that was forked with its output redirected: what is printed must not depend on the position."""
+    code = ("import os; from ct.command import command; read, write = os.pipe(); os.dup2(write, 1); "
+            "command(lambda argv: print('here'))([]); os.close(1); os.close(write); "
+            "assert os.read(read, 99) == b'here\\n'")
+    with open(tmp_path / "out", "w") as out:
+        print("something before", file=out, flush=True)
+        done = subprocess.run([sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert "Error" not in done.stderr and done.returncode in (0, 120), done.stderr
