@@ -10,7 +10,6 @@ This needs both views to show the same place at the same cell. The paper drops g
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import roi_align
 
 CELLS = 7  # cells along a side of the feature map
 
@@ -35,19 +34,35 @@ def pool_boxes(features: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
 
     boxes (B, 4): top, left, height, width of the part as fractions of the view before its flip; flip (B,) bool:
     the view, and so the map, is mirrored left to right. Cells come in the order of the view before its flip, so
-    those of two views of one part of a slice correspond. The part may begin and end within a pixel: bilinear
-    samples, about one a pixel (torchvision's roi_align). Whole boxes give `pool_cells` where 7 divides the sides.
+    those of two views of one part of a slice correspond. The part may begin and end within a pixel: a cell is the
+    mean of bilinear samples, about one a pixel, as torchvision's `roi_align` takes them; here as two products, which
+    is faster and has no atomics. Whole boxes give `pool_cells` where 7 divides the sides.
     """
     height, width = features.shape[2:]
     with torch.autocast(features.device.type, enabled=False):
         top, left, tall, wide = boxes.to(features.device, torch.float32).unbind(1)
-        flip = flip.to(features.device)
-        left = torch.where(flip, 1 - left - wide, left)
-        corners = torch.stack([left * width, top * height, (left + wide) * width, (top + tall) * height], 1)
-        image = torch.arange(len(boxes), device=features.device, dtype=torch.float32)[:, None]
-        cells = roi_align(features.float(), torch.cat([image, corners], 1), CELLS, aligned=True)
-        cells = torch.where(flip[:, None, None, None], cells.flip(3), cells)
-        return cells.flatten(2).mT
+        rows, columns = _sampling(top, tall, height), _sampling(left, wide, width)
+        mirrored = flip.to(features.device)[:, None, None]
+        columns = torch.where(mirrored, columns.flip(2), columns)
+        maps = features.float().movedim(1, -1)  # (B, H, W, C): a view, and free of copies in channels_last
+        lines = rows @ maps.flatten(2)  # (B, 7, W x C)
+        return (columns[:, None] @ lines.unflatten(2, (width, -1))).flatten(1, 2)  # (B, 7, 7, C)
+
+
+def _sampling(start: Tensor, length: Tensor, side: int) -> Tensor:
+    """(B, 7, side): weights of a map's pixels along one side in the cells of [start, start + length), fractions (B,).
+
+    A cell's samples, as many as it has pixels, rounded up, are interpolated between the pixels' centres.
+    """
+    cell = length * side / CELLS  # pixels
+    sample = torch.arange(-(-side // CELLS), device=start.device)  # (S,): the most that a cell can have
+    count = cell.ceil().clamp(1, len(sample))
+    at = (sample + 0.5) / count[:, None]  # (B, S), in cells
+    at = (torch.arange(CELLS, device=start.device)[:, None] + at[:, None]) * cell[:, None, None]  # (B, 7, S)
+    at = (start[:, None, None] * side + at - 0.5).clamp(0, side - 1)
+    near = (1 - (at[..., None] - torch.arange(side, device=start.device)).abs()).clamp(min=0)  # (B, 7, S, side)
+    used = (sample < count[:, None]).float()[:, None, :, None]
+    return (near * used).sum(2) / count[:, None, None]
 
 
 def take_patches(cells: Tensor, patches: Tensor) -> Tensor:

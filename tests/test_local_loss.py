@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torchvision.ops import roi_align
 
 from local_loss import local_info_nce, pool_boxes, pool_cells, take_patches
 
@@ -76,3 +77,25 @@ def test_boxes_are_read_where_they_lie_and_gradients_reach_them():
         cells.sum().backward()
         grad = seen.grad.flip(3) if mirrored else seen.grad
         assert (grad[:, :, 7:14, 14:28] > 0).all() and grad.abs().sum() == pytest.approx(2 * 3 * 49, rel=1e-4)
+
+
+@pytest.mark.parametrize("height,width", [(16, 16), (56, 56), (9, 30)])
+def test_boxes_are_pooled_as_torchvisions_roi_align_does(height, width):
+    """Of any size, within a pixel too, in plain and in mirrored maps; values and gradients."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 3, height, width).contiguous(memory_format=torch.channels_last)
+    length = torch.rand(40, 2) * 0.95 + 0.05
+    box = torch.cat([torch.rand(40, 2) * (1 - length), length], 1)
+    top, left, tall, wide = box.unbind(1)
+    corners = torch.stack([left * width, top * height, (left + wide) * width, (top + tall) * height], 1)
+    corners = torch.cat([torch.arange(40.0)[:, None], corners], 1)
+    weight = torch.randn(40, 49, 3)
+    for mirrored in (False, True):
+        plain, seen = x.clone().requires_grad_(), (x.flip(3) if mirrored else x.clone()).requires_grad_()
+        expected = roi_align(plain, corners, 7, aligned=True).flatten(2).mT
+        cells = pool_boxes(seen, box, torch.full((40,), mirrored))
+        torch.testing.assert_close(cells, expected, rtol=0, atol=2e-5)
+        (expected * weight).sum().backward()
+        (cells * weight).sum().backward()
+        grad = seen.grad.flip(3) if mirrored else seen.grad
+        torch.testing.assert_close(grad, plain.grad, rtol=0, atol=1e-4)
