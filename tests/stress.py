@@ -71,10 +71,12 @@ class Bench:
         datasets.prepare(self.data / "BTCV", folder / "seg", "segment")
 
     def command(self, script: str, out: Path, amp: str = "off", steps: int = STEPS) -> list[str]:
-        if script == "train_ssl":  # 48 px: with one cell in the last stage, BN over 4 numbers would amplify rounding
+        # 48 px: with one cell in the last stage, BN over 4 numbers would amplify rounding; so would whitening more than
+        # half as many channels as the 16 positions of a group (the layer warns of it)
+        if script == "train_ssl":
             flags = ("--data", self.data / "AbdomenCT-1K", "--store", self.folder / "store" / self.data.name,
                      "--init", "random", "--image-size", 48, "--batch-size", 8, "--bn-group", 4, "--queue", 32,
-                     "--zca-group", 16, "--size", 64, "--local", "--zca", "--epochs", 1000, "--steps", steps)
+                     "--zca-group", 8, "--size", 64, "--local", "--zca", "--epochs", 1000, "--steps", steps)
         else:
             flags = ("--data", self.data / "BTCV", "--store", self.folder / "seg", "--crop-size", 32, "--batch-size", 2,
                      "--split", 25, "--draw", 1, "--protocol", "linear-finetune", "--backbone", "random",
@@ -398,12 +400,8 @@ def disk(bench: Bench, scripts: tuple[str, ...] = ("train_ssl", "train_seg")) ->
 
 
 def ranks(bench: Bench, changes: tuple = ((2, 1), (1, 2))) -> list[str]:
-    """Pre-training that goes on with another number of processes: the same losses and tensors to 1e-5.
-
-    Momentum is a sum of gradients, whose rounding goes with their size: to 1e-5 of the last gradient's norm.
-    """
+    """Pre-training that goes on with another number of processes: the same losses and tensors to 1e-5."""
     wanted = bench.reference("train_ssl")[0]
-    norm = max(1.0, wanted[f".log.{STEPS - 1}.grad_norm"])
     for first, then in changes:
         out = bench.folder / f"from-{first}-to-{then}"
         check(not any(Started(bench, "train_ssl", out, world=first, steps=3).wait()), f"{out}: the first half")
@@ -413,8 +411,7 @@ def ranks(bench: Bench, changes: tuple = ((2, 1), (1, 2))) -> list[str]:
         for name, value in wanted.items():
             if isinstance(value, torch.Tensor | float):
                 far = np.abs(np.asarray(value, np.float64) - np.asarray(left[name], np.float64)).max()
-                allowed = 1e-5 * (norm if name.endswith("momentum_buffer") else 1)
-                check(far <= allowed, f"{out}: {name} differs by {far:.1e}")
+                check(far <= 1e-5, f"{out}: {name} differs by {far:.1e}")
     told = ", ".join(f"{first} then {then}" for first, then in changes)
     return [f"| another number of processes: {told} | {len(changes)} | equal to 1 process to 1e-5 |"]
 
