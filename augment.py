@@ -96,6 +96,10 @@ def apply(batch: Tensor, params: Params, size: int = 224) -> Tensor:
         return normalise(images)
 
 
+def pair(batch, params_q, params_k, size=224):
+    return tuple(apply(batch, p, size)[:, :1] * IMAGENET_STD[0] + IMAGENET_MEAN[0] for p in (params_q, params_k))
+
+
 def common_parts(query: Params, key: Params, side: int) -> tuple[NDArray, NDArray, NDArray]:
     """What two views of slices of `side` pixels both show: (boxes in the first, in the second, which pairs to use).
 
@@ -179,10 +183,16 @@ def normalise(images: Tensor) -> Tensor:
     return channels
 
 
-def to_device(array: NDArray, device: torch.device) -> Tensor:
-    """An array on the device (float64 becomes float32); to a GPU through pinned memory, without a wait."""
-    tensor = torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def to_device(array: NDArray | Tensor, device: torch.device) -> Tensor:
+    """An array or CPU tensor on the device (float64 becomes float32); to a GPU from pinned memory, without a wait."""
+    tensor = torch.as_tensor(array)
+    tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
+    return pinned(tensor, device).to(device, non_blocking=True)
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor from which a copy to `device` need not be waited for."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def pixel_boxes(box: NDArray, side: int) -> NDArray:

@@ -165,7 +165,7 @@ class Crops:
     """
 
     def __init__(self, args, store: Store, slices: np.ndarray, ranks: processes.Processes):
-        self.args, self.store, self.slices = args, store, slices
+        self.args, self.store, self.slices, self.device = args, store, slices, ranks.device
         share = args.batch_size // ranks.world
         self.local = slice(ranks.rank * share, (ranks.rank + 1) * share)
         self.order = functools.lru_cache(2)(self._order)
@@ -180,25 +180,26 @@ class Crops:
 
     def fetch(self, t: int) -> list:
         """What iteration t reads for this process: pairs of slice and labels; slice numbers where features are kept."""
-        if self.args.whole_slices:
-            return self.indices(t)[self.local]
-        return [(torch.from_numpy(self.store.slice(i)), torch.from_numpy(self.store.slice(i, label=True)))
-                for i in self.indices(t)[self.local]]
+        indices = self.indices(t)[self.local]
+        return indices if self.args.whole_slices else self.pairs(indices)
 
-    def apply(self, t: int, pairs: list, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def pairs(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Slices by their numbers and their labels, each (H, W) uint8, on the CPU."""
+        return [tuple(augment.pinned(torch.from_numpy(self.store.slice(i, label)), self.device)
+                      for label in (False, True)) for i in indices]
+
+    def apply(self, t: int, pairs: list) -> tuple[torch.Tensor, torch.Tensor]:
         drawn = augment.draw_crops(processes.rng(self.args.seed, processes.CROPS, t), self.args.batch_size)
-        return self._crop({k: v[self.local] for k, v in drawn.items()}, pairs, device)
+        return self._crop({k: v[self.local] for k, v in drawn.items()}, pairs)
 
-    def whole(self, indices: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def whole(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Slices by their numbers, whole, and their labels at the size of a crop."""
-        pairs = [(torch.from_numpy(self.store.slice(i)), torch.from_numpy(self.store.slice(i, label=True)))
-                 for i in indices]
-        return self._crop(augment.undrawn_crops(len(pairs)), pairs, device)
+        return self._crop(augment.undrawn_crops(len(indices)), self.pairs(indices))
 
-    def _crop(self, drawn: augment.Params, pairs: list, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _crop(self, drawn: augment.Params, pairs: list) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = zip(*pairs, strict=True)
-        return augment.apply_crops([i.to(device, non_blocking=True) for i in images],
-                                   [x.to(device, non_blocking=True) for x in labels], drawn, self.args.crop_size)
+        return augment.apply_crops([i.to(self.device, non_blocking=True) for i in images],
+                                   [x.to(self.device, non_blocking=True) for x in labels], drawn, self.args.crop_size)
 
 
 def main(argv: list[str] | None = None) -> None:

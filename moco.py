@@ -12,13 +12,17 @@ one process with 8 groups computes what 8 processes with one group compute. BN a
 
 import contextlib
 import copy
+import itertools
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from augment import normalise
 from local_loss import local_info_nce, pool_boxes, pool_cells, take_patches
+
+ALIGN = 64  # numbers
 
 
 class Encoder(nn.Module):
@@ -32,13 +36,18 @@ class Encoder(nn.Module):
         self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 3, S, S) -> first-stage features (B, C, S/4, S/4), the backbone's pooled output (B, width)."""
+        """images (B, 3, S, S) -> first-stage features (B, C, S/4, S/4), the backbone's pooled output (B, width).
+
+        Or grey images (B, 1, S, S) in [0, 1]: the network's three channels are made of them here, so that one is kept
+        and sent between processes until then.
+        """
         b = self.backbone
+        images = normalise(images) if images.shape[1] == 1 else images
         first = b.layer1(b.maxpool(b.relu(b.bn1(b.conv1(images)))))
         return first, b.avgpool(b.layer4(b.layer3(b.layer2(first)))).flatten(1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 3, S, S) -> first-stage features (B, C, S/4, S/4), embeddings (B, dim), not normalised."""
+        """images as for `features` -> first-stage features (B, C, S/4, S/4), embeddings (B, dim), not normalised."""
         first, pooled = self.features(images)
         return first, self.projector(pooled)
 
@@ -48,37 +57,57 @@ class GroupStatistics:
 
     Every group of a step starts from the step's running statistics; `finish` leaves their mean over all
     groups and processes. (num_batches_tracked counts steps.) A group's backward must end before the next
-    group starts, since the buffers are restored in place.
+    group starts, since the buffers are restored in place. The buffers become views of two flat tensors, of numbers
+    and of counters, so that each of these is one operation and not one for each of hundreds of buffers.
     """
 
     def __init__(self, module: nn.Module):
-        self.buffers = list(module.buffers())
-        self.averaged = [b for b in self.buffers if b.is_floating_point()]
+        self.module, self.averaged = module, torch.empty(0)
         self.begin()
 
     def begin(self) -> None:
-        self.groups = 0
-        self.start = [b.clone() for b in self.buffers]
-        self.total = [torch.zeros_like(b) for b in self.averaged]
+        """Before the first group of a step."""
+        if not _share(next(self.module.buffers()), self.averaged):  # the first time, or the module has moved since
+            buffers = list(self.module.buffers())
+            self.averaged = _flat([b for b in buffers if b.is_floating_point()])
+            self.counters = _flat([b for b in buffers if not b.is_floating_point()])
+        self.groups, self.start, self.total = 0, self.averaged.clone(), torch.zeros_like(self.averaged)
+        self.steps = self.counters + 1
 
     @contextlib.contextmanager
     def group(self):
+        """Around one group's forward and, where there is one, backward."""
         if self.groups:
             with torch.no_grad():
-                torch._foreach_copy_(self.buffers, self.start)
+                self.averaged.copy_(self.start)
         yield
         with torch.no_grad():
-            torch._foreach_add_(self.total, self.averaged)
+            self.total.add_(self.averaged)
         self.groups += 1
 
     @torch.no_grad()
     def finish(self) -> None:
-        flat = torch.cat([t.flatten() for t in self.total]) / (self.groups * _world())
+        self.total.div_(self.groups * _world())
         if _world() > 1:
-            dist.all_reduce(flat)
-        sizes = [t.numel() for t in self.total]
-        torch._foreach_copy_(self.averaged, [f.view_as(b) for f, b in zip(flat.split(sizes), self.averaged,
-                                                                          strict=True)])
+            dist.all_reduce(self.total)
+        self.averaged.copy_(self.total)
+        self.counters.copy_(self.steps)
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+@torch.no_grad()
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """One tensor, (M,), whose parts the given ones become. Each begins at a multiple of ALIGN, as kernels that read
+    several numbers at once need it; what lies between is zero.
+    """
+    *starts, length = itertools.accumulate((-(-t.numel() // ALIGN) * ALIGN for t in tensors), initial=0)
+    flat = tensors[0].new_zeros(length)
+    for t, start in zip(tensors, starts, strict=True):
+        t.data = flat[start : start + t.numel()].view_as(t).copy_(t)
+    return flat
 
 
 class MoCo(nn.Module):
@@ -97,6 +126,7 @@ class MoCo(nn.Module):
         self.temperature, self.temperature_local, self.lambda_local = temperature, temperature_local, lambda_local
         self.encoder_q = Encoder(backbone, dim)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        self.statistics_k = GroupStatistics(self.encoder_k)
         self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         # of the last forward: share of queries nearest to their own key, mean cosine to it, mean cosine to the queue
@@ -110,7 +140,7 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def keys(self, view_k: Tensor, permutation: Tensor, parts: tuple[Tensor, Tensor] | None = None
              ) -> tuple[Tensor, Tensor | None]:
-        """This process's views (B, 3, S, S) -> their keys (B, dim), unit length, and cells (B, 49, C) or None.
+        """This process's views (B, 1 or 3, S, S) -> their keys (B, dim), unit length, and cells (B, 49, C) or None.
 
         permutation: (B x processes,) int64, the same on every process. The global batch is permuted, each
         process encodes its share group by group, and the results return to their places. parts: boxes
@@ -119,7 +149,8 @@ class MoCo(nn.Module):
         batch, rank, world = len(view_k), dist.get_rank() if _world() > 1 else 0, _world()
         mine = permutation.view(world, batch)[rank]
         shuffled = _gather(view_k)[mine] if world > 1 else view_k[mine]
-        statistics, keys, cells = GroupStatistics(self.encoder_k), [], []
+        statistics, keys, cells = self.statistics_k, [], []
+        statistics.begin()
         for group, places in zip(shuffled.split(self.group), mine.split(self.group), strict=True):
             with statistics.group():
                 first, embedding = self.encoder_k(group)
@@ -132,7 +163,7 @@ class MoCo(nn.Module):
 
     def forward(self, view_q: Tensor, keys: Tensor, cells: Tensor | None, patches: Tensor | None,
                 parts: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """One group's views (B, 3, S, S), keys and cells, and patch indices (B, K) -> (L_global, L_local).
+        """One group's views (B, 1 or 3, S, S), keys and cells, and patch indices (B, K) -> (L_global, L_local).
 
         parts: boxes (B, 4) and flips (B,) for `pool_boxes`, and which of the B pairs Eq. 2 is taken over, (M,) int64.
         """

@@ -43,7 +43,7 @@ PHANTOM = dict(arch="resnet18", crop_size=96, batch_size=16)
 PHANTOM_RECIPES = {"linear-frozen": dict(iterations=300, lr=0.2, whole_slices=True),
                    "linear-finetune": dict(iterations=100, lr=0.05, whole_slices=False),
                    "deeplabv3plus": dict(iterations=60, lr=0.05, whole_slices=False)}
-CHECKPOINT = 4000  # iterations between two checkpoints and evaluations; the last one has both, too
+CHECKPOINT = 4000  # iterations between two evaluations, a checkpoint before each; the last one has both, too
 FLUSH = 10  # iterations between two looks at the loss
 SHOWN = 6  # slices in overlays.png
 
@@ -162,7 +162,7 @@ class Trainer:
             images, labels = [torch.stack([self.kept[i][part] for i in pairs]) for part in (0, 1)]
             images = (None, None, None, images)
         else:
-            images, labels = self.crops.apply(t, pairs, self.device)
+            images, labels = self.crops.apply(t, pairs)
         with processes.autocast(self.amp, self.device):
             loss = self.net(images, labels)
         self.scaler.scale(loss).backward()
@@ -178,7 +178,7 @@ class Trainer:
         """{slice number: (layer4's output (C, h, w), labels)} of the split. Raises BadInput where they are too many."""
         numbers, kept = [int(i) for i in self.crops.slices], {}
         for part in (numbers[i : i + 32] for i in range(0, len(numbers), 32)):
-            images, labels = self.crops.whole(part, self.device)
+            images, labels = self.crops.whole(part)
             with processes.autocast(self.amp, self.device):
                 features = self.model.features(images.contiguous(memory_format=torch.channels_last))[3]
             needed = len(numbers) * (features[0].nbytes + labels[0].nbytes)
@@ -271,7 +271,7 @@ def fit(trainer: Trainer, run: runs.Run, first: int) -> None:
             pending.append(trainer.step(t, pairs))
             done = t + 1
             stopping, due = ranks.any(stop.signal != 0), done % CHECKPOINT == 0 or done == args.iterations
-            if len(pending) == FLUSH or due or stopping:
+            if looking := len(pending) == FLUSH or due or stopping:
                 values = processes.mean_over_processes(torch.stack(pending), ranks).tolist()
                 records = [{"step": done - len(values) + i + 1, "loss": v, "lr": lr(done - len(values) + i, args)}
                            for i, v in enumerate(values)]
@@ -284,7 +284,8 @@ def fit(trainer: Trainer, run: runs.Run, first: int) -> None:
             if ranks.is_main and done == first + FLUSH < args.iterations:
                 left = (time.perf_counter() - started) / FLUSH * (args.iterations - done)
                 tqdm.write(f"{title}: about {processes.duration(left)} to go")
-            if due or stopping:  # before the validation, which may take longer than a scheduler waits
+            # before the validation, which may take longer than a scheduler waits
+            if due or stopping or (looking and ranks.any(run.overdue(args.checkpoint_minutes))):
                 run.checkpoint(trainer.state(done))
             if due and done < args.iterations and not stopping:
                 processes.on_main(ranks.is_main, functools.partial(validate, trainer, run, done, stop))

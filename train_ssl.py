@@ -161,14 +161,16 @@ class Trainer:
     def __init__(self, args, moco: MoCo, batches: datasets.Batches, ranks: processes.Processes, amp: str):
         self.args, self.batches, self.device, self.amp = args, batches, ranks.device, amp
         self.moco = moco.to(self.device, memory_format=torch.channels_last)
-        if args.compile:
-            self.moco.encoder_q.compile()
-            self.moco.encoder_k.compile()
+        if args.compile:  # on a GPU as CUDA graphs: a group of 32 is hundreds of kernels, whose launches cost most
+            for encoder in (self.moco.encoder_q, self.moco.encoder_k):
+                encoder.compile(mode="reduce-overhead" if self.device.type == "cuda" else None)
         self.model: nn.Module = self.moco
         if ranks.world > 1:
             self.model = DistributedDataParallel(self.moco, **{NO_BUFFERS: False})
         self.statistics = GroupStatistics(self.moco.encoder_q)
         self.trained = [p for p in self.moco.parameters() if p.requires_grad]
+        for p in self.trained if args.compile else ():  # a graph's own memory is overwritten by its next replay:
+            p.grad = torch.zeros_like(p)  # gradients add up outside of it
         self.optimizer = torch.optim.SGD(self.trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.skipped = 0  # steps that fp16's scaler left out
@@ -184,51 +186,57 @@ class Trainer:
         Returns its mean (L, L_global, L_local, queue's accuracy, cosine to the own key, to the queue) and the norm of
         the step's gradient.
         """
-        args, moco = self.args, self.moco
-        slices = slices.to(self.device, non_blocking=True)
-        drawn_q = self.batches.views(t, processes.VIEW_Q)
-        view_k = augment.apply(slices, self.batches.views(t, processes.VIEW_K), args.image_size)
-        patches = self.batches.patches(t).to(self.device) if args.local else None
+        args, moco, batches = self.args, self.moco, self.batches
         aligned = args.local and args.geometric
-        boxes_q, flip_q, boxes_k, flip_k, usable = self.batches.parts(t) if aligned else [None] * 5
+
+        # views, one grey channel each (B, 1, S, S), and everything else that is drawn
+        slices = slices.to(self.device, non_blocking=True)
+        view_q, view_k = augment.pair(slices, batches.views(t, processes.VIEW_Q), batches.views(t, processes.VIEW_K),
+                                      args.image_size)
+        permutation, patches = self.to_device(batches.permutation(t), batches.patches(t))
+        boxes_q, flip_q, boxes_k, flip_k, usable = batches.parts(t) if aligned else [None] * 5
+
+        # keys (B, dim) and cells (B, 49, C), by the key encoder after its own small step
         moco.update_key_encoder()
         with processes.autocast(self.amp, self.device):
-            keys, cells = moco.keys(view_k, self.batches.permutation(t).to(self.device),
-                                    self.to_device(boxes_k, flip_k) if aligned else None)
+            keys, cells = moco.keys(view_k, permutation, self.to_device(boxes_k, flip_k) if aligned else None)
+
+        # the query encoder group by group: gradients add up; DDP exchanges them once, with the last group
         groups = len(slices) // args.bn_group
-        parts = [slice(g * args.bn_group, (g + 1) * args.bn_group) for g in range(groups)]
         self.statistics.begin()
         records = []
-        for part in parts:
-            # gradients add up over the groups; DDP exchanges them once, with the last
-            several = self.model is not moco and part is not parts[-1]
-            view_q = augment.apply(slices[part], {k: v[part] for k, v in drawn_q.items()}, args.image_size)
+        for g in range(groups):
+            part = slice(g * args.bn_group, (g + 1) * args.bn_group)
+            several = self.model is not moco and g < groups - 1
             common = None
             if aligned:
-                first = self.batches.local.start + part.start  # of this group in the global batch
+                first = batches.local.start + part.start  # of this group in the global batch
                 here = slice(first, first + args.bn_group)
                 pairs = usable[(usable >= here.start) & (usable < here.stop)] - first
                 common = self.to_device(boxes_q[here], flip_q[here], pairs)
             with self.statistics.group(), self.model.no_sync() if several else contextlib.nullcontext():
                 with processes.autocast(self.amp, self.device):
-                    loss_global, loss_local = self.model(view_q, keys[part], cells[part] if args.local else None,
-                                                         patches[part] if args.local else None, common)
+                    loss_global, loss_local = self.model(view_q[part], keys[part], cells[part] if args.local else None,
+                                                         patches[part], common)
                 loss = moco.total(loss_global, loss_local)
                 self.scaler.scale(loss / groups).backward()
-            losses = torch.stack([loss.detach(), loss_global.detach(), loss_local.detach()])
-            records.append(torch.cat([losses, moco.signs]))
+            records.append(torch.stack([loss, loss_global, loss_local, *moco.signs]).detach())
         self.statistics.finish()
+
+        # update
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(t)
         self.scaler.unscale_(self.optimizer)
         norm = runs.gradient_norm(self.trained)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not args.compile)
+
+        # enqueue
         moco.enqueue(keys)
         return torch.cat([torch.stack(records).mean(0), norm[None]])
 
-    def to_device(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
+    def to_device(self, *arrays: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(augment.to_device(a, self.device) for a in arrays)
 
     def count_skipped(self, records: list[dict]) -> None:
@@ -284,7 +292,7 @@ def pretrain(args, store: datasets.Store, data: Path, phantom: bool, ranks: proc
         raise BadInput(f"{data}: {len(store)} slices are fewer than one batch of {args.batch_size} besides "
                        f"{len(batches.held_out)} held-out ones; lower --batch-size")
     kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
-            "init_unfinished")  # out of the config
+            "checkpoint_minutes", "init_unfinished")  # out of the config
     moco = build(args, phantom)  # before the run folder: weights that do not fit leave nothing behind
     config = {k: v for k, v in vars(args).items() if k not in kept}
     config |= {"data": "phantom" if phantom else store.name, "volumes": len(store.volumes), "slices": len(store),
@@ -329,8 +337,8 @@ def train(args, store, ranks, run, trainer, first, last) -> None:
     batches, journal = trainer.batches, monitor.Journal(args, store, run, trainer, ranks, first, last)
 
     def fetch(t: int) -> torch.Tensor:
-        slices = torch.from_numpy(store.batch(batches.indices(t)[batches.local]))
-        return slices.pin_memory() if ranks.device.type == "cuda" else slices
+        """This process's slices of step t, (B, H, W) uint8."""
+        return augment.pinned(torch.from_numpy(store.batch(batches.indices(t)[batches.local])), ranks.device)
 
     asked = time.perf_counter()
     with processes.StopRequest() as stop:
@@ -339,9 +347,9 @@ def train(args, store, ranks, run, trainer, first, last) -> None:
             journal.pending.append(trainer.step(t, slices))
             stopping, done = ranks.any(stop.signal != 0), t + 1
             epoch_ends = done % batches.steps_per_epoch == 0 or done == last
-            if len(journal.pending) == monitor.FLUSH or epoch_ends or stopping:
+            if looking := len(journal.pending) == monitor.FLUSH or epoch_ends or stopping:
                 journal.flush(done, epoch_ends or stopping, epoch_ends)
-            if epoch_ends or stopping:
+            if stopping or done == last or (looking and ranks.any(run.overdue(args.checkpoint_minutes))):
                 run.checkpoint(trainer.state(done))
             if stopping and done < last:
                 if ranks.is_main:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -142,6 +143,7 @@ class Run:
     def __init__(self, folder: Path, config: dict, overwrite: bool, main: bool):
         self.folder, self.main = folder, main
         self.path, self.previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+        self.saved = time.monotonic()  # or begun, before the first checkpoint
         self.next, self.damaged = folder / "checkpoint.next.pt", folder / "checkpoint.damaged.pt"
         on_main(main, lambda: self._open(config, overwrite))
 
@@ -209,6 +211,11 @@ class Run:
     def checkpoint(self, state: dict) -> None:
         """Save; the one before stays as checkpoint.previous.pt. Raises BadInput: full disk, weights not finite."""
         on_main(self.main, lambda: self._checkpoint(state))
+        self.saved = time.monotonic()
+
+    def overdue(self, minutes: float) -> bool:
+        """Whether the last checkpoint was so long ago, by this process's clock."""
+        return time.monotonic() - self.saved >= 60 * minutes
 
     def _checkpoint(self, state: dict) -> None:
         if not all(t.isfinite().all() for t in _tensors(state)):

@@ -6,6 +6,9 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the other core is for stress.py
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from ct import phantom  # noqa: E402
 from engine import figures  # noqa: E402
@@ -79,3 +82,43 @@ def refusal(capsys):
         return lines[0]
 
     return run
+
+
+class Waits(TorchDispatchMode):
+    """What makes the host wait for a GPU: copies from or to it that are not from pinned memory and non-blocking."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.copies = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("_to_copy", "copy_"):
+            source, free = args[name == "copy_"], (kwargs or {}).get("non_blocking", len(args) > 2 and args[2])
+            if source.device.type != out.device.type:
+                self.copies += 1
+                if not (free and getattr(source, "pinned", False)):
+                    self.found.append((name, tuple(source.shape), source.device.type, out.device.type))
+        return out
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """(its device, Waits): CUDA tensors without content or a GPU. `.item()` and what else depends on values raises.
+
+    Memory is marked as pinned instead of pinned; a backward, which needs a real device, is left out.
+    """
+    def pin(tensor):
+        tensor = tensor.view_as(tensor)
+        tensor.pinned = True
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # autocast as there
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # real weights become fake ones
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield torch.device("cuda", 0), Waits
+    torch.__future__.set_overwrite_module_params_on_conversion(False)

@@ -34,7 +34,7 @@ def test_a_second_signal_a_second_run_and_no_write_elsewhere(stress_table):
 def flags(small_phantom, tmp_path):
     return [str(a) for a in ("--data", small_phantom / "AbdomenCT-1K", "--store", small_phantom.parent / "store",
                              "--out", tmp_path, "--amp", "off", "--init", "random", "--image-size", 32, "--batch-size",
-                             8, "--bn-group", 4, "--queue", 32)]
+                             8, "--bn-group", 4, "--queue", 32, "--checkpoint-minutes", 0)]
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "weights"])

@@ -24,7 +24,7 @@ import train_seg
 import train_ssl
 from ct import tasks
 from engine import backbones, figures, predict, processes, runs
-from segment import Segmenter
+from segment import PROTOCOLS, Segmenter
 from whitening import whiten_last_norm
 
 
@@ -472,3 +472,23 @@ def test_results_name_what_they_were_made_from(pretrained):
     for folder in (pretrained / "seg").glob("phantom-*"):
         assert {"config.json", "log.jsonl", "checkpoint.pt", "result.json", "dice.csv", "validation.jsonl",
                 "overlays.png"} <= {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("amp", ["bf16", "off"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_iteration_on_a_gpu_waits_for_nothing(flags, small_phantom, monkeypatch, request, protocol, amp):
+    store = datasets.prepare(small_phantom / "BTCV", small_phantom.parent / "seg", "segment")
+    args = train_seg.parse(flags("--split", "12.5", "--iterations", 4, "--no-whole-slices"))
+    train_seg.settle(args, True)
+    model = Segmenter(backbones.architecture("resnet18"), protocol, 14)
+    device, waits = request.getfixturevalue("fake_gpu")
+    monkeypatch.setattr(train_seg, "checksum", lambda _: "")
+    ranks = processes.Processes(0, 1, device)
+    args = train_seg.recipe(args, protocol)
+    crops = datasets.Crops(args, store, store.of(tasks.cases("12.5", 0)), ranks)
+    trainer = train_seg.Trainer(args, model, crops, ranks, amp)
+    for t in range(2):
+        pairs = crops.fetch(t)
+        with waits() as seen:
+            loss = trainer.step(t, pairs)
+        assert loss.device == device and seen.copies > 4 and not seen.found

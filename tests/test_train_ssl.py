@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -382,6 +383,55 @@ def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
     args = train_ssl.parse(["--data", "x"])
     train_ssl.settle(args, True)
     assert train_ssl.advice(args, 1_473, 184) == []
+
+
+@pytest.mark.parametrize("amp", ["bf16", "off"])
+@pytest.mark.parametrize("more", [(), ("--local", "--zca"), ("--local", "--zca", "--geometric"), ("--no-geometric",)])
+def test_a_step_on_a_gpu_waits_for_nothing(flags, tmp_path, request, more, amp):
+    args = train_ssl.parse(flags(tmp_path, "--size", 128, *more))
+    train_ssl.settle(args, True)
+    moco = train_ssl.build(args, True)
+    device, waits = request.getfixturevalue("fake_gpu")
+    ranks = processes.Processes(0, 1, device)
+    trainer = train_ssl.Trainer(args, moco, datasets.Batches(args, 100, ranks), ranks, amp)
+    for p in trainer.trained:
+        p.grad = torch.zeros_like(p)
+    for t in range(2):
+        slices = augment.pinned(torch.zeros(args.batch_size, 128, 128, dtype=torch.uint8), device)
+        with waits() as seen:
+            record = trainer.step(t, slices)
+        assert record.device == device and seen.copies > 5 and not seen.found
+        for p in trainer.trained:
+            p.grad = torch.zeros_like(p)
+
+
+def test_compiling_changes_no_number(flags, tmp_path, monkeypatch, no_pictures):
+    """All that --compile changes but the compiler: gradients that stay in place. The compiler itself takes minutes."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compiled.append(type(self).__name__))
+    for out, more in (("plain", ()), ("compiled", ("--compile",))):
+        train_ssl.main(flags(tmp_path / out, "--local", "--zca", "--steps", 3, *more))
+    assert compiled == ["Encoder", "Encoder"]
+    one, other = (outcome(tmp_path / x / "phantom-moco-local-zca")[2] for x in ("plain", "compiled"))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_checkpoints_come_by_the_clock_and_at_the_end(flags, tmp_path, monkeypatch, no_pictures):
+    """A clock that goes seven minutes a step, of which an epoch has two."""
+    clock, saved = [0.0], []
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def slow(self, t, slices):
+        clock[0] += 7 * 60
+        return torch.zeros(7)
+
+    monkeypatch.setattr(train_ssl.Trainer, "step", slow)
+    monkeypatch.setattr(runs.Run, "_checkpoint", lambda self, state: saved.append(state["step"]))
+    for more, expected in (((), [2, 4, 6, 8, 10, 11]), (("--checkpoint-minutes", 20), [4, 8, 11]),
+                           (("--checkpoint-minutes", 1000), [11]), (("--checkpoint-minutes", 0), [2, 4, 6, 8, 10, 11])):
+        saved.clear()
+        train_ssl.main(flags(tmp_path / str(len(more) and more[1]), "--steps", 11, *more))
+        assert saved == expected, more
 
 
 @pytest.fixture
