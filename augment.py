@@ -5,7 +5,7 @@ its order: random resized crop, brightness and contrast, Gaussian blur, flip, Im
 deviation. Its hue, saturation and grayscale are left out: they do nothing to three equal channels. Without
 geometry, as the paper has it for the local loss, the crop is the whole slice and there is no flip.
 
-`draw` makes every random number, `apply` none. Two views of a batch are two draws.
+`draw` makes every random number, `pair` and `apply` none. Two views of a batch are two draws.
 """
 
 import math
@@ -66,34 +66,50 @@ def draw(rng: np.random.Generator, batch_size: int, geometric: bool = True) -> P
     }
 
 
-def apply(batch: Tensor, params: Params, size: int = 224) -> Tensor:
-    """The views (N, 3, size, size), float32 and contiguous, of a batch of square slices (N, H, H), uint8.
+def pair(batch: Tensor, params_q: Params, params_k: Params, size: int = 224) -> tuple[Tensor, Tensor]:
+    """Two views of a batch of square slices (N, H, H), uint8: each (N, 1, size, size) float32 in [0, 1], contiguous.
 
-    0..255 (the HU window) becomes [0, 1], then `normalise`. `params` is what `draw` gave for these N samples.
-    On a GPU this is a few batched launches, as many for any N, and the host never waits for them. Float32
-    under autocast too.
+    0..255 (the HU window) becomes [0, 1]; the one grey channel is what `normalise` takes. The params are what `draw`
+    gave for these N samples. On a GPU this is a few batched launches, as many for any N, and the host never waits for
+    them. Float32 under autocast too.
     Raises ValueError for a batch of another type or shape, for params of another number of samples, and for
     a size that is not above RADIUS.
     """
+    images_q = resample(batch, params_q, size)
+    shared = np.array_equal(params_q["box"], params_k["box"])  # as without geometry; half of the work is saved
+    images_k = images_q.clone() if shared else resample(batch, params_k, size)
+    return retouch(images_q, params_q)[:, None], retouch(images_k, params_k)[:, None]
+
+
+def apply(batch: Tensor, params: Params, size: int = 224) -> Tensor:
+    """One view of a batch as the network takes it: (N, 3, size, size), normalised. The rest is as for `pair`."""
+    return normalise(retouch(resample(batch, params, size), params))
+
+
+def resample(batch: Tensor, params: Params, size: int) -> Tensor:
+    """The drawn crops (N, size, size) in [0, 1] of slices (N, H, H); raises what `pair` says."""
     if batch.dtype != torch.uint8 or batch.ndim != 3 or batch.shape[1] != batch.shape[2]:
         raise ValueError(f"a batch is uint8 (N, H, H), not {batch.dtype} {tuple(batch.shape)}")
     if len(params["box"]) != len(batch):
         raise ValueError(f"{len(params['box'])} samples were drawn for a batch of {len(batch)}")
     if size <= RADIUS:
         raise ValueError(f"a view of {size} pixels is too small for a blur that reaches {RADIUS}")
-
-    boxes = pixel_boxes(params["box"], batch.shape[1])
+    crops = crops_by_products if batch.is_cuda else crops_one_by_one
     with torch.autocast(batch.device.type, enabled=False):
-        crops = crops_by_products if batch.is_cuda else crops_one_by_one
-        images = crops(batch, boxes, size)
-        images = jitter(images, params["brightness"], params["contrast"], params["contrast_first"])
-        blurred = params["sigma"].nonzero()[0]  # found on the host, where it costs no synchronisation
-        if len(blurred):
-            index = to_device(blurred, batch.device)
+        return crops(batch, pixel_boxes(params["box"], batch.shape[1]), size)
+
+
+def retouch(images: Tensor, params: Params) -> Tensor:
+    """Images (N, S, S) in [0, 1] jittered, blurred and flipped as drawn, in place."""
+    images = jitter(images, params["brightness"], params["contrast"], params["contrast_first"])
+    blurred = params["sigma"].nonzero()[0]  # found on the host, where it costs no synchronisation
+    if len(blurred):
+        index = to_device(blurred, images.device)
+        with torch.autocast(images.device.type, enabled=False):
             images[index] = blur(images[index], params["sigma"][blurred])
-        flipped = to_device(params["flip"].nonzero()[0], batch.device)
-        images[flipped] = images[flipped].flip(-1)
-        return normalise(images)
+    flipped = to_device(params["flip"].nonzero()[0], images.device)
+    images[flipped] = images[flipped].flip(-1)
+    return images
 
 
 def common_parts(query: Params, key: Params, side: int) -> tuple[NDArray, NDArray, NDArray]:
