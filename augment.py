@@ -211,12 +211,21 @@ def pixel_boxes(box: NDArray, side: int) -> NDArray:
 def crops_one_by_one(batch: Tensor, boxes: NDArray, size: int) -> Tensor:
     """Crop and resize, bilinear with antialiasing as Pillow's: (N, H, H) uint8 -> (N, size, size) in [0, 1].
 
-    The fast way on a CPU: only the box is read and converted.
+    The fast way on a CPU: only the box is read and converted. Each row of a crop is a weighted sum of a few whole
+    rows, which is what `embedding_bag` does, several times faster than `interpolate`; that one is left the columns.
     """
-    crops = torch.empty(len(batch), size, size, device=batch.device)
-    for out, image, (top, left, height, width) in zip(crops, batch, boxes.tolist(), strict=True):
-        crop = image[top : top + height, left : left + width].float()[None, None]
-        out.copy_(F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0, 0])
+    heights = torch.from_numpy(boxes[:, 2]).float()
+    centre, reach = triangles(heights, size)
+    most = math.ceil(2 * max(1, batch.shape[1] / size)) + 1  # of any box: a sum's order must not depend on the batch
+    pixels = (centre - reach).floor() + torch.arange(most)
+    weights = triangle_weights(pixels, heights, size)
+    rows = pixels.clamp(min=0).minimum(heights[:, None, None] - 1).long()  # those outside the box weigh nothing
+    crops = torch.empty(len(batch), size, size)
+    for out, image, (top, left, height, width), row, weight in zip(
+            crops, batch, boxes.tolist(), rows, weights, strict=True):
+        box = image[top : top + height, left : left + width].float()
+        crop = F.embedding_bag(row, box, mode="sum", per_sample_weights=weight)
+        out.copy_(F.interpolate(crop[None, None], (size, size), mode="bilinear", antialias=True)[0, 0])
     return crops.div_(255)
 
 
@@ -226,22 +235,29 @@ def crops_by_products(batch: Tensor, boxes: NDArray, size: int) -> Tensor:
     The fast way on a GPU: hundreds of small launches would cost more than the products with mostly zeros.
     """
     top, left, height, width = to_device(boxes, batch.device).float().unbind(1)
-    rows = triangle_weights(top, height, batch.shape[1], size)
-    columns = triangle_weights(left, width, batch.shape[2], size)
+    pixels = torch.arange(batch.shape[1], device=batch.device)
+    rows, columns = (triangle_weights(pixels - start[:, None, None], length, size)
+                     for start, length in ((top, height), (left, width)))
     return (rows @ batch.float() @ columns.mT).div_(255)
 
 
-def triangle_weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """(N, size, side): weights of `side` pixels in the `size` that divide [start, start + length) among them.
+def triangles(length: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The `size` equal parts of `length` (N,) pixels: centres (N, size, 1), half bases of their triangles (N, 1, 1).
 
-    A triangle over one pixel of the coarser of the two grids; rows sum to 1; nothing outside the box counts.
+    A triangle reaches over one pixel of the coarser of the two grids.
     """
-    start, length = start[:, None, None], length[:, None, None]
-    scale = length / size
-    pixel = torch.arange(side, device=start.device) + 0.5 - start  # centres, seen from the box's start
-    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    weights = weights * ((pixel > 0) & (pixel < length))
+    scale = length[:, None, None] / size
+    return (torch.arange(size, device=length.device)[:, None] + 0.5) * scale, scale.clamp(min=1)
+
+
+def triangle_weights(pixels: Tensor, length: Tensor, size: int) -> Tensor:
+    """(N, size, K): weights of `pixels` (N, size or 1, K), counted from the box's start, in the parts of `triangles`.
+
+    Rows sum to 1; nothing outside the box [0, length) counts.
+    """
+    centre, reach = triangles(length, size)
+    weights = (1 - (pixels + 0.5 - centre).abs() / reach).clamp(min=0)
+    weights = weights * ((pixels >= 0) & (pixels < length[:, None, None]))
     return weights / weights.sum(2, keepdim=True)
 
 
