@@ -254,6 +254,18 @@ def test_a_slice_of_a_batch_gives_its_views():
     torch.testing.assert_close(augment.apply(batch[order], part(params, order), 32), views[order])
 
 
+def test_however_many_are_blurred_each_gets_its_own():
+    batch, params = noise(40), augment.draw(np.random.default_rng(4), 40)
+    params["sigma"] = np.where(np.arange(40) == 5, 0, np.linspace(0.3, 2, 40))  # 39, more than go at once on a CPU
+    views = augment.pair(batch, params, params, 32)[0]
+    for n in range(40):
+        alone = augment.resample(batch[n : n + 1], part(params, [n]), 32)
+        alone = augment.jitter(alone, *(params[k][[n]] for k in ("brightness", "contrast", "contrast_first")))
+        expected = alone if n == 5 else TF.gaussian_blur(alone, [13, 13], [float(params["sigma"][n])] * 2)
+        expected = expected.flip(2) if params["flip"][n] else expected
+        torch.testing.assert_close(views[n], expected, atol=1e-5, rtol=0)
+
+
 def test_without_geometry_location_is_fixed_and_the_rest_is_as_drawn():
     with_geometry, without = (augment.draw(np.random.default_rng(7), 64, geometric=g) for g in (True, False))
     for name in ("brightness", "contrast", "contrast_first", "sigma"):
