@@ -5,7 +5,7 @@ its order: random resized crop, brightness and contrast, Gaussian blur, flip, Im
 deviation. Its hue, saturation and grayscale are left out: they do nothing to three equal channels. Without
 geometry, as the paper has it for the local loss, the crop is the whole slice and there is no flip.
 
-`draw` makes every random number, `apply` none. Two views of a batch are two draws.
+`draw` makes every random number, `pair` and `apply` none. Two views of a batch are two draws.
 """
 
 import math
@@ -66,34 +66,51 @@ def draw(rng: np.random.Generator, batch_size: int, geometric: bool = True) -> P
     }
 
 
-def apply(batch: Tensor, params: Params, size: int = 224) -> Tensor:
-    """The views (N, 3, size, size), float32 and contiguous, of a batch of square slices (N, H, H), uint8.
+def pair(batch: Tensor, params_q: Params, params_k: Params, size: int = 224) -> tuple[Tensor, Tensor]:
+    """Two views of a batch of square slices (N, H, H), uint8: each (N, 1, size, size) float32 in [0, 1], contiguous.
 
-    0..255 (the HU window) becomes [0, 1], then `normalise`. `params` is what `draw` gave for these N samples.
-    On a GPU this is a few batched launches, as many for any N, and the host never waits for them. Float32
-    under autocast too.
+    0..255 (the HU window) becomes [0, 1]; the one grey channel is what `normalise` takes. The params are what `draw`
+    gave for these N samples. On a GPU this is a few batched launches, as many for any N, and the host never waits for
+    them. Float32 under autocast too.
     Raises ValueError for a batch of another type or shape, for params of another number of samples, and for
     a size that is not above RADIUS.
     """
+    images_q = resample(batch, params_q, size)
+    shared = np.array_equal(params_q["box"], params_k["box"])  # as without geometry; half of the work is saved
+    images_k = images_q.clone() if shared else resample(batch, params_k, size)
+    return retouch(images_q, params_q)[:, None], retouch(images_k, params_k)[:, None]
+
+
+def apply(batch: Tensor, params: Params, size: int = 224) -> Tensor:
+    """One view of a batch as the network takes it: (N, 3, size, size), normalised. The rest is as for `pair`."""
+    return normalise(retouch(resample(batch, params, size), params))
+
+
+def resample(batch: Tensor, params: Params, size: int) -> Tensor:
+    """The drawn crops (N, size, size) in [0, 1] of slices (N, H, H); raises what `pair` says."""
     if batch.dtype != torch.uint8 or batch.ndim != 3 or batch.shape[1] != batch.shape[2]:
         raise ValueError(f"a batch is uint8 (N, H, H), not {batch.dtype} {tuple(batch.shape)}")
     if len(params["box"]) != len(batch):
         raise ValueError(f"{len(params['box'])} samples were drawn for a batch of {len(batch)}")
     if size <= RADIUS:
         raise ValueError(f"a view of {size} pixels is too small for a blur that reaches {RADIUS}")
-
-    boxes = pixel_boxes(params["box"], batch.shape[1])
+    crops = crops_by_products if batch.is_cuda else crops_one_by_one
     with torch.autocast(batch.device.type, enabled=False):
-        crops = crops_by_products if batch.is_cuda else crops_one_by_one
-        images = crops(batch, boxes, size)
-        images = jitter(images, params["brightness"], params["contrast"], params["contrast_first"])
-        blurred = params["sigma"].nonzero()[0]  # found on the host, where it costs no synchronisation
-        if len(blurred):
-            index = to_device(blurred, batch.device)
-            images[index] = blur(images[index], params["sigma"][blurred])
-        flipped = to_device(params["flip"].nonzero()[0], batch.device)
-        images[flipped] = images[flipped].flip(-1)
-        return normalise(images)
+        return crops(batch, pixel_boxes(params["box"], batch.shape[1]), size)
+
+
+def retouch(images: Tensor, params: Params) -> Tensor:
+    """Images (N, S, S) in [0, 1] jittered, blurred and flipped as drawn, in place."""
+    images = jitter(images, params["brightness"], params["contrast"], params["contrast_first"])
+    blurred, flipped = (params[k].nonzero()[0] for k in ("sigma", "flip"))  # on the host, where it costs no wait
+    together = len(images) if images.is_cuda else 16  # so many channels a CPU convolves at once, within its caches
+    with torch.autocast(images.device.type, enabled=False):
+        for i in range(0, len(blurred), together):
+            some = blurred[i : i + together]
+            index = to_device(some, images.device)
+            images.index_copy_(0, index, blur(images.index_select(0, index), params["sigma"][some]))
+    index = to_device(flipped, images.device)
+    return images.index_copy_(0, index, images.index_select(0, index).flip(-1))
 
 
 def pair(batch, params_q, params_k, size=224):
@@ -205,12 +222,21 @@ def pixel_boxes(box: NDArray, side: int) -> NDArray:
 def crops_one_by_one(batch: Tensor, boxes: NDArray, size: int) -> Tensor:
     """Crop and resize, bilinear with antialiasing as Pillow's: (N, H, H) uint8 -> (N, size, size) in [0, 1].
 
-    The fast way on a CPU: only the box is read and converted.
+    The fast way on a CPU: only the box is read and converted. Each row of a crop is a weighted sum of a few whole
+    rows, which is what `embedding_bag` does, several times faster than `interpolate`; that one is left the columns.
     """
-    crops = torch.empty(len(batch), size, size, device=batch.device)
-    for out, image, (top, left, height, width) in zip(crops, batch, boxes.tolist(), strict=True):
-        crop = image[top : top + height, left : left + width].float()[None, None]
-        out.copy_(F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0, 0])
+    heights = torch.from_numpy(boxes[:, 2]).float()
+    centre, reach = triangles(heights, size)
+    most = math.ceil(2 * max(1, batch.shape[1] / size)) + 1  # of any box: a sum's order must not depend on the batch
+    pixels = (centre - reach).floor() + torch.arange(most)
+    weights = triangle_weights(pixels, heights, size)
+    rows = pixels.clamp(min=0).minimum(heights[:, None, None] - 1).long()  # those outside the box weigh nothing
+    crops = torch.empty(len(batch), size, size)
+    for out, image, (top, left, height, width), row, weight in zip(
+            crops, batch, boxes.tolist(), rows, weights, strict=True):
+        box = image[top : top + height, left : left + width].float()
+        crop = F.embedding_bag(row, box, mode="sum", per_sample_weights=weight)
+        out.copy_(F.interpolate(crop[None, None], (size, size), mode="bilinear", antialias=True)[0, 0])
     return crops.div_(255)
 
 
@@ -220,22 +246,29 @@ def crops_by_products(batch: Tensor, boxes: NDArray, size: int) -> Tensor:
     The fast way on a GPU: hundreds of small launches would cost more than the products with mostly zeros.
     """
     top, left, height, width = to_device(boxes, batch.device).float().unbind(1)
-    rows = triangle_weights(top, height, batch.shape[1], size)
-    columns = triangle_weights(left, width, batch.shape[2], size)
+    pixels = torch.arange(batch.shape[1], device=batch.device)
+    rows, columns = (triangle_weights(pixels - start[:, None, None], length, size)
+                     for start, length in ((top, height), (left, width)))
     return (rows @ batch.float() @ columns.mT).div_(255)
 
 
-def triangle_weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """(N, size, side): weights of `side` pixels in the `size` that divide [start, start + length) among them.
+def triangles(length: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The `size` equal parts of `length` (N,) pixels: centres (N, size, 1), half bases of their triangles (N, 1, 1).
 
-    A triangle over one pixel of the coarser of the two grids; rows sum to 1; nothing outside the box counts.
+    A triangle reaches over one pixel of the coarser of the two grids.
     """
-    start, length = start[:, None, None], length[:, None, None]
-    scale = length / size
-    pixel = torch.arange(side, device=start.device) + 0.5 - start  # centres, seen from the box's start
-    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    weights = weights * ((pixel > 0) & (pixel < length))
+    scale = length[:, None, None] / size
+    return (torch.arange(size, device=length.device)[:, None] + 0.5) * scale, scale.clamp(min=1)
+
+
+def triangle_weights(pixels: Tensor, length: Tensor, size: int) -> Tensor:
+    """(N, size, K): weights of `pixels` (N, size or 1, K), counted from the box's start, in the parts of `triangles`.
+
+    Rows sum to 1; nothing outside the box [0, length) counts.
+    """
+    centre, reach = triangles(length, size)
+    weights = (1 - (pixels + 0.5 - centre).abs() / reach).clamp(min=0)
+    weights = weights * ((pixels >= 0) & (pixels < length[:, None, None]))
     return weights / weights.sum(2, keepdim=True)
 
 

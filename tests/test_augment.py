@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
@@ -54,6 +55,19 @@ def test_resamplers_equal_torchvision_at_full_size(resample):
     for crop, image, box in zip(resample(batch, boxes, 224), batch, boxes.tolist(), strict=True):
         expected = TF.resized_crop(image[None].float() / 255, *box, [224, 224], antialias=True)
         torch.testing.assert_close(crop[None], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("resample", RESAMPLERS)
+@pytest.mark.parametrize("size", [24, 64, 160])
+@pytest.mark.parametrize("smooth", [0, 3])
+def test_resamplers_equal_pillows_within_a_grey_level(resample, size, smooth):
+    batch = np.stack([gaussian_filter(image, smooth) for image in noise(len(BOXES), seed=1).numpy()])
+    crops = resample(torch.from_numpy(batch), np.array(BOXES), size)
+    for crop, image, (top, left, height, width) in zip(crops, batch, BOXES, strict=True):
+        box = Image.fromarray(image).crop((left, top, left + width, top + height))  # resize's own looks beyond the box
+        expected = np.asarray(box.resize((size, size), Image.Resampling.BILINEAR), np.float32)
+        # half a level when Pillow rounds its columns, half when it rounds its rows, and float32
+        assert np.abs(255 * crop.numpy() - expected).max() < 1.001
 
 
 def test_pixel_boxes_are_rounded_and_inside():
@@ -123,6 +137,33 @@ def test_channels_are_equal_and_in_the_unit_interval_before_normalisation():
     grey = views * std + mean
     torch.testing.assert_close(grey, grey[:, :1].expand_as(grey), atol=1e-6, rtol=0)
     assert grey.min() >= -1e-6 and grey.max() <= 1 + 1e-6 and grey.std() > 0.05
+
+
+@pytest.mark.parametrize("geometric", [True, False])
+def test_a_pair_is_the_two_views_before_normalisation(geometric):
+    batch, params = noise(16), [augment.draw(np.random.default_rng(seed), 16, geometric) for seed in (3, 4)]
+    views = augment.pair(batch, *params, 40)
+    for view, drawn in zip(views, params, strict=True):
+        assert view.shape == (16, 1, 40, 40) and view.dtype == torch.float32 and view.is_contiguous()
+        assert view.min() >= 0 and view.max() <= 1
+        assert torch.equal(augment.normalise(view), augment.apply(batch, drawn, 40))
+    assert not torch.equal(*views) and torch.equal(batch, noise(16))
+    kept = views[1].clone()
+    views[0].zero_()
+    assert torch.equal(views[1], kept)
+
+
+def test_a_pair_of_equal_crops_is_resampled_once(monkeypatch):
+    calls, plain = [], augment.crops_one_by_one
+    monkeypatch.setattr(augment, "crops_one_by_one", lambda *args: calls.append(args) or plain(*args))
+    for geometric, times in ((False, 1), (True, 2)):
+        params = [augment.draw(np.random.default_rng(seed), 4, geometric) for seed in (3, 4)]
+        augment.pair(noise(4), *params, 32)
+        assert len(calls) == times
+        calls.clear()
+    params[1]["box"][:3] = params[0]["box"][:3]  # all but one are equal: not enough
+    augment.pair(noise(4), *params, 32)
+    assert len(calls) == 2
 
 
 def test_flip_mirrors_left_and_right():
@@ -206,8 +247,23 @@ def test_a_slice_of_a_batch_gives_its_views():
     views = augment.apply(batch, params, 32)
     assert torch.equal(views, augment.apply(batch, params, 32))
     torch.testing.assert_close(augment.apply(batch[2:5], part(params, slice(2, 5)), 32), views[2:5])
+    boxes = augment.pixel_boxes(params["box"], SIDE)  # to the bit: groups in one process are those of several
+    assert torch.equal(augment.crops_one_by_one(batch[2:5], boxes[2:5], 32),
+                       augment.crops_one_by_one(batch, boxes, 32)[2:5])
     order = np.random.default_rng(0).permutation(8)
     torch.testing.assert_close(augment.apply(batch[order], part(params, order), 32), views[order])
+
+
+def test_however_many_are_blurred_each_gets_its_own():
+    batch, params = noise(40), augment.draw(np.random.default_rng(4), 40)
+    params["sigma"] = np.where(np.arange(40) == 5, 0, np.linspace(0.3, 2, 40))  # 39, more than go at once on a CPU
+    views = augment.pair(batch, params, params, 32)[0]
+    for n in range(40):
+        alone = augment.resample(batch[n : n + 1], part(params, [n]), 32)
+        alone = augment.jitter(alone, *(params[k][[n]] for k in ("brightness", "contrast", "contrast_first")))
+        expected = alone if n == 5 else TF.gaussian_blur(alone, [13, 13], [float(params["sigma"][n])] * 2)
+        expected = expected.flip(2) if params["flip"][n] else expected
+        torch.testing.assert_close(views[n], expected, atol=1e-5, rtol=0)
 
 
 def test_without_geometry_location_is_fixed_and_the_rest_is_as_drawn():
@@ -258,19 +314,30 @@ def test_wrong_input_is_refused_in_one_line(batch, size, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("counts", [(5, 4), (4, 5)])
+def test_a_pair_needs_both_views_drawn_for_the_batch(counts):
+    params = (augment.draw(np.random.default_rng(0), n, geometric=False) for n in counts)
+    with pytest.raises(ValueError, match="5 samples were drawn for a batch of 4"):
+        augment.pair(noise(4), *params, 32)
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_views_without_a_wait():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     batch, params = noise(16, 512), augment.draw(np.random.default_rng(0), 16)
+    other = augment.draw(np.random.default_rng(1), 16)
     on_device = batch.cuda()
     augment.apply(on_device, params, 224)  # the first call may set libraries up
     torch.cuda.set_sync_debug_mode("error")
     try:
         views = augment.apply(on_device, params, 224)
+        pair = augment.pair(on_device, params, other, 224)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(views.cpu(), augment.apply(batch, params, 224), atol=1e-3, rtol=0)
+    for view, expected in zip(pair, augment.pair(batch, params, other, 224), strict=True):
+        torch.testing.assert_close(view.cpu(), expected, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("side", [192, 512])
