@@ -43,7 +43,7 @@ PHANTOM = dict(arch="resnet18", crop_size=96, batch_size=16)
 PHANTOM_RECIPES = {"linear-frozen": dict(iterations=300, lr=0.2, whole_slices=True),
                    "linear-finetune": dict(iterations=100, lr=0.05, whole_slices=False),
                    "deeplabv3plus": dict(iterations=60, lr=0.05, whole_slices=False)}
-CHECKPOINT = 4000  # iterations between two evaluations, a checkpoint before each; the last one has both, too
+CHECKPOINT = 4000  # iterations between two points of the validation curve, a checkpoint before each
 FLUSH = 10  # iterations between two looks at the loss
 SHOWN = 6  # slices in overlays.png
 
@@ -68,6 +68,8 @@ def parse(argv: list[str] | None):
     add("--lr", type=number(above=0), help="learning rate (0.01) [0.2 of the frozen head, 0.05 of the others]")
     add("--whole-slices", action=argparse.BooleanOptionalAction, help="linear-frozen trains on whole slices instead "
         "of random crops: their features are computed once, which is fast and not the paper's (no) [yes]")
+    add("--eval-every", type=whole(1), default=CHECKPOINT, metavar="N", help="iterations between two points of the "
+        f"validation curve, which decides nothing ({CHECKPOINT})")
     add("--overwrite", action="store_true", help="start over what has been run")
     add("--save-predictions", action="store_true", help="keep those of the validation set as NIfTI, on its own grid")
     add("--report", action="store_true", help="print Tables 1 and 2 of what has been run; report.{md,csv,png} of --out")
@@ -265,12 +267,12 @@ def fit(trainer: Trainer, run: runs.Run, first: int) -> None:
     bar = tqdm(desc=title, total=args.iterations, initial=first, unit="it", disable=None if ranks.is_main else True)
     pending, started = [], time.perf_counter()
     with processes.StopRequest() as stop:
-        if 0 < first < args.iterations and first % CHECKPOINT == 0:  # stopped between checkpoint and validation?
+        if 0 < first < args.iterations and first % args.eval_every == 0:  # stopped between checkpoint and validation?
             processes.on_main(ranks.is_main, functools.partial(validate, trainer, run, first, stop))
         for t, pairs in datasets.prefetch(crops.fetch, range(first, args.iterations), args.workers):
             pending.append(trainer.step(t, pairs))
             done = t + 1
-            stopping, due = ranks.any(stop.signal != 0), done % CHECKPOINT == 0 or done == args.iterations
+            stopping, due = ranks.any(stop.signal != 0), done % args.eval_every == 0 or done == args.iterations
             if looking := len(pending) == FLUSH or due or stopping:
                 values = processes.mean_over_processes(torch.stack(pending), ranks).tolist()
                 records = [{"step": done - len(values) + i + 1, "loss": v, "lr": lr(done - len(values) + i, args)}
