@@ -39,7 +39,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ct.command import Parser, command, folder, number, printable, whole
+from ct.command import Parser, command, cores, folder, number, printable, whole
 from ct.intake import AIR, SOFT, _skip, btcv_root, find_volumes, judge, named
 from ct.tasks import ORGANS, cases
 from ct.volumes import BadInput, Volume, read_labels, read_volume
@@ -48,6 +48,7 @@ WINDOW = SOFT  # HU
 SIZE = 512  # side of the slices kept for pre-training
 SHEET = 24  # slices on a contact sheet
 FEW = 20  # files of a folder that are left out for one reason: named one by one, more of them by their folder
+HEADER = 1024  # bytes of a .npy before its voxels, at most
 FORMAT = 4  # of the store; another number means: prepare again
 # what a file system without locks answers: Lustre without flock, NFS without lockd
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
@@ -282,17 +283,17 @@ def sizes_agree(store: Path, record: dict) -> Iterator[bool]:
     for name in record["checksums"]:
         path = store / name
         voxels = record["slices"] * record["height"] * record["width"]
-        yield path.exists() and 0 < path.stat().st_size - voxels <= 1024  # one .npy header
+        yield path.exists() and 0 < path.stat().st_size - voxels <= HEADER
 
 
 def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WINDOW, size: int = SIZE,
-            workers: int = 2, skip_bad: bool = False) -> tuple[Path, dict]:
+            workers: int | None = None, skip_bad: bool = False) -> tuple[Path, dict]:
     """Make or complete the store of `kind` (pretrain, segment) below the folder `store`: (its folder, its index).
 
-    Volumes are read in `workers` processes. What an earlier call finished is kept if its source and settings are
-    unchanged; where that is all, nothing is locked or written. A second process waits for the first. Raises BadInput
-    for a store of another folder, and when volumes, or other files of the folder, cannot be used, all named on stderr,
-    unless `skip_bad`: then they are left out, by later calls too, and listed.
+    Volumes are read in `workers` processes, by default one a core. What an earlier call finished is kept if its source
+    and settings are unchanged; where that is all, nothing is locked or written. A second process waits for the first.
+    Raises BadInput for a store of another folder, and when volumes, or other files of the folder, cannot be used, all
+    named on stderr, unless `skip_bad`: then they are left out, by later calls too, and listed.
     """
     window = tuple(float(w) for w in window)
     if not window[0] < window[1]:
@@ -392,8 +393,8 @@ def _survey(found: list[dict], folder: Path, window: tuple[float, float], size: 
     return records, left_out, [v for v in found if v["id"] not in records and str(v["image"]) not in known]
 
 
-def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, float], size: int, workers: int,
-              skip_bad: bool, alone: bool) -> tuple[dict[str, dict], list[dict]]:
+def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, float], size: int,
+              workers: int | None, skip_bad: bool, alone: bool) -> tuple[dict[str, dict], list[dict]]:
     """Prepare what is missing in a store: (records by id, left out). alone: this process has locked it."""
     for part in folder.glob(".[0-9]*.*") if alone else ():  # of a process that was killed while it wrote
         part.unlink(missing_ok=True)
@@ -413,13 +414,14 @@ def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, f
     return records, left_out + bad
 
 
-def _in_processes(work: Callable, items: list, workers: int, title: str) -> Iterator[tuple[dict, object]]:
+def _in_processes(work: Callable, items: list, workers: int | None, title: str) -> Iterator[tuple[dict, object]]:
     """(item, result or the BadInput it raised) for every item, in the order they finish."""
     if not items:
         return
     # fork: a spawned process would import the calling script, and with it PyTorch, for nothing
     context = get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(max(1, min(workers, len(items))), context, _end_with_parent) as pool:
+    workers = max(1, min(cores() if workers is None else workers, len(items)))
+    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
         futures = {pool.submit(work, item): item for item in items}
         try:
             for future in tqdm(as_completed(futures), title, len(items), unit="volume", disable=None):
@@ -472,7 +474,7 @@ def absent_organs(volumes: list[dict]) -> list[str]:
     return [ORGANS[i] for i in np.flatnonzero(np.sum(voxels, 0) == 0)] if voxels else []
 
 
-def audit(data: Path, kind: str, workers: int, store: Path, draw: Callable | None = None) -> int:
+def audit(data: Path, kind: str, workers: int | None, store: Path, draw: Callable | None = None) -> int:
     """Print what a data folder holds against the paper's counts; the middle slices go to a picture in `store`.
 
     Returns the number of files it cannot use.
@@ -596,7 +598,7 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     parser.add_argument("--store", type=folder, help="folder of the slices (default stores/NAME-HASH of --data)")
     parser.add_argument("--size", type=whole(1), default=SIZE, help="prepare: side of the pre-training slices")
     parser.add_argument("--window", type=number(), nargs=2, default=WINDOW, metavar=("LOW", "HIGH"), help="HU window")
-    parser.add_argument("--workers", type=whole(0), default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=whole(0), help="processes (default: one a core)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out unusable volumes: listed, but no failure")
     parser.add_argument("--verify", action="store_true", help="audit: compare the store with its checksums instead")
     args = parser.parse_args(argv)
