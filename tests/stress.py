@@ -94,7 +94,8 @@ class Bench:
             flags = ("--data", self.data / "BTCV", "--store", self.folder / "seg", "--crop-size", 32, "--batch-size", 2,
                      "--split", 25, "--draw", 1, "--protocol", "linear-finetune", "--backbone", "random",
                      "--iterations", steps)
-        return [str(a) for a in (*flags, "--out", out, "--amp", amp, "--checkpoint-minutes", 0)]  # what both scripts are given
+        both = ("--out", out, "--amp", amp, "--checkpoint-minutes", 0)  # what both scripts are given
+        return [str(a) for a in (*flags, *both)]
 
     def run_folder(self, script: str, out: Path) -> Path:
         return out / ("phantom-moco-local-zca" if script == "train_ssl" else "seg/random-linear-finetune-25-1")
