@@ -56,7 +56,7 @@ class Setting:
         self.ranks = processes.Processes(0, 1, self.device)
         self.amp = processes.precision("auto", self.device)
         self.arch, self.size, self.batch, self.group = ("resnet18", 96, 32, 16) if quick else ("resnet50", 224, 64, 32)
-        self.queue, self.repeats = (4096, 6) if quick else (65536, 2)
+        self.queue, self.repeats = (4096, 3) if quick else (65536, 2)
         if self.device.type == "cuda" and not quick:
             self.batch, self.repeats = 256, 10
         self.steps, self.stored = 20, 20 * self.batch  # from a store of so many slices
@@ -265,9 +265,8 @@ def reading(table: Table, folder: Path) -> None:
 
     table.add(what.format("warm", "one thread"), alternated(5, warm=rate)["warm"], least=5000, unit="slices/s")
     cold, many = what.format("cold", "one thread"), what.format("warm", f"{READERS} processes at once")
-    shared = "the same / one process"
     if sys.platform != "linux":
-        for row in (cold, many, shared):
+        for row in (cold, many, "the same / one process"):
             table.skip(row, "only under Linux")
     else:
         files = sorted(store.folder.glob("*.npy"))
@@ -278,7 +277,7 @@ def reading(table: Table, folder: Path) -> None:
         found = alternated(3, one=partial(stores.read_at_once, store, 1),
                            many=partial(stores.read_at_once, store, READERS))
         table.add(many, found["many"], f"{found['many']:,.0f} slices/s in all ({os.cpu_count()} cores)")
-        table.add(shared, found["many"] / found["one"])
+        table.add("the same / one process", found["many"] / found["one"])
     args = ["--data", str(data), "--store", str(warm), "--out", str(folder / "runs"), "--arch", "resnet18",
             "--init", "random", "--image-size", "96", "--batch-size", "64", "--bn-group", "32", "--queue", "1024",
             "--epochs", "2"]
@@ -333,7 +332,6 @@ def segmentation(table: Table, s: Setting) -> None:
 MEMORY = """
 import re, sys
 from pathlib import Path
-import torch
 from tools import bench
 s = bench.Setting(False)
 s.batch = int(sys.argv[1])
@@ -378,7 +376,9 @@ def main(argv: list[str] | None = None) -> None:
         segmentation(table, s)
         steps(table, s)
         if not s.quick:
-            steps(table, Setting(True))
+            small = Setting(True)
+            small.repeats = 10  # short steps vary
+            steps(table, small)
         queue_growth(table)
         lightly_step(table, s)
         memory(table, s)
