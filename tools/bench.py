@@ -124,7 +124,7 @@ def end_to_end(table: Table, s: Setting, folder: Path) -> None:
     if s.device.type != "cuda":
         for name, _, least in END_TO_END:
             table.skip(whole.format(name), NO_GPU, least=least)
-            table.skip(hours.format(name), NO_GPU, most=6, unit="hours")
+            table.skip(hours.format(name), NO_GPU, most=5, unit="hours")
         table.skip(loader, NO_GPU, least=3)
         return
     stores.write_store(folder / "gpu-data", folder / "gpu" / f"pretrain-{SIDE}", 20, s.stored, noise=True)
@@ -144,7 +144,7 @@ def end_to_end(table: Table, s: Setting, folder: Path) -> None:
         found = medians(3, whole=run, bare=lambda bare=bare: [bare() for _ in steps])
         ratio, rates[name] = found["bare"] / found["whole"], len(steps) * s.batch / found["whole"]
         table.add(whole.format(name), ratio, f"{ratio:.3f} ({rates[name]:.0f} images/s; {read})", least=least)
-        table.add(hours.format(name), PAPER_STEPS * PAPER_BATCH / rates[name] / 3600, most=6, unit="hours")
+        table.add(hours.format(name), PAPER_STEPS * PAPER_BATCH / rates[name] / 3600, most=5, unit="hours")
     pairs, bare = peers.pil_loader(store, s.batch, len(steps), True), s.bare(s.trainer())
 
     def peer() -> None:
@@ -158,8 +158,8 @@ def end_to_end(table: Table, s: Setting, folder: Path) -> None:
 
 
 def two_views(slices: torch.Tensor) -> Callable:
-    return lambda: [augment.apply(slices, augment.draw(processes.rng(0, purpose), len(slices)), 224)
-                    for purpose in (processes.VIEW_Q, processes.VIEW_K)]
+    return lambda: augment.pair(slices, *(augment.draw(processes.rng(0, purpose), len(slices))
+                                          for purpose in (processes.VIEW_Q, processes.VIEW_K)), 224)
 
 
 def views(table: Table, s: Setting) -> None:
