@@ -2,6 +2,7 @@
 
     python datasets.py prepare --data data/AbdomenCT-1K
     python datasets.py prepare --data data/BTCV --kind segment
+    python datasets.py prepare --data data/Task09_Spleen        any labelled data, as ct/layouts.py lists it
     python datasets.py audit --data data/BTCV
     python datasets.py audit --data data/BTCV --verify          is what was prepared still what was written?
 
@@ -12,6 +13,7 @@ import functools
 import os
 import resource
 import weakref
+import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ import torch
 import augment
 from ct import prepare as preparation
 from ct.prepare import HEADER, array, sizes_agree
+from ct.tasks import BTCV
 from ct.volumes import BadInput
 from engine import figures, processes
 from local_loss import CELLS
@@ -75,7 +78,7 @@ class Store:
     def __init__(self, folder: Path, index: dict):
         self.folder, self.kind, self.skipped = folder, index["kind"], index["skipped"]
         self.volumes, self.size, self.window = index["volumes"], index["size"], index["window"]
-        self.data = index["data"]
+        self.data, self.task = index["data"], preparation.task_of(folder, index)
         self.name = preparation.name_of(Path(self.data))
         self.is_phantom = any(v["phantom"] for v in self.volumes)
         self.ends = np.cumsum([v["slices"] for v in self.volumes])
@@ -103,11 +106,14 @@ class Store:
     def contents(self, ids: Collection[str] | None = None) -> dict[str, str]:
         """{id: what a volume holds} of these volumes (of all): the store's fingerprint, kept in a run's config.
 
-        The checksum of its slices; for segmentation also that of its labels and the spacing, which HD95 is measured in.
+        The checksum of its slices; for segmentation also that of its labels and the spacing, which HD95 is measured in,
+        and what the labels mean, where that is not BTCV's.
         """
+        meaning = [] if self.task in (None, BTCV) else [f"{zlib.crc32(str(self.task.labels).encode()):08x}"]
+
         def told(volume: dict) -> str:
             spacing = [f"{s:g}" for s in volume["spacing"]] if self.kind == "segment" else []
-            return " ".join([*volume["checksums"].values(), *spacing])
+            return " ".join([*volume["checksums"].values(), *spacing, *meaning])
 
         return {v["id"]: told(v) for v in self.volumes if ids is None or v["id"] in ids}
 
