@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ct.intake import IMAGES, btcv_root, find_volumes, has_word, named, skip, survey
+from ct.intake import BY_NAME, IMAGES, btcv_root, find_volumes, has_word, named, skip, survey
 from ct.tasks import BTCV
 from ct.volumes import HIGHEST_ID, UNKNOWN, BadInput, is_nifti, stem
 
@@ -85,6 +85,8 @@ def _with_others(data: Path, found: Found) -> Found:
                                 + f" ({len(missing)} such)" * (len(missing) > 1)))
         else:
             volumes.append(volume)
+    if found.layout == "TotalSegmentator":  # over 100 masks a subject, of which --organs has picked
+        others = [s for s in others if s["reason"] != BY_NAME]
     skipped += [s for s in others if s["file"] not in owned]
     if not volumes:
         first = next((s for s in skipped if not s["no_image"]), None)

@@ -709,7 +709,9 @@ def task_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _organs(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    if not (named := tuple(part.strip() for part in text.split(",") if part.strip())):
+        raise argparse.ArgumentTypeError(f"{text!r}: give names with commas between them")
+    return named
 
 
 @command
