@@ -34,7 +34,7 @@ from ct.command import number, whole
 from ct.volumes import BadInput
 from engine import backbones, figures, predict, processes, report, runs
 from engine.report import DRAWS
-from segment import PROTOCOLS, Segmenter, checksum
+from segment import PROTOCOLS, Segmenter, checksum, loss_bytes
 
 MOMENTUM, WEIGHT_DECAY, LR_END, POWER = 0.9, 5e-4, 1e-4, 0.9  # mmsegmentation's schedule_40k
 PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, lr=0.01, whole_slices=False)
@@ -346,7 +346,7 @@ def finish(trainer: Trainer, run: runs.Run, config: dict) -> None:
     runs.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
     runs.write_text(folder / "result.json", json.dumps(result) + "\n")
     occur = sum(dice is not None for dice in result["organs"])
-    print(f"{title}: mDS {100 * result['mDS']:.2f} % ({occur} organs, pooled over the validation set), with background "
+    print(f"{title}: mDS {100 * result['mDS']:.2f} % ({occur} organ{'s' * (occur != 1)}, pooled over the validation set), with background "
           f"{100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
     if args.save_predictions:
         for case, (name, path) in validation_files(trainer.store).items():
@@ -415,6 +415,10 @@ def main(argv: list[str] | None = None) -> None:
               f"{'/'.join(dict.fromkeys(f'{recipe(args, p).iterations:,}' for p in args.protocols))} "
               f"iterations of {args.batch_size} crops of {args.crop_size} px each, in {args.out / 'seg'}; "
               f"{processes.hardware()}")
+        needed = max(loss_bytes(p, args.batch_size // ranks.world, len(store.task.organs), args.crop_size)
+                     for p in args.protocols)
+        count = len(store.task.organs) - 1
+        print(f"{count} organ{'s' * (count > 1)}: logits and loss take {needed / 1e9:.1f} GB of the device's memory")
         for line in prepare.remarks(store.volumes, store.skipped, store.task) + drawn:
             print(line)
     tell_unfinished(args, names, phantom, ranks)

@@ -554,7 +554,8 @@ def remarks(volumes: list[dict], skipped: list[dict], task: Task = BTCV) -> list
     if unusable := len(skipped) - left - unlabelled:
         lines.append(f"left out, unusable: {unusable} {see}")
     if absent := absent_organs(volumes, task):
-        lines.append(f"no volume has: {', '.join(absent)}; mean Dice is over the organs that occur")
+        more = f" ... ({len(absent)} organs)" * (len(absent) > FEW)
+        lines.append(f"no volume has: {', '.join(absent[:FEW])}{more}; mean Dice is over the organs that occur")
     return lines
 
 

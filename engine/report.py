@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def cells(results: Sequence[dict], protocols: Sequence[str]) -> list[dict]:
         kinds.setdefault(data_of(r), set()).add(organs_of(r))
 
     def table_of(r: dict) -> str:  # other organs of the same data are another table
-        return data_of(r) + f", {', '.join(organs_of(r))}" * (len(kinds[data_of(r)]) > 1)
+        return data_of(r) + f", {_listed(organs_of(r))}" * (len(kinds[data_of(r)]) > 1)
 
     newest = {(table_of(r), r["split"], method_of(r), r["protocol"], r["draw"], r.get("seed")): r for r in results}
     groups: dict[tuple, list[dict]] = {}
@@ -94,6 +95,13 @@ def data_of(result: dict) -> str:
 def organs_of(result: dict) -> tuple[str, ...]:
     """The names of what was segmented; results on BTCV do not say them."""
     return tuple(result["labels"].values())[1:] if "labels" in result else ORGANS[1:]
+
+
+def _listed(organs: tuple[str, ...]) -> str:
+    """Some names, or of many the ends and a number that other ones do not have."""
+    if len(organs) <= 6:
+        return ", ".join(organs)
+    return f"{organs[0]} ... {organs[-1]} ({len(organs)}, {zlib.crc32(str(organs).encode()):08x})"
 
 
 def label(name: str, phantom: bool) -> str:
@@ -151,7 +159,7 @@ def markdown(report: Sequence[dict]) -> str:
         columns = [f"{p}, paper | {p}, here" if beside else p for p in protocols]
         counts = sorted({int(np.isfinite(np.array(c["organs"], float)).sum()) for c in own if c["values"]})
         number = " or ".join(map(str, counts or [len(ORGANS) - 1]))
-        text.append(f"{table}, on {where}. Mean Dice over {number} organs in %, pooled over the validation set; "
+        text.append(f"{table}, on {where}. Mean Dice over {number} organ{'s' * (number != '1')} in %, pooled over the validation set; "
                     "± standard deviation over draws and seeds (n - 1), n their number.")
         for protocol in protocols:
             settings = sorted({c["settings"] for c in own if c["protocol"] == protocol} - {""})
