@@ -159,8 +159,8 @@ def markdown(report: Sequence[dict]) -> str:
         columns = [f"{p}, paper | {p}, here" if beside else p for p in protocols]
         counts = sorted({int(np.isfinite(np.array(c["organs"], float)).sum()) for c in own if c["values"]})
         number = " or ".join(map(str, counts or [len(ORGANS) - 1]))
-        text.append(f"{table}, on {where}. Mean Dice over {number} organ{'s' * (number != '1')} in %, pooled over the validation set; "
-                    "± standard deviation over draws and seeds (n - 1), n their number.")
+        text.append(f"{table}, on {where}. Mean Dice over {number} organ{'s' * (number != '1')} in %, pooled over the "
+                    "validation set; ± standard deviation over draws and seeds (n - 1), n their number.")
         for protocol in protocols:
             settings = sorted({c["settings"] for c in own if c["protocol"] == protocol} - {""})
             differ = "**the settings differ:** " * (len(settings) > 1 or " / " in "".join(settings))
