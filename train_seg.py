@@ -346,8 +346,9 @@ def finish(trainer: Trainer, run: runs.Run, config: dict) -> None:
     runs.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
     runs.write_text(folder / "result.json", json.dumps(result) + "\n")
     occur = sum(dice is not None for dice in result["organs"])
-    print(f"{title}: mDS {100 * result['mDS']:.2f} % ({occur} organ{'s' * (occur != 1)}, pooled over the validation set), with "
-          f"background {100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
+    counted = f"{occur} organ{'s' * (occur != 1)}, pooled over the validation set"
+    print(f"{title}: mDS {100 * result['mDS']:.2f} % ({counted}), with background "
+          f"{100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
     if args.save_predictions:
         for case, (name, path) in validation_files(trainer.store).items():
             predict.write(folder / "predictions", name, predicted[case], volumes.read_volume(path), trainer.store.task)
