@@ -418,8 +418,8 @@ def test_the_later_of_two_masks_wins_and_is_counted(tmp_path, capsys):
     data = make_totalsegmentator(tmp_path / "T")
     both = np.zeros(SHAPE, np.uint8)
     both[2:5, 3, 1] = 1
-    liver = write(data / CASES[0] / "segmentations/liver.nii.gz", both)
-    write(data / CASES[0] / "segmentations/spleen.nii.gz", np.roll(both, 1, 0))
+    masks = [write(data / CASES[0] / f"segmentations/{organ}.nii.gz", np.roll(both, i, 0))
+             for i, organ in enumerate(("liver", "spleen"))]
     for organs in (("spleen", "liver"), ("liver", "spleen")):
         store = datasets.prepare(data, tmp_path / "s", "segment", organs=organs)
         place = [v["id"] for v in store.volumes].index(CASES[0])
@@ -429,9 +429,11 @@ def test_the_later_of_two_masks_wins_and_is_counted(tmp_path, capsys):
         truth[2:6, 3, 1] = [2, 2, 2, 1] if organs[1] == "liver" else [1, 2, 2, 2]
         np.testing.assert_array_equal(store.slice(int(store.of([CASES[0]])[1]), label=True), truth[:, :, 1].T)
     assert len({p.name for p in (tmp_path / "s").iterdir()}) == 2  # a store for each choice
-    before = store.contents()
-    write(liver, both * 0)
-    assert datasets.prepare(data, tmp_path / "s", "segment", organs=organs).contents() != before
+    for mask in masks:  # each of them is a source
+        before = store.contents()
+        write(mask, np.roll(both, 9, 0))
+        store = datasets.prepare(data, tmp_path / "s", "segment", organs=organs)
+        assert [case for case, told in store.contents().items() if told != before[case]] == [CASES[0]]
     prepare.main(["audit", "--data", str(data), "--organs", "spleen"])
     out = capsys.readouterr().out
     assert re.search(r" 1 spleen +[\d,]+ voxels in 5 volumes", out) and "liver" not in out

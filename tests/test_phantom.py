@@ -175,6 +175,11 @@ def test_other_layouts_hold_the_same_patients(tmp_path):
         phantom.write(tmp_path / layout, **few, layout=layout)
         organs = phantom_layouts.MASKS if layout == "totalsegmentator" else None
         stores[layout] = datasets.prepare(tmp_path / layout, tmp_path / layout / "s", "segment", organs=organs)
+    masks = tmp_path / "totalsegmentator/s0002/segmentations"
+    whole = np.asarray(nib.load(tmp_path / "btcv/BTCV/RawData/Training/label/label0002.nii.gz").dataobj)
+    for organ, number in (("spleen", SPLEEN), ("kidney_right", RIGHT_KIDNEY), ("kidney_left", LEFT_KIDNEY),
+                          ("aorta", AORTA), ("adrenal_gland_left", LEFT_ADRENAL)):
+        np.testing.assert_array_equal(nib.load(masks / f"{organ}.nii.gz").dataobj, whole == number)
     first = [(v["id"], list(v["checksums"].values()), v["voxels"], v["spacing"]) for v in stores[None].volumes]
     assert np.sum([v["voxels"] for v in stores[None].volumes], 0)[[1, 2, 3, 6]].all()
     for layout, store in stores.items():
