@@ -81,6 +81,8 @@ def test_the_csv_counts_what_the_files_hold(small_phantom, out):
         distance = metrics.hd95(predicted, truth, nib.affines.voxel_sizes(truth_file.affine))
         assert (row["hd95_mm"] == "") == (c == 0 or bool(np.isnan(distance)))
         assert row["hd95_mm"] == "" or float(row["hd95_mm"]) == pytest.approx(distance, abs=1e-3)
+        voxels = 0 if np.isnan(distance) else metrics.hd95(predicted, truth, (1, 1, 1))
+        assert row["hd95_transunet_voxels"] == ("" if c == 0 else f"{voxels:.3f}")
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "SPL"])
