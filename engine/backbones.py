@@ -19,7 +19,7 @@ from segment import checksum
 from whitening import fold, to_batch_norm, whiten_last_norm
 
 CHECKPOINT = "checkpoint.pt"  # what makes a folder a run
-IMAGENET = "IMAGENET1K_V1"  # torchvision's first weights, the ones mmselfsup and mmsegmentation start from
+IMAGENET = "IMAGENET1K_V1"  # torchvision's first weights; mmsegmentation's recipe has others (resnet50_v1c: deep stem)
 
 
 def architecture(arch: str) -> nn.Module:

@@ -24,14 +24,28 @@ from segment import Segmenter
 
 SOURCES = "sources.jsonl"  # beside predictions: which volume each is of
 BATCH = 8  # slices predicted at once
+CLASSES = 16  # of their logits at full size at once: 105 classes of 512 px would take 0.9 GB, twice
 
 
 @torch.no_grad()
 def slices(model: Segmenter, images: torch.Tensor, side: int, amp: str) -> torch.Tensor:
-    """Slices (B, H, W) uint8 -> labels (B, H, W) uint8: shorter side resized to `side`, logits resized back."""
+    """Slices (B, H, W) uint8 -> labels (B, H, W) uint8: shorter side resized to `side`, logits resized back.
+
+    The label is the first of the greatest logits, as of argmax; they are resized a few classes at a time.
+    """
+    whole = augment.whole(images, side).contiguous(memory_format=torch.channels_last)
     with processes.autocast(amp, images.device):
-        logits = model(augment.whole(images, side).contiguous(memory_format=torch.channels_last))
-    return F.interpolate(logits, images.shape[1:], mode="bilinear").argmax(1).to(torch.uint8)
+        coarse = model.coarse(model.features(whole))
+    best = torch.full(images.shape, -torch.inf, device=images.device)
+    labels, first = torch.zeros_like(images), 0
+    # with multiples of 16, no rest under 4, and dense copies torch's kernels give each class the bits it has among all
+    for part in coarse.tensor_split(list(range(CLASSES, coarse.shape[1] - 3, CLASSES)), 1):
+        part = F.interpolate(part.clone(), whole.shape[2:], mode="bilinear")
+        part = F.interpolate(part, images.shape[1:], mode="bilinear")
+        value, index = part.max(1)
+        labels = torch.where(value > best, (first + index).to(torch.uint8), labels)
+        best, first = torch.maximum(best, value), first + part.shape[1]
+    return labels
 
 
 def volume(model: Segmenter, levels: np.ndarray, side: int, amp: str, device: torch.device,
