@@ -3,6 +3,7 @@
 Colours are few and always doubled by a line style, a marker or a label, so that a grey print can be read too.
 """
 
+import colorsys
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,20 @@ MARKERS = "osD^vPX*"
 # BTCV's organs 1 to 13, the same in every picture: warm left, cold right, vessels red and blue
 ORGAN_COLOURS = ("#8e44ad", "#f1c40f", "#e67e22", "#27ae60", "#f5b7b1", "#a0522d", "#76d7c4", "#e74c3c", "#3498db",
                  "#1a5fb4", "#d4e157", "#ff5fb0", "#00e5ff")
+
+
+@functools.cache
+def organ_colours() -> np.ndarray:
+    """(255, 3) in [0, 1], a colour a label: black, ORGAN_COLOURS, then always the one least like those before."""
+    chosen = [[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in ("#000000", *ORGAN_COLOURS)]
+    hues = np.arange(48) / 48  # no grey and nothing dark, which CT is
+    candidates = np.array([colorsys.hsv_to_rgb(h, s, v) for h in hues for s in (0.45, 0.7, 1) for v in (0.55, 0.75, 1)])
+    eye = np.sqrt([2, 4, 3])  # green differs most
+    apart = np.min([np.linalg.norm((candidates - c) * eye, axis=1) for c in chosen], axis=0)
+    while len(chosen) < 255:
+        chosen.append(candidates[apart.argmax()])
+        apart = np.minimum(apart, np.linalg.norm((candidates - chosen[-1]) * eye, axis=1))
+    return np.array(chosen)
 
 
 def pyplot():
@@ -195,7 +210,14 @@ def overlays(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.nd
     from matplotlib.patches import Patch
 
     lines = -(-len(rows) // 2)
-    figure, grid = plt.subplots(lines, 7, figsize=(10.6, 1.83 * lines + 0.75), squeeze=False, layout="constrained",
+    seen = sorted({int(c) for _, _, truth, prediction in rows for c in np.union1d(truth, prediction)} - {0, 255})
+    # the legend: of many organs in smaller print; as many columns, each as wide as its longest name, as there is room
+    print_size = 8 if len(seen) <= 28 else 6.5
+    widths = {n: sum(max(map(len, c), default=0) + 6.5 for c in np.array_split([names[c] for c in seen], n))
+              for n in range(1, 8)}
+    columns = max((n for n, width in widths.items() if width * print_size < 1190), default=1)
+    below = max(0.75, 0.42 + 0.0205 * print_size * -(-len(seen) // columns))
+    figure, grid = plt.subplots(lines, 7, figsize=(10.6, 1.83 * lines + below), squeeze=False, layout="constrained",
                                 width_ratios=[1, 1, 1, 0.06, 1, 1, 1])  # a gap between the two of a line
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.02, wspace=0, hspace=0.01)
     for axes in grid.flat:
@@ -205,9 +227,8 @@ def overlays(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.nd
         for axes, labels, name in zip(three, (None, truth, prediction), (caption, "truth", "prediction"), strict=True):
             axes.imshow(_coloured(image, labels)[box])
             axes.set_title(name, fontsize=7, pad=2)
-    seen = sorted({int(c) for _, _, truth, prediction in rows for c in np.union1d(truth, prediction)} - {0, 255})
-    figure.legend(handles=[Patch(color=ORGAN_COLOURS[c - 1], label=names[c]) for c in seen],
-                  loc="outside lower center", ncols=7, handlelength=1, handleheight=1)
+    figure.legend(handles=[Patch(color=organ_colours()[c], label=names[c]) for c in seen], fontsize=print_size,
+                  loc="outside lower center", ncols=columns, handlelength=1, handleheight=1)
     figure.suptitle(title + "\n", fontsize=9, x=0.01, ha="left")
     _save(plt, figure, path)
 
@@ -228,9 +249,8 @@ def _coloured(image: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
     grey = np.repeat(image[..., None] / 255, 3, 2)
     if labels is None:
         return grey
-    colours = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in ("#000000", *ORGAN_COLOURS)])
-    organ = (labels > 0) & (labels < len(colours))
-    tint = colours[np.where(organ, labels, 0)]
+    organ = (labels > 0) & (labels < 255)
+    tint = organ_colours()[np.where(organ, labels, 0)]
     edge = np.zeros_like(organ)
     for axis in (0, 1):
         for step in (-1, 1):
@@ -244,7 +264,7 @@ def validation(path: Path, records: Sequence[dict], title: str) -> None:
     plt = pyplot()
     steps = [r["step"] for r in records]
     figure, axes = plt.subplots(figsize=(4.8, 2.9))
-    for i, (key, label) in enumerate((("mDS", "mDS: 13 organs"), ("mDice_with_background", "with background"))):
+    for i, (key, label) in enumerate((("mDS", "mDS: the organs"), ("mDice_with_background", "with background"))):
         values = [np.nan if r[key] is None else 100 * r[key] for r in records]
         axes.plot(steps, values, marker="o", markersize=3, label=label, **_style(i))
         axes.annotate(f"{values[-1]:.2f}", (steps[-1], values[-1]), (4, 0), textcoords="offset points", va="center",
@@ -270,8 +290,9 @@ def report(path: Path, cells: Sequence[dict], organs: Sequence[str]) -> None:
                  "markersize": 4.5, "fillstyle": "none" if i % 2 else "full"} for i, m in enumerate(methods)}
     step = min(0.22, 0.66 / len(methods))  # aside, so that equal values stay visible
     aside = {m: step * (i - (len(methods) - 1) / 2) for i, m in enumerate(methods)}
-    figure, grid = plt.subplots(len(rows), len(protocols), figsize=(1.6 + 2.7 * len(protocols), 0.6 + 3.0 * len(rows)),
-                                squeeze=False, sharex=True, sharey=True, layout="constrained")
+    size = 1.6 + 2.7 * len(protocols), 0.6 + max(3.0, 0.17 * len(organs)) * len(rows)
+    figure, grid = plt.subplots(len(rows), len(protocols), figsize=size, squeeze=False, sharex=True, sharey=True,
+                                layout="constrained")
     for (data, split), line in zip(rows, grid, strict=True):
         where = "generated phantom" if data == "phantom" else data
         for protocol, axes in zip(protocols, line, strict=True):

@@ -24,6 +24,7 @@ def drawn(tmp_path, monkeypatch):
             draw.texts = [t.get_text() for t in figure.findobj(matplotlib.text.Text)]
             draw.lines = [line.get_xydata() for axes in figure.axes for line in axes.lines]
             save(plt, figure, path)
+            draw.figure = figure
 
         monkeypatch.setattr(figures, "_save", keep)
         picture(tmp_path / "x.png", *args)
@@ -71,6 +72,39 @@ def test_overlays_use_each_organs_colour_and_name_those_shown(drawn):
     np.testing.assert_allclose(shown[20, 15], 0.45 * np.array(liver) + 0.55 * 90 / 255)
     np.testing.assert_allclose(shown[0, 0], 90 / 255)
     assert len(set(figures.ORGAN_COLOURS)) == len(ORGANS) - 1
+
+
+def test_colours_of_any_number_of_organs():
+    colours = figures.organ_colours()
+    assert colours.shape == (255, 3) and 0 <= colours.min() <= colours.max() <= 1
+    for c, hexadecimal in enumerate(figures.ORGAN_COLOURS, 1):  # BTCV's stay
+        assert "#" + "".join(f"{round(255 * x):02x}" for x in colours[c]) == hexadecimal
+    apart = np.linalg.norm(colours[:, None] - colours, axis=2) + 9 * np.eye(255)
+    assert apart.min() > 0.06 and apart[:105, :105].min() > 0.15  # of 104 organs none is like another
+    assert (np.ptp(colours[14:], axis=1) > 0.2).all()  # none is grey, as CT is
+    image, labels = np.full((9, 9), 90, np.uint8), np.full((9, 9), 200, np.uint8)
+    labels[:3] = 255
+    shown = figures._coloured(image, labels)
+    np.testing.assert_allclose(shown[6, 4], 0.45 * colours[200] + 0.55 * 90 / 255)
+    np.testing.assert_allclose(shown[1, 4], 90 / 255)  # 255: no label
+
+
+@pytest.mark.parametrize("organs, length", [(1, 6), (13, 24), (104, 6), (104, 29), (104, 60)])
+def test_the_legend_of_any_number_of_organs_has_room(drawn, organs, length):
+    names = ["background", *(f"organ {c} ".ljust(length, "n") for c in range(1, organs + 1)), "unseen"]
+    truth = np.zeros((40, 40), np.uint8)
+    truth[10:36, 10:36].flat[: 6 * organs] = np.repeat(np.arange(1, organs + 1), 6)
+    rows = [("a", np.full((40, 40), 90, np.uint8), truth, truth)] * 6
+    drawn(figures.overlays, rows, "a title", names)
+    assert set(names[1:-1]) <= set(drawn.texts) and not {"unseen", "background"} & set(drawn.texts)
+    figure = drawn.figure
+    legend, (width, height) = figure.legends[0].get_window_extent(), figure.get_size_inches() * figure.dpi
+    assert 0 <= legend.x0 < legend.x1 <= width and 0 <= legend.y0 < legend.y1 <= height
+    told = [patch.get_facecolor()[:3] for patch in figure.legends[0].get_patches()]
+    np.testing.assert_allclose(told, figures.organ_colours()[1 : organs + 1])
+    pictures = [axes.get_window_extent() for axes in figure.axes if axes.images]
+    assert len(pictures) == 18 and min(p.y0 for p in pictures) > legend.y1
+    assert min(p.height for p in pictures) > 1.5 * figure.dpi  # inches: the pictures keep their size
 
 
 def test_a_slice_is_shown_without_most_of_its_air():
