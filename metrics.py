@@ -221,17 +221,18 @@ def summarise_hd95(distances: np.ndarray) -> dict[str, float | list | None]:
 
 
 def per_case(table: np.ndarray, volumes: Sequence, distances: dict[object, np.ndarray],
-             names: Sequence[str]) -> list[list]:
+             labels: dict[int, str]) -> list[list]:
     """A row of CASE_COLUMNS for each volume and class, from which every convention can be computed again.
 
-    distances: volume id -> `hd95_organs`. Background (id 0) is listed for its counts; undefined values are "".
+    labels: {id: name} of the classes, in their order; distances: volume id -> `hd95_organs`. Background (id 0) is
+    listed for its counts; undefined values are "".
     """
     rows = []
     for volume, counted in zip(np.unique(np.asarray(volumes)).tolist(), volume_counts(table, volumes), strict=True):
         scores, surfaces = dice(*counted.T), [[math.nan] * len(HD95), *distances[volume]]
-        for c, name in enumerate(names):
+        for c, (label, name) in enumerate(labels.items()):
             told = ((scores[c], 6), *((x, 3) for x in surfaces[c]))
-            rows.append([volume, c, name, *counted[c].tolist(),
+            rows.append([volume, label, name, *counted[c].tolist(),
                          *("" if math.isnan(x) else f"{x:.{digits}f}" for x, digits in told)])
     return rows
 

@@ -326,7 +326,7 @@ def note(run: runs.Run, done: int, table: np.ndarray, ids: np.ndarray) -> dict:
 
 def finish(trainer: Trainer, run: runs.Run, config: dict) -> None:
     """Evaluate the last iteration's model: result.json, a line of results.jsonl, dice.csv, predictions, pictures."""
-    args, folder, title, organs = trainer.args, run.folder, run.folder.name, trainer.store.task.organs
+    args, folder, title, task = trainer.args, run.folder, run.folder.name, trainer.store.task
     after = checksum(trainer.model.backbone)
     if trainer.model.frozen and after != trainer.backbone:
         raise RuntimeError(f"{title}: the frozen backbone changed during training (checksum {trainer.backbone} before, "
@@ -334,15 +334,15 @@ def finish(trainer: Trainer, run: runs.Run, config: dict) -> None:
     told, distances, predicted = {}, {}, {}
     for record, truth, labels in trainer.predictions():
         case = record["id"]
-        told[case], predicted[case] = metrics.count_slices(labels, truth, len(organs)), labels
-        distances[case] = metrics.hd95_organs(labels, truth, record["spacing"], len(organs))
+        told[case], predicted[case] = metrics.count_slices(labels, truth, len(task.organs)), labels
+        distances[case] = metrics.hd95_organs(labels, truth, record["spacing"], len(task.organs))
     table, ids = metrics.join(told)
     result = {**config, **note(run, args.iterations, table, ids), **metrics.summarise_hd95(list(distances.values())),
               "backbone_before": trainer.backbone, "backbone_after": after,
               "wall_s": round(time.time() - trainer.started, 1), "amp": trainer.amp,
               "processes": trainer.ranks.world, "hardware": processes.hardware(), "commit": processes.commit(),
               "date": time.strftime("%Y-%m-%d")}
-    report.write_csv(folder / "dice.csv", [metrics.CASE_COLUMNS, *metrics.per_case(table, ids, distances, organs)])
+    report.write_csv(folder / "dice.csv", [metrics.CASE_COLUMNS, *metrics.per_case(table, ids, distances, task.labels)])
     runs.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
     runs.write_text(folder / "result.json", json.dumps(result) + "\n")
     occur = sum(dice is not None for dice in result["organs"])
@@ -351,7 +351,7 @@ def finish(trainer: Trainer, run: runs.Run, config: dict) -> None:
           f"{100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
     if args.save_predictions:
         for case, (name, path) in validation_files(trainer.store).items():
-            predict.write(folder / "predictions", name, predicted[case], volumes.read_volume(path), trainer.store.task)
+            predict.write(folder / "predictions", name, predicted[case], volumes.read_volume(path), task)
     pictures(trainer.store, folder, title + ", on the generated phantom" * (config["data"] == "phantom"), table, ids,
          predicted)
 

@@ -98,6 +98,8 @@ def test_ids_are_those_of_the_files_again_in_predictions(two_organs, tmp_path, c
     assert "Mean Dice over 2 organs" in capsys.readouterr().out
     run = tmp_path / "seg" / "random-linear-frozen-100-0-own"
     assert len(json.loads((run / "result.json").read_text())["organs"]) == 2
+    assert {tuple(line.split(",")[1:3]) for line in (run / "dice.csv").read_text().splitlines()[1:]} == {
+        ("0", "background"), ("3", "spleen"), ("200", "liver")}
     written = sorted((run / "predictions").glob("*.nii.gz"))
     val = (tmp_path / "store/Own/splits/own_val.txt").read_text().split()
     assert [p.name.removesuffix(".nii.gz") for p in written] == val

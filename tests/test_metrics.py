@@ -160,7 +160,7 @@ def test_join_keeps_rows_and_ids_together(toy):
 def test_per_case_rows_are_sorted_and_leave_the_undefined_empty(toy):
     nan = math.nan
     distances = {v: np.array([[1.5 if v == "a" else nan, 0, 0.25], [2, 3, 4], [nan, 0, nan]]) for v in "abcd"}
-    rows = metrics.per_case(*toy, distances, ("background", "x", "y", "z"))
+    rows = metrics.per_case(*toy, distances, dict(enumerate(("background", "x", "y", "z"))))
     assert [r[:3] for r in rows[:4]] == [["a", 0, "background"], ["a", 1, "x"], ["a", 2, "y"], ["a", 3, "z"]]
     assert rows[0][3:] == [11, 13, 12, "0.880000", "", "", ""]
     assert rows[1][3:] == [4, 4, 4, "1.000000", "1.500", "0.000", "0.250"]
@@ -313,7 +313,7 @@ def test_dice_of_the_csv_is_that_of_monai_and_medpy():
     monai = pytest.importorskip("monai.metrics", reason="MONAI is not installed: pip install monai")
     pairs, names = volumes_of_labels(), tuple("012345")
     table, ids = metrics.join({v: metrics.count_slices(p, t, 6) for v, (p, t) in enumerate(pairs)})
-    rows = metrics.per_case(table, ids, dict(enumerate(np.zeros((8, 5, 3)))), names)
+    rows = metrics.per_case(table, ids, dict(enumerate(np.zeros((8, 5, 3)))), dict(enumerate(names)))
     table = np.array([r[3:6] for r in rows]).reshape(8, 6, 3)  # a row a volume is a table, too
 
     def theirs(together=False, **settings):
