@@ -113,10 +113,6 @@ def retouch(images: Tensor, params: Params) -> Tensor:
     return images.index_copy_(0, index, images.index_select(0, index).flip(-1))
 
 
-def pair(batch, params_q, params_k, size=224):
-    return tuple(apply(batch, p, size)[:, :1] * IMAGENET_STD[0] + IMAGENET_MEAN[0] for p in (params_q, params_k))
-
-
 def common_parts(query: Params, key: Params, side: int) -> tuple[NDArray, NDArray, NDArray]:
     """What two views of slices of `side` pixels both show: (boxes in the first, in the second, which pairs to use).
 
@@ -289,6 +285,8 @@ def jitter(images: Tensor, brightness: NDArray, contrast: NDArray, contrast_firs
 
 def blur(images: Tensor, sigma: NDArray) -> Tensor:
     """Images (N, S, S) blurred by Gaussians of `sigma` (N,) > 0 pixels, cut at RADIUS, reflecting borders."""
+    if len(images) == 1:  # alone it would be rounded otherwise than in company, and a view depend on its batch
+        return blur(images.expand(2, -1, -1), sigma.repeat(2))[:1]
     distance = torch.arange(-RADIUS, RADIUS + 1, device=images.device)
     kernel = torch.softmax(-0.5 * (distance / to_device(sigma, images.device)[:, None]) ** 2, dim=1)
     kernel = kernel[:, None, :, None]  # (N, 1, 2 RADIUS + 1, 1): each image is a channel with its own kernel

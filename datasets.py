@@ -2,6 +2,7 @@
 
     python datasets.py prepare --data data/AbdomenCT-1K
     python datasets.py prepare --data data/BTCV --kind segment
+    python datasets.py prepare --data data/Task09_Spleen        any labelled data, as ct/layouts.py lists it
     python datasets.py audit --data data/BTCV
     python datasets.py audit --data data/BTCV --verify          is what was prepared still what was written?
 
@@ -10,6 +11,9 @@ These commands, and how a store is made, are ct/prepare.py's.
 
 import functools
 import os
+import resource
+import weakref
+import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +24,8 @@ import torch
 
 import augment
 from ct import prepare as preparation
-from ct.prepare import array, sizes_agree
+from ct.prepare import HEADER, array, sizes_agree
+from ct.tasks import BTCV
 from ct.volumes import BadInput
 from engine import figures, processes
 from local_loss import CELLS
@@ -33,19 +38,59 @@ def prepare(*args, **kw) -> "Store":
     return Store(*preparation.prepare(*args, **kw))
 
 
+def room_for(files: int) -> int:
+    """How many of `files` may stay open; this process's limit is raised where they would need over half of it."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and 2 * files > limit:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit + files, most))
+        except (ValueError, OSError):
+            return limit // 2
+    return files
+
+
+class File:
+    """The voxels at the end of a .npy, open until this object goes; any number of threads may read at once.
+
+    If the file is replaced meanwhile (its volume is prepared again), the old one is read to the end. Raises OSError,
+    and EOFError where it is not `voxels` bytes and a header long.
+    """
+
+    def __init__(self, path: Path, voxels: int):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.start = os.fstat(self.descriptor).st_size - voxels
+        if not 0 < self.start <= HEADER:
+            raise EOFError
+
+    def read(self, offset: int, out: np.ndarray) -> None:
+        """Fill `out` with the voxels from `offset` on."""
+        left, at = memoryview(out).cast("B"), self.start + offset
+        while left:
+            if not (got := os.preadv(self.descriptor, [left], at)):
+                raise EOFError
+            left, at = left[got:], at + got
+
+
 class Store:
     """The slices of a prepared folder, numbered 0..N-1 through its volumes in order of id."""
 
     def __init__(self, folder: Path, index: dict):
         self.folder, self.kind, self.skipped = folder, index["kind"], index["skipped"]
         self.volumes, self.size, self.window = index["volumes"], index["size"], index["window"]
-        self.data = index["data"]
+        self.data, self.task = index["data"], preparation.task_of(folder, index)
         self.name = preparation.name_of(Path(self.data))
         self.is_phantom = any(v["phantom"] for v in self.volumes)
         self.ends = np.cumsum([v["slices"] for v in self.volumes])
+        # files that stay open. Others are opened for each read: slices are drawn at random, so to keep the last ones
+        # instead of the first would save no more
+        self.files, self.room = {}, room_for(sum(len(v["checksums"]) for v in self.volumes))
         for v in self.volumes:
             if not all(sizes_agree(folder, v)):
                 raise BadInput(f"{folder}: the slices of {v['id']} are damaged; delete that folder and prepare again")
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"files": {}}  # a copy opens its own
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -61,11 +106,14 @@ class Store:
     def contents(self, ids: Collection[str] | None = None) -> dict[str, str]:
         """{id: what a volume holds} of these volumes (of all): the store's fingerprint, kept in a run's config.
 
-        The checksum of its slices; for segmentation also that of its labels and the spacing, which HD95 is measured in.
+        The checksum of its slices; for segmentation also that of its labels and the spacing, which HD95 is measured in,
+        and what the labels mean, where that is not BTCV's.
         """
+        meaning = [] if self.task in (None, BTCV) else [f"{zlib.crc32(str(self.task.labels).encode()):08x}"]
+
         def told(volume: dict) -> str:
             spacing = [f"{s:g}" for s in volume["spacing"]] if self.kind == "segment" else []
-            return " ".join([*volume["checksums"].values(), *spacing])
+            return " ".join([*volume["checksums"].values(), *spacing, *meaning])
 
         return {v["id"]: told(v) for v in self.volumes if ids is None or v["id"] in ids}
 
@@ -84,13 +132,14 @@ class Store:
         out = np.empty((v["height"], v["width"]), np.uint8) if out is None else out
         path = array(self.folder, v["id"], label)
         try:
-            with open(path, "rb", buffering=0) as f:
-                f.seek(-(v["slices"] - z) * out.size, os.SEEK_END)
-                whole = f.readinto(out) == out.size
+            file = self.files.get(path) or File(path, v["slices"] * out.size)
+            if len(self.files) < self.room:
+                self.files[path] = file
+            file.read(z * out.size, out)
+        except EOFError:
+            raise BadInput(f"{path}: ends too early; delete its folder and prepare it again") from None
         except OSError as e:
             raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
-        if not whole:
-            raise BadInput(f"{path}: ends too early; delete its folder and prepare it again")
         return out
 
     def batch(self, indices: np.ndarray) -> np.ndarray:
@@ -101,14 +150,15 @@ class Store:
         return out
 
 
-def prefetch(fetch: Callable, steps: range, workers: int) -> Iterator[tuple]:
-    """(step, fetch(step)) for every step, in order, computed ahead in `workers` threads."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+def prefetch(fetch: Callable, steps: range, workers: int | None = None) -> Iterator[tuple]:
+    """(step, fetch(step)) for every step, in order, computed ahead in `workers` threads (`processes.readers`)."""
+    workers = max(1, processes.readers() if workers is None else workers)
+    with ThreadPoolExecutor(workers) as pool:
         ahead: deque = deque()
         try:
             for step in steps:
                 ahead.append((step, pool.submit(fetch, step)))
-                if len(ahead) > 2 * max(1, workers):
+                if len(ahead) > workers + 2:  # each is a batch in memory
                     yield ahead[0][0], ahead.popleft()[1].result()
             while ahead:
                 yield ahead[0][0], ahead.popleft()[1].result()

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import ndimage
+from scipy.spatial import KDTree
 
 IGNORE = 255  # the label of pixels that count nowhere
-CASE_COLUMNS = ("case", "organ id", "organ", "intersection", "prediction", "truth", "dice", "hd95_mm")
+HD95 = ("hd95_mm", "hd95_transunet_voxels", "hd95_monai_mm")  # see hd95_organs
+CASE_COLUMNS = ("case", "organ id", "organ", "intersection", "prediction", "truth", "dice", *HD95)
 LEAST_GAP = 0.02  # cosine of two views of a slice less that of two slices; below it nothing is told apart
 
 # -------------------------------------------------------------------------------------------------------- counts
@@ -129,7 +131,8 @@ def summarise(table: np.ndarray, volumes: Sequence) -> dict[str, float | list[fl
     """Every convention's mean, in [0, 1], as plain numbers for a log; None where undefined.
 
     `mDS`, the headline: counts pooled over the set, mean over the organs that occur in its truth (one that does not
-    has no Dice, whatever is predicted). `mDice_with_background`: mmseg's, where such an organ, predicted, is worth 0.
+    has no Dice, whatever is predicted): MONAI's DiceMetric without background of the whole set as one volume.
+    `mDice_with_background`: mmseg's, where an organ that does not occur, predicted, is worth 0.
     `per_volume_{monai,nnunet,swinunetr,transunet}`: means over organs. `organs`: the pooled Dice of classes 1, 2, ...,
     None for those that do not occur. Raises ValueError as `volume_counts`, and for an empty table.
     """
@@ -160,43 +163,64 @@ def spread(table: np.ndarray, number: int) -> list[tuple[int, float]]:
 # ------------------------------------------------------------------------------------------------------ distances
 
 
+def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> list[np.ndarray]:
+    """Distances of all surface voxels of one mask (Z, Y, X) to the other's surface: from the prediction, and back.
+
+    A surface is a mask minus its erosion by the 6-neighbourhood, outside the array being background. In the unit of
+    spacing (z, y, x); a lone NaN each when either mask is empty. Raises ValueError for differing shapes.
+    """
+    masks = np.asarray(prediction, bool), np.asarray(truth, bool)
+    if masks[0].shape != masks[1].shape:
+        raise ValueError(f"prediction {masks[0].shape} and truth {masks[1].shape} differ in shape")
+    if not (masks[0].any() and masks[1].any()):
+        return [np.array([math.nan])] * 2
+    surfaces = [np.argwhere(mask & ~ndimage.binary_erosion(mask)) * np.asarray(spacing) for mask in masks]
+    return [KDTree(other).query(surface)[0] for surface, other in (surfaces, surfaces[::-1])]
+
+
 def hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
     """95th percentile of the surface distance, in mm, of two masks (Z, Y, X), spacing (z, y, x) in mm.
 
-    MedPy's definition: a surface is a mask minus its erosion by the 6-neighbourhood, outside the array being
-    background; the percentile is that of both directions' distances together, not the larger of two.
+    MedPy's definition: the percentile is that of both directions' distances together, not the larger of two.
     NaN when either mask is empty. Raises ValueError for differing shapes.
     """
-    prediction, truth = np.asarray(prediction, bool), np.asarray(truth, bool)
-    if prediction.shape != truth.shape:
-        raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
-    if not (prediction.any() and truth.any()):
-        return math.nan
-    box = ndimage.find_objects((prediction | truth).astype(np.uint8))[0]  # nothing outside it is on a surface
-    surfaces = [mask[box] & ~ndimage.binary_erosion(mask[box]) for mask in (prediction, truth)]
-    distances = [ndimage.distance_transform_edt(~other, sampling=spacing)[surface]
-                 for surface, other in (surfaces, surfaces[::-1])]
-    return float(np.percentile(np.concatenate(distances), 95))
+    return float(np.percentile(np.concatenate(surface_distances(prediction, truth, spacing)), 95))
 
 
-def hd95_organs(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float], classes: int) -> list[float]:
-    """`hd95` in mm of the organs 1..classes-1 of one volume's labels (Z, H, W), spacing (z, y, x) in mm."""
-    return [hd95(prediction == c, truth == c, spacing) for c in range(1, classes)]
+def hd95_organs(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float], classes: int) -> np.ndarray:
+    """Of the organs 1..classes-1 of one volume's labels (Z, H, W), spacing (z, y, x) in mm: (organs, 3), see HD95.
+
+    `hd95_mm`: `hd95`. `hd95_transunet_voxels`: TransUNet's `calculate_metric_percase`, copied by many, which calls
+    MedPy without spacing; an organ missing in truth or prediction is worth 0, the best there is (!).
+    `hd95_monai_mm`: MONAI's `compute_hausdorff_distance`, the larger of the two directions' percentiles.
+    """
+    found = np.tile([math.nan, 0.0, math.nan], (classes - 1, 1))
+    boxes = (ndimage.find_objects(labels, classes - 1) for labels in (prediction, truth))
+    for c, both in enumerate(zip(*boxes, strict=True), 1):
+        if None not in both:  # nothing outside of the two boxes is on a surface
+            box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(*both, strict=True))
+            masks = prediction[box] == c, truth[box] == c
+            directed = surface_distances(*masks, spacing)
+            found[c - 1] = (np.percentile(np.concatenate(directed), 95), hd95(*masks, (1, 1, 1)),
+                            max(np.percentile(d, 95) for d in directed))
+    return found
 
 
 def summarise_hd95(distances: np.ndarray) -> dict[str, float | list | None]:
-    """(V, organs) in mm, NaN where undefined -> means over volumes, and how many volumes each of them has.
+    """`hd95_organs` of each volume, (V, organs, 3) -> every convention's mean, and how many volumes `hd95_mm` is of.
 
     `hd95_mm`: the mean over organs of `hd95_mm_organs`. An organ that is not predicted at all has no surface: its
-    volume is left out, so a distance is to be read together with `hd95_volumes` and with the Dice.
+    volume is left out, so a distance is to be read together with `hd95_volumes` and with the Dice. MONAI leaves it
+    out, too, and means over the organs of each volume first; TransUNet leaves nothing out.
     """
-    distances = np.asarray(distances, float)
-    organs = _nan_mean(distances, 0)
-    return {"hd95_mm": _plain(_nan_mean(organs)), "hd95_mm_organs": [_plain(d) for d in organs],
-            "hd95_volumes": (~np.isnan(distances)).sum(0).tolist()}
+    ours, transunet, monai = np.moveaxis(np.asarray(distances, float), -1, 0)
+    organs = _nan_mean(ours, 0)
+    means = (_nan_mean(organs), transunet.mean(), _nan_mean(_nan_mean(monai, 1)))
+    return {**{name: _plain(mean) for name, mean in zip(HD95, means, strict=True)},
+            "hd95_mm_organs": [_plain(d) for d in organs], "hd95_volumes": (~np.isnan(ours)).sum(0).tolist()}
 
 
-def per_case(table: np.ndarray, volumes: Sequence, distances: dict[object, Sequence[float]],
+def per_case(table: np.ndarray, volumes: Sequence, distances: dict[object, np.ndarray],
              names: Sequence[str]) -> list[list]:
     """A row of CASE_COLUMNS for each volume and class, from which every convention can be computed again.
 
@@ -204,10 +228,11 @@ def per_case(table: np.ndarray, volumes: Sequence, distances: dict[object, Seque
     """
     rows = []
     for volume, counted in zip(np.unique(np.asarray(volumes)).tolist(), volume_counts(table, volumes), strict=True):
-        scores, millimetres = dice(*counted.T), [math.nan, *distances[volume]]
+        scores, surfaces = dice(*counted.T), [[math.nan] * len(HD95), *distances[volume]]
         for c, name in enumerate(names):
-            told = ("" if math.isnan(x) else f"{x:.{digits}f}" for x, digits in ((scores[c], 6), (millimetres[c], 3)))
-            rows.append([volume, c, name, *counted[c].tolist(), *told])
+            told = ((scores[c], 6), *((x, 3) for x in surfaces[c]))
+            rows.append([volume, c, name, *counted[c].tolist(),
+                         *("" if math.isnan(x) else f"{x:.{digits}f}" for x, digits in told)])
     return rows
 
 

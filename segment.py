@@ -152,7 +152,7 @@ class Segmenter(nn.Module):
         """
         if labels is not None:
             return self.loss(images, labels)
-        return self._logits(self.features(images), images.shape[2:])
+        return _resize(self.coarse(self.features(images)), images.shape[2:])
 
     def loss(self, images: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Images (N, 3, H, W), or their `features`, and labels (N, H, W) int64, 255 to ignore -> the loss, a scalar.
@@ -160,16 +160,19 @@ class Segmenter(nn.Module):
         Cross entropy at the labels' size, for DeepLabv3+ plus AUX_WEIGHT times that of the auxiliary head.
         """
         features = self.features(images) if isinstance(images, Tensor) else images
-        loss = _cross_entropy(self._logits(features, labels.shape[1:]), labels)
+        loss = _cross_entropy(_resize(self.coarse(features), labels.shape[1:]), labels)
         if self.auxiliary is not None:
             auxiliary = _resize(self.auxiliary(features[2]).float(), labels.shape[1:])
             loss = loss + AUX_WEIGHT * _cross_entropy(auxiliary, labels)
         return loss
 
-    def _logits(self, features: tuple[Tensor, ...], size: torch.Size) -> Tensor:
+    def coarse(self, features: tuple[Tensor, ...]) -> Tensor:
+        """The outputs of `features` -> logits before they are resized, float32 also under autocast.
+
+        (N, classes, h, w) at stride 8, of DeepLabv3+ at stride 4: of many classes a small part of what `forward` gives.
+        """
         layer1, _, _, layer4 = features
-        logits = self.head(layer4) if self.auxiliary is None else self.head(layer4, layer1)
-        return _resize(logits.float(), size)
+        return (self.head(layer4) if self.auxiliary is None else self.head(layer4, layer1)).float()
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -178,6 +181,14 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     So a pixel weighs the same in every crop and every process, and a batch without labels gives 0, not NaN.
     """
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none").mean()
+
+
+def loss_bytes(protocol: str, batch: int, classes: int, side: int) -> int:
+    """What logits and loss take of a device's memory at the peak of a training step, of crops of side x side pixels.
+
+    In float32 each head's log-probabilities, which wait for backward, and of one head at a time two gradients as large.
+    """
+    return 4 * batch * classes * side**2 * (4 if protocol == "deeplabv3plus" else 3)
 
 
 def checksum(module: nn.Module) -> str:

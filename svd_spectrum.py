@@ -1,4 +1,4 @@
-"""Fig. 1: the spectrum of the covariance of backbone features on BTCV's validation slices, for any number of runs.
+"""Fig. 1: the spectrum of the covariance of backbone features on validation slices, BTCV's or others, for any runs.
 
     python svd_spectrum.py                          all pre-training runs of --out
     python svd_spectrum.py moco moco-local-zca imagenet my_backbone.pth
@@ -43,6 +43,7 @@ def features(backbone: nn.Module, slices: torch.Tensor, size: int, positions: bo
 def main(argv: list[str] | None = None) -> None:
     parser = processes.Parser(prog="svd_spectrum.py", description=__doc__.split("\n\n")[0])
     parser.common("BTCV")
+    prepare.task_flags(parser)
     parser.add_argument("backbones", nargs="*", help="runs of --out or their folders, files, imagenet or random "
                         "(default: all runs)")
     parser.add_argument("--backbone", action="append", default=[], help="one more, by the name it has in train_seg.py")
@@ -57,13 +58,15 @@ def main(argv: list[str] | None = None) -> None:
     names = [backbones.resolve(n, args.out, phantom) for n in
              args.backbones + args.backbone or runs_in(args.out, phantom)]
     store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
-                             workers=args.workers)
+                             workers=args.workers, names=args.labels, organs=args.organs)
     device = processes.start(args.deterministic).device
     if phantom:
         processes.announce_phantom()
-    for line in prepare.remarks(store.volumes, store.skipped):
+    drawn = tasks.draw_splits(store.task, [v["id"] for v in store.volumes], args.val, args.val_cases,
+                              args.patient_regex)
+    for line in prepare.remarks(store.volumes, store.skipped, store.task) + drawn:
         print(line)
-    slices = store.of(tasks.cases("val"))
+    slices = store.of(store.task.cases("val"))
     squares = torch.from_numpy(np.concatenate([prepare.square(store.slice(int(i))[None], max(args.image_size, 32))
                                                for i in tqdm(slices, "slices", disable=None, leave=False)]))
     runs = []

@@ -1,8 +1,9 @@
-"""Measure a backbone by segmenting BTCV's 13 organs: Tables 1 and 2.
+"""Measure a backbone by segmenting BTCV's 13 organs, Tables 1 and 2, or those of anyone's labelled CT.
 
     python train_seg.py --split 12.5                       the paper's method, three protocols, three draws
     python train_seg.py --split 100 --backbone all         all rows of Table 2
     python train_seg.py --split 25 --backbone my_backbone.pth --protocol linear-frozen --draw 0
+    python train_seg.py --data Task09_Spleen --split 25    one's own labels: MSD, nnU-Net, TotalSegmentator ...
     python train_seg.py --report                           both tables and a figure of what has been run so far
     python train_seg.py --predict my_ct --run RUN          the organs of anyone's CT, by one of the runs above
     torchrun --nproc-per-node 4 train_seg.py --split 100   several GPUs, with synchronised batch statistics
@@ -30,7 +31,6 @@ import datasets
 import metrics
 from ct import intake, prepare, tasks, volumes
 from ct.command import number, whole
-from ct.tasks import ORGANS
 from ct.volumes import BadInput
 from engine import backbones, figures, predict, processes, report, runs
 from engine.report import DRAWS
@@ -43,7 +43,7 @@ PHANTOM = dict(arch="resnet18", crop_size=96, batch_size=16)
 PHANTOM_RECIPES = {"linear-frozen": dict(iterations=300, lr=0.2, whole_slices=True),
                    "linear-finetune": dict(iterations=100, lr=0.05, whole_slices=False),
                    "deeplabv3plus": dict(iterations=60, lr=0.05, whole_slices=False)}
-CHECKPOINT = 4000  # iterations between two evaluations, a checkpoint before each; the last one has both, too
+CHECKPOINT = 4000  # iterations between two points of the validation curve, a checkpoint before each
 FLUSH = 10  # iterations between two looks at the loss
 SHOWN = 6  # slices in overlays.png
 
@@ -52,8 +52,9 @@ def parse(argv: list[str] | None):
     parser = processes.Parser(prog="train_seg.py", description=__doc__.split("\n\n")[0],
                             epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
     parser.common("BTCV")
+    prepare.task_flags(parser)
     add = parser.add_argument
-    add("--split", help="percent of BTCV's training volumes: 12.5, 25 or 100")
+    add("--split", help="percent of the training volumes: 12.5, 25 or 100")
     add("--draw", type=whole(0), help="one of the random choices of volumes, 0 to 2 (default: all)")
     add("--protocol", choices=PROTOCOLS, help="default: all three")
     add("--backbone", help="a RUN of --out or its folder, a FILE of weights, imagenet, random or all (default: "
@@ -69,6 +70,8 @@ def parse(argv: list[str] | None):
     add("--lr", type=number(above=0), help="learning rate (0.01) [0.2 of the frozen head, 0.05 of the others]")
     add("--whole-slices", action=argparse.BooleanOptionalAction, help="linear-frozen trains on whole slices instead "
         "of random crops: their features are computed once, which is fast and not the paper's (no) [yes]")
+    add("--eval-every", type=whole(1), default=CHECKPOINT, metavar="N", help="iterations between two points of the "
+        f"validation curve, which decides nothing ({CHECKPOINT})")
     add("--overwrite", action="store_true", help="start over what has been run")
     add("--save-predictions", action="store_true", help="keep those of the validation set as NIfTI, on its own grid")
     add("--report", action="store_true", help="print Tables 1 and 2 of what has been run; report.{md,csv,png} of --out")
@@ -192,7 +195,7 @@ class Trainer:
     def predictions(self) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
         """Of each validation volume: its record in the store, truth and prediction, (Z, H, W) uint8."""
         records = {v["id"]: v for v in self.store.volumes}
-        for case in tqdm(tasks.cases("val"), "evaluating", unit="volume", disable=None, leave=False):
+        for case in tqdm(self.store.task.cases("val"), "evaluating", unit="volume", disable=None, leave=False):
             levels, truth = (np.stack([self.store.slice(int(i), label) for i in self.store.of([case])])
                              for label in (False, True))
             yield records[case], truth, predict.volume(self.model, levels, self.args.crop_size, self.amp, self.device)
@@ -218,7 +221,8 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
     # before the run folder: a backbone that does not fit leaves nothing behind
     backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom, args.row)
     seed = processes.seed_suffix(args.seed)  # a run of this seed has it in its name already
-    title = f"{backbone.name.removesuffix(seed)}{seed}-{protocol}-{args.split}-{draw}"
+    data = "" if store.task == tasks.BTCV else f"-{store.task.prefix}"
+    title = f"{backbone.name.removesuffix(seed)}{seed}-{protocol}-{args.split}-{draw}{data}"
     folder = args.out / "seg" / title
     config = configure(args, backbone, protocol, draw, store, phantom)
     run = runs.Run(folder, config, args.overwrite, ranks.is_main)
@@ -228,13 +232,13 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
             result = runs.read_json(folder / "result.json", "mDS", remedy="delete it, and this run is measured again")
             print(f"{title}: done before, mDS {100 * result['mDS']:.2f} %")
             if args.save_predictions:
-                predict.files(validation_files(store), folder, args.amp, ranks.device)
+                predict.files(dict(validation_files(store).values()), folder, args.amp, ranks.device)
         return
     saved = run.resume()
     amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
     runs.announce_changes(saved, amp, ranks)
     crops = datasets.Crops(args, store, store.of(config["cases"]), ranks)
-    trainer = Trainer(args, Segmenter(backbone.net, protocol, len(ORGANS)), crops, ranks, amp)
+    trainer = Trainer(args, Segmenter(backbone.net, protocol, len(store.task.organs)), crops, ranks, amp)
     first = trainer.load(saved) if saved else 0
     curve = folder / "validation.jsonl"
     if ranks.is_main and curve.exists():  # as the log: cut back to the checkpoint
@@ -247,17 +251,18 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
 def configure(args, backbone: backbones.Backbone, protocol: str, draw: int, store: datasets.Store,
               phantom: bool) -> dict:
     """What decides a run's result, and what its model is: config.json."""
-    split = tasks.SPLITS / f"btcv_{'train' if args.split == '100' else f'{args.split}_{draw}'}.txt"
-    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (split, tasks.SPLITS / "btcv_val.txt")]
+    task = store.task
+    sums = [hashlib.sha256(task.file(*split).read_bytes()).hexdigest() for split in ((args.split, draw), ("val",))]
+    labels = {} if task == tasks.BTCV else {"labels": {str(i): organ for i, organ in task.labels.items()}}
     return {"backbone": backbone.name, "arch": backbone.pretraining["arch"], "pretraining": backbone.pretraining,
             "protocol": protocol, "split": args.split, "draw": draw,
             "whitening": "fold" if protocol == "linear-frozen" else args.whitening, "iterations": args.iterations,
             "crop_size": args.crop_size, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
             "whole_slices": args.whole_slices, "window": list(args.window),
             "data": "phantom" if phantom else store.name, "slices": len(store),
-            "cases": tasks.cases(args.split, draw),
-            "store": store.contents({*tasks.cases(args.split, draw), *tasks.cases("val")}),
-            "split_sha256": sums[0], "validation_sha256": sums[1]}
+            "cases": task.cases(args.split, draw),
+            "store": store.contents({*task.cases(args.split, draw), *task.cases("val")}),
+            "split_sha256": sums[0], "validation_sha256": sums[1], **labels}
 
 
 def fit(trainer: Trainer, run: runs.Run, first: int) -> None:
@@ -266,12 +271,12 @@ def fit(trainer: Trainer, run: runs.Run, first: int) -> None:
     bar = tqdm(desc=title, total=args.iterations, initial=first, unit="it", disable=None if ranks.is_main else True)
     pending, started = [], time.perf_counter()
     with processes.StopRequest() as stop:
-        if 0 < first < args.iterations and first % CHECKPOINT == 0:  # stopped between checkpoint and validation?
+        if 0 < first < args.iterations and first % args.eval_every == 0:  # stopped between checkpoint and validation?
             processes.on_main(ranks.is_main, functools.partial(validate, trainer, run, first, stop))
         for t, pairs in datasets.prefetch(crops.fetch, range(first, args.iterations), args.workers):
             pending.append(trainer.step(t, pairs))
             done = t + 1
-            stopping, due = ranks.any(stop.signal != 0), done % CHECKPOINT == 0 or done == args.iterations
+            stopping, due = ranks.any(stop.signal != 0), done % args.eval_every == 0 or done == args.iterations
             if looking := len(pending) == FLUSH or due or stopping:
                 values = processes.mean_over_processes(torch.stack(pending), ranks).tolist()
                 records = [{"step": done - len(values) + i + 1, "loss": v, "lr": lr(done - len(values) + i, args)}
@@ -306,7 +311,7 @@ def validate(trainer: Trainer, run: runs.Run, done: int, stop: processes.StopReq
         return
     told = {}
     for record, truth, labels in trainer.predictions():
-        told[record["id"]] = metrics.count_slices(labels, truth, len(ORGANS))
+        told[record["id"]] = metrics.count_slices(labels, truth, len(trainer.store.task.organs))
         if stop.signal:
             return
     mds = note(run, done, *metrics.join(told))["mDS"]
@@ -322,7 +327,7 @@ def note(run: runs.Run, done: int, table: np.ndarray, ids: np.ndarray) -> dict:
 
 def finish(trainer: Trainer, run: runs.Run, config: dict) -> None:
     """Evaluate the last iteration's model: result.json, a line of results.jsonl, dice.csv, predictions, pictures."""
-    args, folder, title = trainer.args, run.folder, run.folder.name
+    args, folder, title, organs = trainer.args, run.folder, run.folder.name, trainer.store.task.organs
     after = checksum(trainer.model.backbone)
     if trainer.model.frozen and after != trainer.backbone:
         raise RuntimeError(f"{title}: the frozen backbone changed during training (checksum {trainer.backbone} before, "
@@ -330,23 +335,23 @@ def finish(trainer: Trainer, run: runs.Run, config: dict) -> None:
     told, distances, predicted = {}, {}, {}
     for record, truth, labels in trainer.predictions():
         case = record["id"]
-        told[case], predicted[case] = metrics.count_slices(labels, truth, len(ORGANS)), labels
-        distances[case] = metrics.hd95_organs(labels, truth, record["spacing"], len(ORGANS))
+        told[case], predicted[case] = metrics.count_slices(labels, truth, len(organs)), labels
+        distances[case] = metrics.hd95_organs(labels, truth, record["spacing"], len(organs))
     table, ids = metrics.join(told)
     result = {**config, **note(run, args.iterations, table, ids), **metrics.summarise_hd95(list(distances.values())),
               "backbone_before": trainer.backbone, "backbone_after": after,
               "wall_s": round(time.time() - trainer.started, 1), "amp": trainer.amp,
               "processes": trainer.ranks.world, "hardware": processes.hardware(), "commit": processes.commit(),
               "date": time.strftime("%Y-%m-%d")}
-    report.write_csv(folder / "dice.csv", [metrics.CASE_COLUMNS, *metrics.per_case(table, ids, distances, ORGANS)])
+    report.write_csv(folder / "dice.csv", [metrics.CASE_COLUMNS, *metrics.per_case(table, ids, distances, organs)])
     runs.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
     runs.write_text(folder / "result.json", json.dumps(result) + "\n")
     occur = sum(dice is not None for dice in result["organs"])
     print(f"{title}: mDS {100 * result['mDS']:.2f} % ({occur} organs, pooled over the validation set), with background "
           f"{100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
     if args.save_predictions:
-        for name, path in validation_files(trainer.store).items():
-            predict.write(folder / "predictions", name, predicted[name.removeprefix("img")], volumes.read_volume(path))
+        for case, (name, path) in validation_files(trainer.store).items():
+            predict.write(folder / "predictions", name, predicted[case], volumes.read_volume(path), trainer.store.task)
     pictures(trainer.store, folder, title + ", on the generated phantom" * (config["data"] == "phantom"), table, ids,
          predicted)
 
@@ -365,13 +370,14 @@ def pictures(store: datasets.Store, folder: Path, title: str, table: np.ndarray,
     if len(curve) > 1:
         figures.attempt(figures.validation, folder / "validation.png", curve, title)
     figures.attempt(figures.overlays, folder / "overlays.png", rows,
-                    f"{title}: validation slices, from the worst to the best mean Dice of their organs", ORGANS)
+                    f"{title}: validation slices, from the worst to the best mean Dice of their organs",
+                    store.task.organs)
 
 
-def validation_files(store: datasets.Store) -> dict[str, Path]:
-    """{name of its prediction: file} of each validation volume."""
+def validation_files(store: datasets.Store) -> dict[str, tuple[str, Path]]:
+    """{id: (name of its prediction, file)} of each validation volume."""
     files = {v["id"]: Path(v["source"]["image"]["file"]) for v in store.volumes}
-    return {f"img{case}": files[case] for case in tasks.cases("val")}
+    return {case: (predict.name_of(files[case], case), files[case]) for case in store.task.cases("val")}
 
 
 @processes.command
@@ -391,10 +397,12 @@ def main(argv: list[str] | None = None) -> None:
     names = choose_backbones(args, phantom)
     titles = [backbones.title_of(name, args.row) for name in names]
     store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
-                             workers=args.workers)
-    for cases in [tasks.cases(args.split, d) for d in args.draws] + [tasks.cases("val")]:
-        store.of(cases)
+                             workers=args.workers, names=args.labels, organs=args.organs)
     ranks = processes.start(args.deterministic)
+    drawn = processes.on_main(ranks.is_main, lambda: tasks.draw_splits(
+        store.task, [v["id"] for v in store.volumes], args.val, args.val_cases, args.patient_regex))
+    for split in [(args.split, d) for d in args.draws] + [("val",)]:
+        store.of(store.task.cases(*split))
     if ranks.world > 1 and ranks.device.type == "cpu":
         raise BadInput("segmentation on several processes needs GPUs (synchronised batch statistics); "
                        "run python train_seg.py as one process")
@@ -409,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
               f"{'/'.join(dict.fromkeys(f'{recipe(args, p).iterations:,}' for p in args.protocols))} "
               f"iterations of {args.batch_size} crops of {args.crop_size} px each, in {args.out / 'seg'}; "
               f"{processes.hardware()}")
-        for line in prepare.remarks(store.volumes, store.skipped):
+        for line in prepare.remarks(store.volumes, store.skipped, store.task) + drawn:
             print(line)
     tell_unfinished(args, names, phantom, ranks)
     for name in names:
@@ -418,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
                 train(args, name, protocol, draw, store, phantom, ranks)
     if ranks.is_main:
         here = report.data_of({"data": "phantom" if phantom else store.name, "slices": len(store)})
-        print(report.markdown([c for c in report.cells_of(args.out) if c["data"] == here]))
+        print(report.markdown([c for c in report.cells_of(args.out) if c["data"].startswith(here)]))
 
 
 if __name__ == "__main__":

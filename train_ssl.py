@@ -163,7 +163,7 @@ class Trainer:
         self.moco = moco.to(self.device, memory_format=torch.channels_last)
         if args.compile:  # on a GPU as CUDA graphs: a group of 32 is hundreds of kernels, whose launches cost most
             for encoder in (self.moco.encoder_q, self.moco.encoder_k):
-                encoder.compile(mode="reduce-overhead" if self.device.type == "cuda" else None)
+                encoder.compile(mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
         self.model: nn.Module = self.moco
         if ranks.world > 1:
             self.model = DistributedDataParallel(self.moco, **{NO_BUFFERS: False})

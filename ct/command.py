@@ -61,6 +61,11 @@ def folder(text: str) -> Path:
     return path
 
 
+def cores() -> int:
+    """The cores that this process may use, of those that the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def printable(text: object) -> str:
     """One line that any terminal can show: of a file's name, control characters and bytes that are no text escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -45,9 +45,9 @@ def find_volumes(data: Path, kind: str) -> tuple[list[dict], list[dict]]:
     """What a folder holds: ({id, image, label or None} sorted by id, skipped {file, reason, no_image}).
 
     Known layouts: BTCV's RawData/Training/{img,label}, AbdomenCT-1K's Case_00001_0000.nii.gz in one folder or
-    in part folders, and for pre-training any folder of NIfTI volumes. no_image: the file's name says that it is
-    none, so nothing is missed; all other skipped ones are unusable. Raises BadInput for a missing or empty folder, for
-    two files of one id, and for segmentation without BTCV's layout.
+    in part folders, and for pre-training any folder of NIfTI volumes (labelled ones of other layouts: `layouts.find`).
+    no_image: the file's name says that it is none, so nothing is missed; all other skipped ones are unusable. Raises
+    BadInput for a missing or empty folder, for two files of one id, and for segmentation without BTCV's layout.
     """
     if not data.is_dir():
         raise BadInput(f"{data}: no such folder; give --data the folder of the CT volumes")
@@ -55,10 +55,10 @@ def find_volumes(data: Path, kind: str) -> tuple[list[dict], list[dict]]:
         return _without(*_find_btcv(root, kind), _others_in_btcv(root, kind))
     if kind == "segment":
         raise BadInput(f"{data}: no RawData/Training/img there; unpack BTCV's RawData.zip into it")
-    files, skipped = _survey(data)
+    files, skipped = survey(data)
     if any(_is_case(p) and stem(p).endswith("_0000") for p in files):  # AbdomenCT-1K: masks lack the _0000
         masks = [p for p in files if _is_case(p) and not stem(p).endswith("_0000")]
-        skipped += [_skip(p, BY_NAME, no_image=True) for p in masks]
+        skipped += [skip(p, BY_NAME, no_image=True) for p in masks]
         files = [p for p in files if p not in set(masks)]
     if not files:
         others = "; ".join(named(s) for s in skipped[:3]) + f" ... ({len(skipped)} such)" * (len(skipped) > 3)
@@ -75,9 +75,17 @@ def find_volumes(data: Path, kind: str) -> tuple[list[dict], list[dict]]:
 
 
 def btcv_root(data: Path) -> Path | None:
-    """The folder of BTCV's img and label in a data folder, as RawData.zip or Abdomen.zip unpacks there, or None."""
+    """The folder of BTCV's img and label in a data folder, as RawData.zip or Abdomen.zip unpacks there, or None.
+
+    Images of other names than img... are not BTCV's.
+    """
     return next((root for root in (data / "RawData" / "Training", data / "Abdomen" / "RawData" / "Training",
-                                   data / "Training", data) if (root / "img").is_dir()), None)
+                                   data / "Training", data) if (root / "img").is_dir() and _as_in_btcv(root)), None)
+
+
+def _as_in_btcv(root: Path) -> bool:
+    images = [p.name for p in (root / "img").glob("*") if is_nifti(p)]
+    return not images or any(name.startswith("img") for name in images)
 
 
 def named(skipped: dict) -> str:
@@ -85,14 +93,14 @@ def named(skipped: dict) -> str:
     return skipped["reason"] if skipped["file"] in skipped["reason"] else f"{skipped['file']}: {skipped['reason']}"
 
 
-def _skip(path: Path, reason: str, no_image: bool = False) -> dict:
+def skip(path: Path, reason: str, no_image: bool = False) -> dict:
     return {"file": str(path), "reason": reason, "no_image": no_image}
 
 
 def _others_in_btcv(root: Path, kind: str) -> list[dict]:
     """What else there is in BTCV's folder; its labels are nothing else, and a label that is missing is one too few."""
     others = []
-    for s in _survey(root)[1]:
+    for s in survey(root)[1]:
         if Path(s["file"]).is_relative_to(root / "label"):
             others += [s | {"no_image": kind != "segment"}] * (s["reason"] != BY_NAME)
         else:
@@ -109,7 +117,7 @@ def _without(found: list[dict], skipped: list[dict], others: list[dict]) -> tupl
     return kept, [s for s in skipped if s["file"] not in gone] + others
 
 
-def _survey(folder: Path) -> tuple[list[Path], list[dict]]:
+def survey(folder: Path) -> tuple[list[Path], list[dict]]:
     """(the NIfTI files in a folder and below it that may be images, sorted; what else there is, skipped).
 
     In linked folders too, each folder once. Images of other formats are counted, one line for each format.
@@ -118,7 +126,7 @@ def _survey(folder: Path) -> tuple[list[Path], list[dict]]:
 
     def unreadable(error: OSError) -> None:
         if not _hidden(path := Path(error.filename), folder):
-            skipped.append(_skip(path, f"a folder that cannot be opened ({error.strerror})",
+            skipped.append(skip(path, f"a folder that cannot be opened ({error.strerror})",
                                  names_labels(path.relative_to(folder) / "any")))
 
     for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
@@ -129,38 +137,38 @@ def _survey(folder: Path) -> tuple[list[Path], list[dict]]:
         seen.add(real)
         for path in sorted(Path(root, name) for name in names):
             if _hidden(path, folder):
-                skipped += [_skip(path, "hidden file", no_image=True)] * is_nifti(path)
+                skipped += [skip(path, "hidden file", no_image=True)] * is_nifti(path)
             elif not is_nifti(path) and (what := _other_format(path)):
                 label = names_labels(path.relative_to(folder)) or _converted(path, names)
                 others.setdefault((what, label), []).append(path)
             elif path.is_symlink() and not os.path.exists(path) or is_nifti(path) and not os.path.isfile(path):
-                skipped.append(_skip(path, "a broken link, or no file", names_labels(path.relative_to(folder))))
+                skipped.append(skip(path, "a broken link, or no file", names_labels(path.relative_to(folder))))
             elif is_nifti(path) and names_labels(path.relative_to(folder)):
-                skipped.append(_skip(path, BY_NAME, no_image=True))
+                skipped.append(skip(path, BY_NAME, no_image=True))
             elif is_nifti(path):
                 files.append(path)
     for ((what, tool), no_image), paths in others.items():
         first = ", ".join(str(p.relative_to(folder)) for p in paths[:3]) + " ..." * (len(paths) > 3)
         told = "labels by their names, or there as .nii too" if no_image else f"convert them with {tool}, or move them"
-        skipped.append(_skip(folder, f"{len(paths)} files of another format, {what}, not read ({first}); {told}",
+        skipped.append(skip(folder, f"{len(paths)} files of another format, {what}, not read ({first}); {told}",
                              no_image))
     return sorted(files), skipped
 
 
 def names_labels(path: Path) -> bool:
     """Whether a file's name, or the nearest of its folders that says what it holds, names labels and not images."""
-    if _has_word(stem(path), LABELS):
+    if has_word(stem(path), LABELS):
         return True
     for name in reversed(path.parts[:-1]):
-        if _has_word(name, IMAGES):
+        if has_word(name, IMAGES):
             return False
-        if _has_word(name, LABELS):
+        if has_word(name, LABELS):
             return True
     return False
 
 
 @functools.lru_cache(1 << 14)  # folders come again with each of their files
-def _has_word(name: str, words: re.Pattern) -> bool:
+def has_word(name: str, words: re.Pattern) -> bool:
     """liverMask has the words liver and mask, label0001 and labelsTr the word label(s)."""
     parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", re.sub("(?i)ground[ _-]?truth", "groundtruth", name))
     return any(words.fullmatch(part.lower()) for part in parts)
@@ -213,7 +221,7 @@ def _find_btcv(root: Path, kind: str) -> tuple[list[dict], list[dict]]:
     if not images:
         raise BadInput(f"{root / 'img'}: no img0001.nii.gz and so on in it")
     return ([{"id": case, "image": image, "label": labels.get(case)} for case, image in sorted(images.items())],
-            [_skip(label, "a label without its image") for case, label in labels.items() if case not in images])
+            [skip(label, "a label without its image") for case, label in labels.items() if case not in images])
 
 
 def locate(data: Path | None, name: str) -> tuple[Path, bool]:

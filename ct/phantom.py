@@ -1,6 +1,7 @@
 """A generated abdomen: CT volumes with BTCV's 13 organs, written as NIfTI in the layouts of both data sets.
 
     python -m ct.phantom --out data/phantom
+    python -m ct.phantom --layout msd --out data/phantom-msd            labelled patients as others store them
 
 Stands in for AbdomenCT-1K and BTCV where they are absent: the same files, the same conventions, exact labels.
 A patient is a table of implicit shapes (ellipsoids and tubes, in mm) evaluated in smoothly warped coordinates,
@@ -42,6 +43,7 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
+from ct import phantom_layouts
 from ct.command import Parser, command, whole
 from ct.volumes import BadInput
 
@@ -430,22 +432,28 @@ def _save(path: Path, array: np.ndarray, spacing: tuple[float, float, float], ax
     path.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
 
 
-def _write_patient(seed: int, number: int, shape: tuple, image: Path, label: Path | None) -> int:
+def _write_patient(seed: int, number: int, shape: tuple, image: Path, label: Path | dict[int, Path] | None) -> int:
     hu, labels, spacing = patient(seed, number, shape)
     axes = ORIENTATIONS[number % len(ORIENTATIONS)]
     _save(image, hu, spacing, axes)
-    if label:
-        _save(label, labels, spacing, axes)
+    for organ, path in _masks(label).items():
+        _save(path, labels if organ is None else (labels == organ).astype(np.uint8), spacing, axes)
     return len(hu)
 
 
+def _masks(label: Path | dict[int, Path] | None) -> dict[int | None, Path]:
+    """{organ, None of all: file} of a patient's label."""
+    return label if isinstance(label, dict) else {None: label} if label else {}
+
+
 def write(folder: str | os.PathLike, seed: int = 0, labelled: int = 30, unlabelled: int = 40,
-          shape: tuple[int, int, int] = (40, 192, 192), workers: int | None = None) -> int:
+          shape: tuple[int, int, int] = (40, 192, 192), workers: int | None = None, layout: str | None = None) -> int:
     """Write the phantom: `labelled` patients under BTCV's ids, `unlabelled` ones as AbdomenCT-1K's cases.
 
     BTCV/RawData/Training/{img/img,label/label}0001.nii.gz are patient(seed, 1) and so on;
-    AbdomenCT-1K/Case_00001_0000.nii.gz is patient(seed, 1001). Returns the number of slices. The folder
-    appears whole or not at all. Raises BadInput when it exists or the numbers are out of range.
+    AbdomenCT-1K/Case_00001_0000.nii.gz is patient(seed, 1001). In one of phantom_layouts.LAYOUTS the labelled ones lie
+    in `folder` itself, as there. Returns the number of slices. The folder appears whole or not at all. Raises BadInput
+    when it exists or the numbers are out of range.
     """
     folder = Path(folder)
     if not 0 <= labelled <= len(BTCV_IDS) or unlabelled < 0 or labelled + unlabelled == 0:
@@ -459,13 +467,17 @@ def write(folder: str | os.PathLike, seed: int = 0, labelled: int = 30, unlabell
     training = Path("BTCV", "RawData", "Training")
     jobs = [(seed, UNLABELLED + i, shape, part / "AbdomenCT-1K" / f"Case_{i:05d}_0000.nii.gz", None)
             for i in range(1, unlabelled + 1)]
-    jobs += [(seed, i, shape, part / training / "img" / f"img{i:04d}.nii.gz",
-              part / training / "label" / f"label{i:04d}.nii.gz") for i in BTCV_IDS[:labelled]]
+    for i in BTCV_IDS[:labelled]:
+        files = (phantom_layouts.places(layout, part, i) if layout else
+                 (part / training / "img" / f"img{i:04d}.nii.gz", part / training / "label" / f"label{i:04d}.nii.gz"))
+        jobs.append((seed, i, shape, *files))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     try:
-        for job in jobs:
-            for path in filter(None, job[3:]):
+        for *_, image, label in jobs:
+            for path in (image, *_masks(label).values()):
                 path.parent.mkdir(parents=True, exist_ok=True)
+        if layout:
+            phantom_layouts.describe(layout, part, BTCV_IDS[:labelled])
         slices = 0
         with ProcessPoolExecutor(min(workers or os.cpu_count(), len(jobs)), context, signal.signal,
                                  (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C: the parent answers it
@@ -504,11 +516,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description="Write a generated abdomen in both data sets' layouts.")
     parser.add_argument("--out", type=Path, default=Path("data/phantom"), help="folder to make (%(default)s)")
     parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--layout", choices=phantom_layouts.LAYOUTS, help="labelled patients alone, in this layout")
     parser.add_argument("--labelled", type=whole(0), default=30, help="patients under BTCV's ids, at most 30")
-    parser.add_argument("--unlabelled", type=whole(0), default=40, help="patients as cases of AbdomenCT-1K")
+    parser.add_argument("--unlabelled", type=whole(0), help="patients as cases of AbdomenCT-1K (40, or 0)")
     args = parser.parse_args(argv)
+    if args.layout and args.unlabelled:
+        parser.error(f"--layout {args.layout} has labelled patients alone; leave --unlabelled out")
+    if args.unlabelled is None:
+        args.unlabelled = 0 if args.layout else 40
     start = time.perf_counter()
-    slices = write(args.out, args.seed, args.labelled, args.unlabelled)
+    slices = write(args.out, args.seed, args.labelled, args.unlabelled, layout=args.layout)
     print(f"{args.labelled} labelled and {args.unlabelled} unlabelled patients, {slices} slices in {args.out}, "
           f"{time.perf_counter() - start:.1f} s")
 

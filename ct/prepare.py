@@ -1,13 +1,15 @@
-"""Folders of CT volumes -> slice stores -> batches; BTCV's organs, splits and draws.
+"""Folders of CT volumes -> slice stores; what is in them, for a task to segment with its organs and splits.
 
 A store is a folder with one .npy of 8-bit slices per volume (any NumPy can memory-map it), a small .json beside
 it that says what it was made from, and index.json. Two kinds:
 - pretrain: every slice padded to square with air and resampled to one size;
-- segment: every slice at its own size, with its label map in a second .npy.
+- segment: every slice at its own size, with its label map in a second .npy: classes 0, 1, ..., in the order of the
+  task's label ids.
 A store belongs to the resolved folder that it was made from; opened for another one it is refused.
 
     python datasets.py prepare --data data/AbdomenCT-1K
     python datasets.py prepare --data data/BTCV --kind segment
+    python datasets.py prepare --data data/Task09_Spleen        any labelled data, as ct/layouts.py lists it
     python datasets.py audit --data data/BTCV
     python datasets.py audit --data data/BTCV --verify          is what was prepared still what was written?
 
@@ -15,6 +17,7 @@ Both commands end with a list of everything skipped or odd, and with exit code 0
 --skip-bad accepts what was.
 """
 
+import argparse
 import contextlib
 import ctypes
 import errno
@@ -28,7 +31,7 @@ import sys
 import threading
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
@@ -39,15 +42,18 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ct.command import Parser, command, folder, number, printable, whole
-from ct.intake import AIR, SOFT, _skip, btcv_root, find_volumes, judge, named
-from ct.tasks import ORGANS, cases
-from ct.volumes import BadInput, Volume, read_labels, read_volume
+from ct import layouts, tasks
+from ct.command import Parser, command, cores, folder, number, printable, whole
+from ct.intake import AIR, SOFT, find_volumes, judge, named, skip
+from ct.tasks import BTCV, Task
+from ct.volumes import BadInput, Volume, label_ids, read_labels, read_volume
 
 WINDOW = SOFT  # HU
 SIZE = 512  # side of the slices kept for pre-training
 SHEET = 24  # slices on a contact sheet
 FEW = 20  # files of a folder that are left out for one reason: named one by one, more of them by their folder
+HEADER = 1024  # bytes of a .npy before its voxels, at most
+SPLITS = "splits"  # folder beside those of the slices, for the splits of data that is not BTCV
 FORMAT = 4  # of the store; another number means: prepare again
 # what a file system without locks answers: Lustre without flock, NFS without lockd
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
@@ -119,9 +125,11 @@ def _checksum_of(path: Path, size: int, mtime: int) -> str:
     return checksum(path)
 
 
-def _stamp(path: Path | None) -> dict | None:
+def _stamp(path: Path | list[Path] | None) -> dict | list[dict] | None:
     if path is None:
         return None
+    if isinstance(path, list):
+        return [_stamp(p) for p in path]
     file = os.path.abspath(path)
     try:
         found = path.stat()
@@ -130,8 +138,10 @@ def _stamp(path: Path | None) -> dict | None:
     return {"file": file, "bytes": found.st_size, "mtime": found.st_mtime_ns}
 
 
-def _source(path: Path | None) -> dict | None:
+def _source(path: Path | list[Path] | None) -> dict | list[dict] | None:
     """A file's stamp and checksum. Raises BadInput: one file that cannot be read must not stop the others."""
+    if isinstance(path, list):
+        return [_source(p) for p in path]
     try:
         return _stamp(path) and _stamp(path) | {"checksum": checksum(path)}
     except OSError as e:
@@ -151,29 +161,44 @@ def _unchanged(source: dict, volume: dict) -> dict | None:
                 return None
             now[part] = None
             continue
-        if old["bytes"] != new["bytes"]:
+        several = isinstance(new, list)
+        olds, news, paths = ((old, new, volume[part]) if several else ([old], [new], [volume[part]]))
+        if len(olds) != len(news) or not all(map(_same_file, olds, news, paths)):
             return None
-        if ((old["file"], old["mtime"]) != (new["file"], new["mtime"])
-                and old["checksum"] != _checksum_of(volume[part], new["bytes"], new["mtime"])):
-            return None
-        now[part] = new | {"checksum": old["checksum"]}
+        files = [new | {"checksum": old["checksum"]} for old, new in zip(olds, news, strict=True)]
+        now[part] = files if several else files[0]
     return now
 
 
-def _describe(volume: dict, kind: str, window: tuple[float, float]) -> tuple[dict, np.ndarray, np.ndarray | None]:
+def _same_file(old: dict, new: dict, path: Path) -> bool:
+    return old["bytes"] == new["bytes"] and ((old["file"], old["mtime"]) == (new["file"], new["mtime"])
+                                             or old["checksum"] == _checksum_of(path, new["bytes"], new["mtime"]))
+
+
+def _ids(task: Task | None) -> list[int] | None:
+    """The ids of a volume's classes as its record has them; those of BTCV go without saying."""
+    return None if task is None or task == BTCV else list(task.ids)
+
+
+def _describe(volume: dict, task: Task | None,
+              window: tuple[float, float]) -> tuple[dict, np.ndarray, np.ndarray | None]:
     """(what there is to say about a volume, its 8-bit slices, its labels for segmentation). Raises BadInput."""
     read, slices, (low, high), odd = read_ct(volume["image"], window)
     record = {"id": volume["id"], "file": str(volume["image"]), "phantom": read.is_phantom, "spacing": read.spacing,
               "shape": list(slices.shape), "slices": len(slices), "hu": [low, high],
               "content": hashlib.sha256(slices).hexdigest(), "odd": odd}
-    if kind == "pretrain":
+    if task is None:
         return record, slices, None
     if volume["label"] is None:
         raise BadInput(f"{volume['image']}: has no label {Path('label', volume['image'].name.replace('img', 'label'))}")
-    labels = read_labels(volume["label"], read, len(ORGANS), record["odd"])
+    labels = read_labels(volume["label"], read, task.ids, record["odd"])
     if not labels.any():
-        raise BadInput(f"{volume['label']}: an empty label, all background; it would train nothing")
-    record["voxels"] = np.bincount(labels.ravel(), minlength=len(ORGANS)).tolist()
+        if not task.negatives:
+            raise BadInput(f"{volume['label']}: an empty label, all background; it would train nothing")
+        record["odd"].append("an empty label, all background; kept as a negative")
+    record["voxels"] = np.bincount(labels.ravel(), minlength=len(task.ids)).tolist()
+    if ids := _ids(task):
+        record["ids"] = ids
     return record, slices, labels
 
 
@@ -191,12 +216,12 @@ def _record(store: Path, volume: str) -> Path:
     return store / f"{_base(volume)}.json"
 
 
-def _prepare_volume(volume: dict, store: Path, kind: str, window: tuple[float, float], size: int) -> dict:
+def _prepare_volume(volume: dict, store: Path, task: Task | None, window: tuple[float, float], size: int) -> dict:
     """One volume into the store. Returns its record; raises BadInput. The .json is written last: no half volume."""
     # before it is read: a file that changes meanwhile is read again
     source = {part: _source(volume[part]) for part in ("image", "label")}
-    record, slices, labels = _describe(volume, kind, window)
-    arrays = {False: slices, True: labels} if kind == "segment" else {False: square(slices, size)}
+    record, slices, labels = _describe(volume, task, window)
+    arrays = {False: slices, True: labels} if task else {False: square(slices, size)}
     record["slices"], record["height"], record["width"] = arrays[False].shape
     record |= {"format": FORMAT, "window": list(window), "size": size, "source": source, "checksums": {}}
     done = _record(store, volume["id"])
@@ -226,14 +251,15 @@ def _write_json(path: Path, value: object) -> None:
         part.write_text(json.dumps(value, indent=1))
 
 
-def _kept(volume: dict, store: Path, window: tuple[float, float], size: int, renew: bool) -> dict | None:
+def _kept(volume: dict, store: Path, task: Task | None, window: tuple[float, float], size: int,
+          renew: bool) -> dict | None:
     """The record of a volume that an earlier preparation finished and that is still right, else None."""
     path = _record(store, volume["id"])
     try:
         record = json.loads(path.read_text())
         source = _unchanged(record["source"], volume)
         right = (record["format"] == FORMAT and record["window"] == list(window) and record["size"] == size
-                 and source and all(sizes_agree(store, record)))
+                 and record.get("ids") == _ids(task) and source and all(sizes_agree(store, record)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if right and source != record["source"]:  # copied or touched: spare the next start the checksum
@@ -282,37 +308,46 @@ def sizes_agree(store: Path, record: dict) -> Iterator[bool]:
     for name in record["checksums"]:
         path = store / name
         voxels = record["slices"] * record["height"] * record["width"]
-        yield path.exists() and 0 < path.stat().st_size - voxels <= 1024  # one .npy header
+        yield path.exists() and 0 < path.stat().st_size - voxels <= HEADER
 
 
 def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WINDOW, size: int = SIZE,
-            workers: int = 2, skip_bad: bool = False) -> tuple[Path, dict]:
+            workers: int | None = None, skip_bad: bool = False, names: Path | None = None,
+            organs: Sequence[str] | None = None) -> tuple[Path, dict]:
     """Make or complete the store of `kind` (pretrain, segment) below the folder `store`: (its folder, its index).
 
-    Volumes are read in `workers` processes. What an earlier call finished is kept if its source and settings are
-    unchanged; where that is all, nothing is locked or written. A second process waits for the first. Raises BadInput
-    for a store of another folder, and when volumes, or other files of the folder, cannot be used, all named on stderr,
-    unless `skip_bad`: then they are left out, by later calls too, and listed.
+    Volumes are read in `workers` processes, by default one a core. What an earlier call finished is kept if its source
+    and settings are unchanged; where that is all, nothing is locked or written. A second process waits for the first.
+    Raises BadInput for a store of another folder, and when volumes, or other files of the folder, cannot be used, all
+    named on stderr, unless `skip_bad`: then they are left out, by later calls too, and listed. names, organs: those of
+    `layouts.find`.
     """
     window = tuple(float(w) for w in window)
     if not window[0] < window[1]:
         raise BadInput(f"--window {window[0]} {window[1]}: the lower HU must come first")
     size = size if kind == "pretrain" else 0
+    labels, found, skipped = _find(data, kind, names, organs)
     name = f"pretrain-{size}" if kind == "pretrain" else "segment"
-    # a folder of its own for another window: a run that reads this one must not find its slices exchanged
+    # a folder of its own for another choice of labels or window: a run that reads this one must not find its slices
+    # exchanged
+    if names or organs:
+        name += f"-{hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:8]}"
     folder = store / (name if window == WINDOW else f"{name}-{window[0]:g}-{window[1]:g}")
-    found, skipped = find_volumes(data, kind)
     if not skip_bad:
         _refuse_unusable(skipped, folder)
     owner, complete = str(data.resolve()), None
 
     def index_of(records: dict[str, dict], left_out: list[dict]) -> dict:
-        return {"format": FORMAT, "kind": kind, "data": owner, "window": list(window), "size": size,
-                "volumes": [records[k] for k in sorted(records)], "skipped": skipped + left_out}
+        index = {"format": FORMAT, "kind": kind, "data": owner, "window": list(window), "size": size,
+                 "volumes": [records[k] for k in sorted(records)], "skipped": skipped + left_out}
+        if _ids(task):
+            index["task"] = {"name": task.name, "labels": {str(i): organ for i, organ in task.labels.items()}}
+        return index
 
     try:
         there = _index(folder, owner)
-        records, left_out, todo = _survey(found, folder, window, size)
+        task = _task(data, store, labels, found, folder, workers) if kind == "segment" else None
+        records, left_out, todo = _survey(found, folder, task, window, size)
         if records and not todo:  # complete: opened without a lock, and where nothing can be written
             complete = index_of(records, left_out)
             if there == complete:
@@ -320,7 +355,7 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder) as alone:
             there = _index(folder, owner)  # again: who was waited for may have made it, from another folder
-            records, left_out = _complete(found, folder, kind, window, size, workers, skip_bad, alone)
+            records, left_out = _complete(found, folder, task, window, size, workers, skip_bad, alone)
             if not records:
                 raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
             index = index_of(records, left_out)
@@ -335,6 +370,60 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
         raise BadInput(f"{folder}: a process that prepares it ran out of memory or was killed; run the same command "
                        "again, with fewer --workers") from None
     return folder, index
+
+
+def _find(data: Path, kind: str, names: Path | None,
+          organs: Sequence[str] | None) -> tuple[dict[int, str] | None, list[dict], list[dict]]:
+    """(labels of a task, where they are known without reading; volumes; skipped) of a data folder."""
+    if kind == "pretrain":
+        return None, *find_volumes(data, kind)
+    found = layouts.find(data, names, organs)
+    return found.labels, found.volumes, found.skipped
+
+
+def _task(data: Path, store: Path, labels: dict[int, str] | None, found: list[dict], folder: Path,
+          workers: int | None) -> Task:
+    """What there is to segment in `data`; without `labels`, every id that its label files hold."""
+    if layouts.btcv_root(data):
+        return BTCV
+    if labels is None:
+        ids, bad, unread = {0}, [], []
+        for volume in found:
+            known = _known_ids(volume, folder)
+            ids.update(known or ())
+            unread += [volume] * (known is None)
+        for _, outcome in _in_processes(_read_ids, unread, workers, f"reading the labels of {data}"):
+            if isinstance(outcome, BadInput):  # once more, and by its name, when the volume is read
+                bad.append(outcome)
+            else:
+                ids.update(outcome)
+        if ids == {0}:
+            raise bad[0] if bad else BadInput(f"{data}: not one label file there holds an organ, only background")
+        labels = layouts.check_labels([(i, f"label {i}" if i else "background") for i in ids], data)
+    return tasks.of(name_of(data), labels, store / SPLITS)
+
+
+def _known_ids(volume: dict, folder: Path) -> list[int] | None:
+    """The ids in a volume's label file by the record of a store that has it as it is, else None."""
+    try:
+        record = json.loads(_record(folder, volume["id"]).read_text())
+        voxels = zip(record["ids"], record["voxels"], strict=True)
+        return [i for i, count in voxels if count] if _unchanged(record["source"], volume) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_ids(volume: dict) -> list[int]:
+    return label_ids(volume["label"])
+
+
+def task_of(folder: Path, index: dict) -> Task | None:
+    """The task of a store, by its folder and index; None of one for pre-training."""
+    if index["kind"] == "pretrain":
+        return None
+    if (told := index.get("task")) is None:
+        return BTCV
+    return tasks.of(told["name"], {int(i): organ for i, organ in told["labels"].items()}, folder.parent / SPLITS)
 
 
 def _index(folder: Path, data: str) -> dict | None:
@@ -378,13 +467,13 @@ def _locked(folder: Path) -> Iterator[bool]:
         yield alone
 
 
-def _survey(found: list[dict], folder: Path, window: tuple[float, float], size: int,
+def _survey(found: list[dict], folder: Path, task: Task | None, window: tuple[float, float], size: int,
             renew: bool = False) -> tuple[dict[str, dict], list[dict], list[dict]]:
     """What a store has and lacks: (records by id, what --skip-bad left out before, volumes to prepare).
 
     With `renew`, the record of a volume whose file was only copied or touched is written anew; else nothing is.
     """
-    records = {v["id"]: r for v in found if (r := _kept(v, folder, window, size, renew))}
+    records = {v["id"]: r for v in found if (r := _kept(v, folder, task, window, size, renew))}
     accepted = _accepted(folder)
     left_out = [e for v in found if v["id"] not in records and (e := accepted.get(str(v["image"])))
                 and e["stamps"] == _stamps(v)]
@@ -392,20 +481,20 @@ def _survey(found: list[dict], folder: Path, window: tuple[float, float], size: 
     return records, left_out, [v for v in found if v["id"] not in records and str(v["image"]) not in known]
 
 
-def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, float], size: int, workers: int,
-              skip_bad: bool, alone: bool) -> tuple[dict[str, dict], list[dict]]:
+def _complete(found: list[dict], folder: Path, task: Task | None, window: tuple[float, float], size: int,
+              workers: int | None, skip_bad: bool, alone: bool) -> tuple[dict[str, dict], list[dict]]:
     """Prepare what is missing in a store: (records by id, left out). alone: this process has locked it."""
     for part in folder.glob(".[0-9]*.*") if alone else ():  # of a process that was killed while it wrote
         part.unlink(missing_ok=True)
-    records, left_out, todo = _survey(found, folder, window, size, renew=True)
+    records, left_out, todo = _survey(found, folder, task, window, size, renew=True)
     if changed := [v["id"] for v in todo if _record(folder, v["id"]).exists()]:
         print(f"{folder}: {len(changed)} volumes changed since, or are damaged there; preparing them again: "
               f"{', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}", file=sys.stderr)
     bad = []
-    work = functools.partial(_prepare_volume, store=folder, kind=kind, window=window, size=size)
+    work = functools.partial(_prepare_volume, store=folder, task=task, window=window, size=size)
     for volume, outcome in _in_processes(work, todo, workers, f"preparing {folder}"):
         if isinstance(outcome, BadInput):
-            bad.append(_skip(volume["image"], str(outcome)) | {"stamps": _stamps(volume)})
+            bad.append(skip(volume["image"], str(outcome)) | {"stamps": _stamps(volume)})
         else:
             records[volume["id"]] = outcome
     if bad and not skip_bad:
@@ -413,13 +502,14 @@ def _complete(found: list[dict], folder: Path, kind: str, window: tuple[float, f
     return records, left_out + bad
 
 
-def _in_processes(work: Callable, items: list, workers: int, title: str) -> Iterator[tuple[dict, object]]:
+def _in_processes(work: Callable, items: list, workers: int | None, title: str) -> Iterator[tuple[dict, object]]:
     """(item, result or the BadInput it raised) for every item, in the order they finish."""
     if not items:
         return
     # fork: a spawned process would import the calling script, and with it PyTorch, for nothing
     context = get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(max(1, min(workers, len(items))), context, _end_with_parent) as pool:
+    workers = max(1, min(cores() if workers is None else workers, len(items)))
+    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
         futures = {pool.submit(work, item): item for item in items}
         try:
             for future in tqdm(as_completed(futures), title, len(items), unit="volume", disable=None):
@@ -448,7 +538,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def remarks(volumes: list[dict], skipped: list[dict]) -> list[str]:
+def remarks(volumes: list[dict], skipped: list[dict], task: Task = BTCV) -> list[str]:
     """What a command tells at its start about a store's volumes: how many things are odd, intensities, organs."""
     see = "(python datasets.py audit names them)"
     lines = [f"odd: {len(odd)} {see}"] if (odd := _odd(volumes)) else []
@@ -457,51 +547,61 @@ def remarks(volumes: list[dict], skipped: list[dict]) -> list[str]:
         lines.append(f"intensities: {len(bright)} of {len(volumes)} volumes never go under {AIR} HU "
                      f"({bright[0]['id']}: {low:.0f} to {high:.0f}); exported to 0..255, or stored without the "
                      "intercept? They are used as they are")
-    if left := sum(s["no_image"] for s in skipped):
+    if left := sum(s["no_image"] and not _lacks_label(s) for s in skipped):
         lines.append(f"left out, no images by their names: {left} {see}")
-    if unusable := len(skipped) - left:
+    if unlabelled := sum(map(_lacks_label, skipped)):
+        lines.append(f"left out, without a label: {unlabelled} {see}")
+    if unusable := len(skipped) - left - unlabelled:
         lines.append(f"left out, unusable: {unusable} {see}")
-    if absent := absent_organs(volumes):
+    if absent := absent_organs(volumes, task):
         lines.append(f"no volume has: {', '.join(absent)}; mean Dice is over the organs that occur")
     return lines
 
 
-def absent_organs(volumes: list[dict]) -> list[str]:
+def _lacks_label(skipped: dict) -> bool:
+    return skipped["reason"] == layouts.NO_LABEL
+
+
+def absent_organs(volumes: list[dict], task: Task = BTCV) -> list[str]:
     """The organs of which no labelled volume has a voxel; [] where none is labelled."""
     voxels = [v["voxels"] for v in volumes if "voxels" in v]
-    return [ORGANS[i] for i in np.flatnonzero(np.sum(voxels, 0) == 0)] if voxels else []
+    return [task.organs[i] for i in np.flatnonzero(np.sum(voxels, 0) == 0)] if voxels else []
 
 
-def audit(data: Path, kind: str, workers: int, store: Path, draw: Callable | None = None) -> int:
-    """Print what a data folder holds against the paper's counts; the middle slices go to a picture in `store`.
+def audit(data: Path, kind: str, workers: int | None, store: Path, draw: Callable | None = None,
+          names: Path | None = None, organs: Sequence[str] | None = None) -> int:
+    """Print what a data folder holds, against the paper's counts where it is the paper's data; the middle slices go to
+    a picture in `store`.
 
     Returns the number of files it cannot use.
     """
-    found, skipped = find_volumes(data, kind)
+    labels, found, skipped = _find(data, kind, names, organs)
+    task = _task(data, store, labels, found, store / kind, workers) if kind == "segment" else None
     good, bad = [], []
-    for volume, outcome in _in_processes(functools.partial(_inspect, kind=kind), found, workers, f"reading {data}"):
+    for volume, outcome in _in_processes(functools.partial(_inspect, task=task), found, workers, f"reading {data}"):
         if isinstance(outcome, BadInput):
-            bad.append(_skip(volume["image"], str(outcome)))
+            bad.append(skip(volume["image"], str(outcome)))
         else:
             good.append(outcome)
     good.sort(key=lambda r: r["id"])
-    print(f"{data}: {len(good)} volumes, {sum(r['slices'] for r in good):,} slices   (the paper's {PAPER[kind]})")
+    paper = f"   (the paper's {PAPER[kind]})" if task in (None, BTCV) else ""
+    print(f"{data}: {len(good)} volumes, {sum(r['slices'] for r in good):,} slices{paper}")
     if good and all(r["phantom"] for r in good):
         print("every volume is generated: this is the phantom")
     if good:
         print(f"HU {min(r['hu'][0] for r in good):.0f} to {max(r['hu'][1] for r in good):.0f}, slices per volume "
               f"{min(r['slices'] for r in good)} to {max(r['slices'] for r in good)}")
-    if kind == "segment":
-        _tell_organs(good)
+    if task:
+        _tell_task(good, task)
     picked = good[:: -(-len(good) // SHEET) or 1]
     _contact_sheet(draw, store / f"audit-{kind}.png", [r["middle"] for r in picked],
                    [f"{r['id']} slice {r['slices'] // 2}" for r in picked],
-                   [r["labels"] for r in picked] if kind == "segment" else None)
+                   [r["labels"] for r in picked] if task else None)
     return _tell_skipped(good, skipped + bad)
 
 
-def _inspect(volume: dict, kind: str) -> dict:
-    record, slices, labels = _describe(volume, kind, WINDOW)
+def _inspect(volume: dict, task: Task | None) -> dict:
+    record, slices, labels = _describe(volume, task, WINDOW)
     middle = len(slices) // 2
     return record | {"middle": slices[middle], "labels": None if labels is None else labels[middle]}
 
@@ -512,17 +612,21 @@ def _contact_sheet(draw: Callable | None, path: Path, slices: list[np.ndarray], 
         print(f"{path}: {len(slices)} slices to look at")
 
 
-def _tell_organs(good: list[dict]) -> None:
+def _tell_task(good: list[dict], task: Task) -> None:
+    """The slices of each split, where they are drawn; the voxels of each organ; scans that seem to be one patient's."""
     found = {r["id"]: r["slices"] for r in good}
     for split, paper in (("100", (24, 3017)), ("val", (6, 762))):
-        present = [found[c] for c in cases(split) if c in found]
-        print(f"  {'train' if split == '100' else 'val'}: {len(present)} volumes, {sum(present):,} slices   "
-              f"(the paper's, by our inference: {paper[0]}, {paper[1]:,})")
-    counts = np.array([r["voxels"] for r in good], np.int64).reshape(-1, len(ORGANS))
-    for organ, voxels in zip(ORGANS, counts.T, strict=True):
-        print(f"  {ORGANS.index(organ):2d} {organ:26s} {voxels.sum():14,d} voxels in {(voxels > 0).sum()} volumes")
-    if absent := absent_organs(good):
+        if task.file(split).exists():
+            present = [found[c] for c in task.cases(split) if c in found]
+            print(f"  {'train' if split == '100' else 'val'}: {len(present)} volumes, {sum(present):,} slices"
+                  + f"   (the paper's, by our inference: {paper[0]}, {paper[1]:,})" * (task == BTCV))
+    counts = np.array([r["voxels"] for r in good], np.int64).reshape(-1, len(task.ids))
+    for (label, organ), voxels in zip(task.labels.items(), counts.T, strict=True):
+        print(f"  {label:2d} {organ:26s} {voxels.sum():14,d} voxels in {(voxels > 0).sum()} volumes")
+    if absent := absent_organs(good, task):
         print(f"  no volume has: {', '.join(absent)}")
+    for patient, group in tasks.siblings(found).items():
+        print(f"  one patient, it seems, {patient}: {', '.join(group)}")
 
 
 def _odd(records: list[dict]) -> list[str]:
@@ -538,20 +642,27 @@ def _odd(records: list[dict]) -> list[str]:
 
 
 def _tell_skipped(records: list[dict], skipped: list[dict]) -> int:
-    """The list that ends both commands: unusable, odd, no image. Returns the number of the unusable."""
+    """The list that ends both commands: unusable, odd, no image, no label. Returns the number of the unusable."""
     unusable = sorted(named(s) for s in skipped if not s["no_image"])
-    folders: dict[tuple, list] = {}
-    for s in sorted((s for s in skipped if s["no_image"]), key=lambda s: s["file"]):
-        folders.setdefault((Path(s["file"]).parent, s["reason"]), []).append(s)
-    left = [named(s) for group in folders.values() if len(group) <= FEW for s in group]
-    left += [f"{folder}: {len(group)} files, each {reason} ({Path(group[0]['file']).name} ...)"
-             for (folder, reason), group in folders.items() if len(group) > FEW]
-    for title, count, told in (("unusable", len(unusable), unusable), ("odd", len(odd := sorted(_odd(records))), odd),
-                                ("no image by its name", len(skipped) - len(unusable), sorted(left))):
+    unlabelled = [s for s in skipped if _lacks_label(s)]
+    others = [s for s in skipped if s["no_image"] and not _lacks_label(s)]
+    parts = [("unusable", len(unusable), unusable), ("odd", len(odd := sorted(_odd(records))), odd),
+             ("no image by its name", len(others), _by_folder(others))]
+    for title, count, told in parts + [("without a label", len(unlabelled), _by_folder(unlabelled))] * bool(unlabelled):
         print(f"{title}: {count}")
         for line in told:
             print(f"  {printable(line)}")
     return len(unusable)
+
+
+def _by_folder(skipped: list[dict]) -> list[str]:
+    """A line for each, sorted; where a folder has many that are skipped for one reason, a line for all of them."""
+    folders: dict[tuple, list] = {}
+    for s in sorted(skipped, key=lambda s: s["file"]):
+        folders.setdefault((Path(s["file"]).parent, s["reason"]), []).append(s)
+    told = [named(s) for group in folders.values() if len(group) <= FEW for s in group]
+    return sorted(told + [f"{folder}: {len(group)} files, each {reason} ({Path(group[0]['file']).name} ...)"
+                          for (folder, reason), group in folders.items() if len(group) > FEW])
 
 
 def verify(store: Path) -> int:
@@ -585,29 +696,52 @@ def default_store(data: Path) -> Path:
     return Path("stores") / f"{name}-{hashlib.sha256(os.fsencode(data)).hexdigest()[:8]}"
 
 
+def task_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is segmented, and on which volumes, in data that does not say so itself."""
+    add = parser.add_argument
+    add("--labels", type=Path, metavar="FILE", help="names of labels that have none, `id name` a line")
+    add("--organs", type=_organs, metavar="A,B", help="which of TotalSegmentator's masks; where two overlap, the later "
+        "in this list has the voxel (default: all, sorted)")
+    add("--val", type=number(above=0, most=0.9), help="share of the patients to validate on, drawn once (default "
+        f"{tasks.HELD_OUT:g})")
+    add("--val-cases", type=Path, metavar="FILE", help="the volumes to validate on instead, an id a line")
+    add("--patient-regex", metavar="REGEX", help="what of a volume's id is the patient, whose volumes stay together")
+
+
+def _organs(text: str) -> tuple[str, ...]:
+    if not (named := tuple(part.strip() for part in text.split(",") if part.strip())):
+        raise argparse.ArgumentTypeError(f"{text!r}: give names with commas between them")
+    return named
+
+
 @command
 def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     """The commands. draw(path, slices, titles, labels) -> bool: what draws a contact sheet, if anything."""
     parser = Parser(description="Prepare or audit a folder of CT volumes.")
     parser.add_argument("command", choices=("prepare", "audit"))
     parser.add_argument("--data", type=Path, required=True, help="folder of the CT volumes")
-    parser.add_argument("--kind", choices=("pretrain", "segment"),
-                        help="default: segment for BTCV's layout, else pretrain")
+    parser.add_argument("--kind", choices=("pretrain", "segment"), help="default: segment for BTCV's layout, a "
+                        "dataset.json or with --labels or --organs, else pretrain")
     parser.add_argument("--store", type=folder, help="folder of the slices (default stores/NAME-HASH of --data)")
     parser.add_argument("--size", type=whole(1), default=SIZE, help="prepare: side of the pre-training slices")
     parser.add_argument("--window", type=number(), nargs=2, default=WINDOW, metavar=("LOW", "HIGH"), help="HU window")
-    parser.add_argument("--workers", type=whole(0), default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=whole(0), help="processes (default: one a core)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out unusable volumes: listed, but no failure")
     parser.add_argument("--verify", action="store_true", help="audit: compare the store with its checksums instead")
+    task_flags(parser)
     args = parser.parse_args(argv)
-    kind = args.kind or ("segment" if btcv_root(args.data) else "pretrain")
+    labelled = layouts.is_labelled(args.data) or args.labels or args.organs
+    kind = args.kind or ("segment" if labelled else "pretrain")
+    if kind == "pretrain" and (args.labels or args.organs or args.val or args.val_cases or args.patient_regex):
+        parser.error("--labels, --organs, --val, --val-cases and --patient-regex are of --kind segment")
     target = args.store or default_store(args.data)
     if args.command == "audit" and args.verify:
         raise SystemExit(1 if verify(target) else 0)
     if args.command == "audit":
-        skipped = audit(args.data, kind, args.workers, target, draw)
+        skipped = audit(args.data, kind, args.workers, target, draw, args.labels, args.organs)
     else:
-        store, index = prepare(args.data, target, kind, args.window, args.size, args.workers, args.skip_bad)
+        store, index = prepare(args.data, target, kind, args.window, args.size, args.workers, args.skip_bad,
+                               args.labels, args.organs)
         places = [(v["id"], z) for v in index["volumes"] for z in range(v["slices"])]
         print(f"{store}: {len(index['volumes'])} volumes, {len(places):,} slices")
         picked = [places[i] for i in np.linspace(0, len(places) - 1, min(SHEET, len(places))).astype(int)]
@@ -615,6 +749,11 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
                           if not label or kind == "segment" else None for label in (False, True))
         _contact_sheet(draw, store / "contact_sheet.png", slices, [f"{n} slice {z}" for n, z in picked], labels)
         skipped = _tell_skipped(index["volumes"], index["skipped"])
+        if task := task_of(store, index):
+            told = tasks.draw_splits(task, [v["id"] for v in index["volumes"]], args.val, args.val_cases,
+                                     args.patient_regex)
+            for line in [f"splits: {task.file('val')} and those beside it"] * (task != BTCV) + told:
+                print(printable(line))
     if skipped and not args.skip_bad:
         raise SystemExit(1)
 

@@ -1,20 +1,187 @@
-"""BTCV as a task: its organs and their label ids, its splits and draws of cases."""
+"""What is segmented, and on which volumes: BTCV's organs and splits, or those of anyone's labelled data.
 
+A split is a text file of volume ids, one a line. BTCV's lie in splits/; those of other data are drawn once beside its
+store, and read from there ever after: they may be edited and published.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from ct.volumes import BadInput
 
-ORGANS = ("background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach",
-          "aorta", "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland",
-          "left adrenal gland")  # BTCV's label ids 0 to 13
+SHARES = {"12.5": 1 / 8, "25": 1 / 4}  # of the training volumes
+DRAWS = 3
+HELD_OUT = 0.2  # of the patients
+SEED = 13
+# what tells several scans of a patient apart: 0012_venous, 0012-post_contrast
+SUFFIXES = re.compile(r"(?<=\d)([_-][a-z][^_-]*)+$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The names of the labels, and the volumes of each split.
+
+    labels: {id in the label files: name}, ascending, 0 is "background"; class c of a store is the c-th of them.
+    negatives: whether a volume without any organ is one of the task, and not a damaged one.
+    """
+
+    name: str
+    labels: dict[int, str]
+    folder: Path  # of the splits, whose names begin with `prefix`
+    prefix: str
+    negatives: bool = True
+
+    @property
+    def organs(self) -> tuple[str, ...]:
+        """The name of each class, "background" first."""
+        return tuple(self.labels.values())
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The id of each class in label files."""
+        return tuple(self.labels)
+
+    def file(self, split: str, draw: int = 0) -> Path:
+        """Where the ids of a split are: '12.5' and '25' (draws 0 to 2), '100', or 'val'."""
+        name = {"100": "train", "val": "val"}.get(split, f"{split}_{draw}")
+        return self.folder / f"{self.prefix}_{name}.txt"
+
+    def cases(self, split: str, draw: int = 0) -> list[str]:
+        """The ids of a split's volumes. Raises BadInput, for a volume to train and to validate on, too."""
+        path = self.file(split, draw)
+        if not path.exists():
+            known = sorted(p.stem for p in self.folder.glob(f"{self.prefix}_*.txt"))
+            raise BadInput(f"{path}: no such split; there are {', '.join(known) or 'none'}")
+        found = _listed(path)
+        if split != "val" and (both := set(found).intersection(self.cases("val"))):
+            raise BadInput(f"{path}: {min(both)} is in {self.file('val')}, too; take it out of one of the two")
+        return found
+
+
 SPLITS = Path(__file__).parent.parent / "splits"
+BTCV = Task("BTCV", dict(enumerate((
+    "background", "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
+    "inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland"))),
+    SPLITS, "btcv", negatives=False)
+ORGANS = BTCV.organs
+cases = BTCV.cases
 
 
-def cases(split: str, draw: int = 0) -> list[str]:
-    """BTCV case numbers of a split: '12.5' and '25' (draws 0 to 2), '100', or 'val'. Raises BadInput."""
-    name = {"100": "btcv_train", "val": "btcv_val"}.get(split, f"btcv_{split}_{draw}")
-    path = SPLITS / f"{name}.txt"
-    if not path.exists():
-        known = sorted(p.stem for p in SPLITS.glob("btcv_*.txt"))
-        raise BadInput(f"{path}: no such split; there are {', '.join(known)}")
-    return path.read_text().split()
+def of(name: str, labels: dict[int, str], folder: Path) -> Task:
+    """The task of anyone's data, with the splits' `folder`; their names begin with the data's, as files can have it."""
+    return Task(name, labels, folder, re.sub(r"[^\w.]+", "_", name.lower()).strip("_") or "data")
+
+
+def draw_splits(task: Task, ids: Iterable[str], val: float | None = None, val_cases: Path | None = None,
+                patients: str | None = None) -> list[str]:
+    """Write the files of a task's splits that are not there yet. Returns what there is to tell of them, a line each.
+
+    ids: all volumes. To validate on: the share `val` of the patients (a fifth) or the ids in the file `val_cases`; to
+    train on: all others, of which a draw takes 12.5 or 25 %, rounded up, without replacement. A patient is a volume,
+    or all whose ids have the same match of the regular expression `patients` (its first group, if it has groups).
+    Every draw has a generator of its own, from SEED and its place. Raises BadInput, also where files are there and
+    what was asked for would give others.
+    """
+    ids, asked = sorted(ids), (val, val_cases, patients) != (None, None, None)
+    files: dict[Path, list[str]] = {}
+
+    def settle(split: str, fresh: Iterable[str], draw: int = 0) -> list[str]:
+        path = task.file(split, draw)
+        files[path] = _listed(path) if path.exists() and not asked else sorted(fresh)
+        return files[path]
+
+    known = task.file("val").exists() and not asked
+    held_out = settle("val", () if known else _held_out(task, ids, val, val_cases, _of_patients(ids, patients)))
+    train = settle("100", set(ids).difference(held_out))
+    if not train:
+        raise BadInput(f"{val_cases or task.file('100')}: no volume is left to train on")
+    for place, (split, share) in enumerate(SHARES.items(), 1):
+        for draw in range(DRAWS):
+            drawn = np.random.default_rng([SEED, place, draw]).choice(len(train), math.ceil(share * len(train)), False)
+            settle(split, [train[i] for i in drawn], draw)
+    there = [path for path in files if path.exists()]
+    if other := [str(path) for path in there if set(_listed(path)) != set(files[path])]:
+        raise BadInput(f"{', '.join(other)}: there already, and other than --val, --val-cases and --patient-regex "
+                       "would have it; leave these flags out, or delete all files of the split to draw it anew")
+    for path in files.keys() - there:
+        _write(path, files[path])
+    return _remarks(ids, set(train), set(held_out))
+
+
+def siblings(ids: Iterable[str]) -> dict[str, list[str]]:
+    """{patient: ids} where ids that differ in a suffix only, such as _venous, seem to be scans of one patient."""
+    groups: dict[str, list[str]] = {}
+    for name in ids:
+        groups.setdefault(SUFFIXES.sub("", name), []).append(name)
+    return {patient: group for patient, group in groups.items() if len(group) > 1}
+
+
+def _remarks(ids: list[str], train: set[str], held_out: set[str]) -> list[str]:
+    told = []
+    if torn := [g for g in siblings(ids).values() if train.intersection(g) and held_out.intersection(g)]:
+        told.append(f"{len(torn)} patients seem to have volumes both to train and to validate on ({', '.join(torn[0])}"
+                    f"{' ...' * (len(torn) > 1)}); --patient-regex keeps a patient's together")
+    if new := set(ids) - train - held_out:
+        told.append(f"{len(new)} volumes are in no split ({min(new)}{' ...' * (len(new) > 1)})")
+    return told
+
+
+def _held_out(task: Task, ids: list[str], val: float | None, val_cases: Path | None,
+              groups: dict[str, list[str]]) -> list[str]:
+    """The ids to validate on. Raises BadInput."""
+    if val_cases is None:
+        count = round((HELD_OUT if val is None else val) * len(groups))
+        if len(groups) < 2:
+            raise BadInput(f"{task.name}: {len(groups)} patient; a split needs two, one to validate on")
+        drawn = np.random.default_rng([SEED, 0]).choice(len(groups), min(max(count, 1), len(groups) - 1), False)
+        return [name for i in drawn for name in list(groups.values())[i]]
+    if val is not None:
+        raise BadInput("--val and --val-cases: give one of the two")
+    named = set(_listed(val_cases))
+    if absent := named.difference(ids):
+        raise BadInput(f"{val_cases}: {min(absent)} is none of the volumes of {task.name}, {ids[0]} ... {ids[-1]}")
+    if torn := [group for group in groups.values() if 0 < len(named.intersection(group)) < len(group)]:
+        raise BadInput(f"{val_cases}: has some of {', '.join(torn[0])} only, which by --patient-regex are one patient")
+    return list(named)
+
+
+def _of_patients(ids: list[str], pattern: str | None) -> dict[str, list[str]]:
+    """{patient: ids}, each volume a patient of its own without a pattern. Raises BadInput."""
+    groups: dict[str, list[str]] = {}
+    try:
+        known = re.compile(pattern or r"(?s:.*)")
+    except re.error as e:
+        raise BadInput(f"--patient-regex {pattern}: no regular expression ({e})") from None
+    for name in ids:
+        match = known.search(name)
+        if not (patient := match and match[min(known.groups, 1)]):
+            raise BadInput(f"--patient-regex {pattern}: matches nothing in {name}")
+        groups.setdefault(patient, []).append(name)
+    return groups
+
+
+def _listed(path: Path) -> list[str]:
+    """The ids in a text file, one a line; the file may have been edited anywhere. Raises BadInput."""
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
+    if not (found := [line.strip() for line in text.split("\n") if line.strip()]):
+        raise BadInput(f"{path}: no volume in it; list their ids, one a line")
+    return found
+
+
+def _write(path: Path, ids: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        part.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8", errors="surrogateescape")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from segment import checksum
 from whitening import fold, to_batch_norm, whiten_last_norm
 
 CHECKPOINT = "checkpoint.pt"  # what makes a folder a run
-IMAGENET = "IMAGENET1K_V1"  # torchvision's first weights, the ones mmselfsup and mmsegmentation start from
+IMAGENET = "IMAGENET1K_V1"  # torchvision's first weights; mmsegmentation's recipe has others (resnet50_v1c: deep stem)
 BUILT_IN = ("imagenet", "random")
 ARCHITECTURES = [m for m in torchvision.models.list_models() if m.startswith(("resnet", "resnext", "wide_resnet"))]
 # A file's ResNet stands under a chain of these. What stands under any other word is left out: MoCo's encoder_k,

@@ -244,7 +244,7 @@ def validation(path: Path, records: Sequence[dict], title: str) -> None:
     plt = pyplot()
     steps = [r["step"] for r in records]
     figure, axes = plt.subplots(figsize=(4.8, 2.9))
-    for i, (key, label) in enumerate((("mDS", "mDS: 13 organs"), ("mDice_with_background", "with background"))):
+    for i, (key, label) in enumerate((("mDS", "mDS: organs"), ("mDice_with_background", "with background"))):
         values = [np.nan if r[key] is None else 100 * r[key] for r in records]
         axes.plot(steps, values, marker="o", markersize=3, label=label, **_style(i))
         axes.annotate(f"{values[-1]:.2f}", (steps[-1], values[-1]), (4, 0), textcoords="offset points", va="center",
@@ -258,22 +258,22 @@ def validation(path: Path, records: Sequence[dict], title: str) -> None:
     _save(plt, figure, path)
 
 
-def report(path: Path, cells: Sequence[dict], organs: Sequence[str]) -> None:
+def report(path: Path, cells: Sequence[dict]) -> None:
     """Dice of each organ by method, from `report.cells`: a row for each data set and split, a column a protocol."""
     plt = pyplot()
     cells = [c for c in cells if c["values"]]
-    rows = list(dict.fromkeys((c["data"], c["split"]) for c in cells))
+    rows = {(c["data"], c["split"]): c["names"] for c in cells}
     protocols = list(dict.fromkeys(c["protocol"] for c in cells))
     methods = list(dict.fromkeys(c["method"] for c in cells))
-    places = np.arange(len(organs))
     looks = {m: {"marker": MARKERS[i % len(MARKERS)], "color": STYLES[i % len(STYLES)][0], "linestyle": "none",
                  "markersize": 4.5, "fillstyle": "none" if i % 2 else "full"} for i, m in enumerate(methods)}
     step = min(0.22, 0.66 / len(methods))  # aside, so that equal values stay visible
     aside = {m: step * (i - (len(methods) - 1) / 2) for i, m in enumerate(methods)}
-    figure, grid = plt.subplots(len(rows), len(protocols), figsize=(1.6 + 2.7 * len(protocols), 0.6 + 3.0 * len(rows)),
-                                squeeze=False, sharex=True, sharey=True, layout="constrained")
-    for (data, split), line in zip(rows, grid, strict=True):
-        where = "generated phantom" if data == "phantom" else data
+    heights = [0.7 + 0.18 * len(organs) for organs in rows.values()]
+    figure, grid = plt.subplots(len(rows), len(protocols), figsize=(1.6 + 2.7 * len(protocols), 0.6 + sum(heights)),
+                                squeeze=False, sharex=True, sharey="row", layout="constrained", height_ratios=heights)
+    for ((data, split), organs), line in zip(rows.items(), grid, strict=True):
+        where, places = "generated phantom" if data == "phantom" else data, np.arange(len(organs))
         for protocol, axes in zip(protocols, line, strict=True):
             for c in cells:
                 if (c["data"], c["split"], c["protocol"]) == (data, split, protocol):
@@ -281,8 +281,8 @@ def report(path: Path, cells: Sequence[dict], organs: Sequence[str]) -> None:
             axes.set_title(f"{protocol}, {split} % of {where}", fontsize=8)
             axes.hlines(places, 0, 100, color="#e8e8e8", linewidth=0.8, zorder=0)
             axes.set_xlim(-2, 102)
-    grid[0, 0].set_yticks(places, organs)
-    grid[0, 0].invert_yaxis()
+        line[0].set_yticks(places, organs)
+        line[0].set_ylim(len(organs) - 0.4, -0.6)
     for axes in grid[-1]:
         axes.set_xlabel("Dice in %, pooled; mean over draws")
     handles = [plt.Line2D([], [], label=m, **look) for m, look in looks.items()]

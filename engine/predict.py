@@ -22,16 +22,30 @@ from ct.volumes import BadInput
 from engine import backbones, processes, runs
 from segment import Segmenter
 
-SOURCES = "sources.jsonl"  # beside predictions: which volume each is of
+SOURCES = "sources.jsonl"  # beside predictions: which volume each is of, and what its ids mean
 BATCH = 8  # slices predicted at once
+CLASSES = 16  # of their logits at full size at once: 105 classes of 512 px would take 0.9 GB, twice
 
 
 @torch.no_grad()
 def slices(model: Segmenter, images: torch.Tensor, side: int, amp: str) -> torch.Tensor:
-    """Slices (B, H, W) uint8 -> labels (B, H, W) uint8: shorter side resized to `side`, logits resized back."""
+    """Slices (B, H, W) uint8 -> labels (B, H, W) uint8: shorter side resized to `side`, logits resized back.
+
+    The label is the first of the greatest logits, as of argmax; they are resized a few classes at a time.
+    """
+    whole = augment.whole(images, side).contiguous(memory_format=torch.channels_last)
     with processes.autocast(amp, images.device):
-        logits = model(augment.whole(images, side).contiguous(memory_format=torch.channels_last))
-    return F.interpolate(logits, images.shape[1:], mode="bilinear").argmax(1).to(torch.uint8)
+        coarse = model.coarse(model.features(whole))
+    best = torch.full(images.shape, -torch.inf, device=images.device)
+    labels, first = torch.zeros_like(images), 0
+    # with multiples of 16, no rest under 4, and dense copies torch's kernels give each class the bits it has among all
+    for part in coarse.tensor_split(list(range(CLASSES, coarse.shape[1] - 3, CLASSES)), 1):
+        part = F.interpolate(part.clone(), whole.shape[2:], mode="bilinear")
+        part = F.interpolate(part, images.shape[1:], mode="bilinear")
+        value, index = part.max(1)
+        labels = torch.where(value > best, (first + index).to(torch.uint8), labels)
+        best, first = torch.maximum(best, value), first + part.shape[1]
+    return labels
 
 
 def volume(model: Segmenter, levels: np.ndarray, side: int, amp: str, device: torch.device,
@@ -81,6 +95,14 @@ def find_volumes(source: Path) -> tuple[dict[str, Path], list[dict]]:
     return {name: v["image"] for name, v in zip(names, found, strict=True)}, skipped
 
 
+def name_of(path: Path, case: str) -> str:
+    """What the prediction of a volume of labelled data is called: as its file, without nnU-Net's number of the channel,
+    if its id is in that name; else (TotalSegmentator's s0000/ct.nii.gz) as its id.
+    """
+    name = volumes.stem(path).removesuffix("_0000")
+    return name if case in name else case
+
+
 def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, into: Path | None = None,
           skipped: Sequence[dict] = ()) -> None:
     """Write the labels that the run in `folder` gives to these volumes: NAME.nii.gz in `into` (folder/predictions).
@@ -91,8 +113,9 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, 
     """
     into = into or folder / "predictions"
     config = runs.read_config(folder, "arch", "protocol", "crop_size", "window", "data")
+    task = task_of(config)
     saved = runs.load(folder / "checkpoint.pt", device)
-    model = Segmenter(backbones.architecture(config["arch"]), config["protocol"], len(tasks.ORGANS))
+    model = Segmenter(backbones.architecture(config["arch"]), config["protocol"], len(task.organs))
     model.load_state_dict(saved["model"])
     model = model.to(device, memory_format=torch.channels_last)
     if amp == "auto":  # as in the run; what a CPU cannot do in half precision it does in full
@@ -114,8 +137,8 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, 
         odd += len(strange)
         labels = volume(model, levels, config["crop_size"], amp, device, name)
         foreign = config["data"] == "phantom" and not read.is_phantom
-        tqdm.write(f"{write(into, name, labels, read)}: {len(np.unique(labels[labels > 0]))} organs in {len(labels)} "
-                   "slices" + ", by a model that knows only the generated phantom" * foreign)
+        tqdm.write(f"{write(into, name, labels, read, task)}: {len(np.unique(labels[labels > 0]))} organs in "
+                   f"{len(labels)} slices" + ", by a model that knows only the generated phantom" * foreign)
     if odd:
         print(f"odd: {odd} (python datasets.py audit names them)")
     for line in bad[1:]:
@@ -124,18 +147,26 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, 
         raise BadInput(bad[0] + (f" ({len(bad)} such volumes or files, all named here)" if len(bad) > 1 else ""))
 
 
-def write(folder: Path, name: str, labels: np.ndarray, read: volumes.Volume) -> Path:
-    """Labels (Z, Y, X) as folder/NAME.nii.gz on the grid of the volume's file; returns that path.
+def task_of(config: dict) -> tasks.Task:
+    """What a segmentation run knows to segment, by its config.json: that of BTCV has no labels of its own."""
+    if "labels" not in config:
+        return tasks.BTCV
+    return tasks.of(config["data"], {int(i): organ for i, organ in config["labels"].items()}, Path())
 
-    Raises BadInput where another volume's prediction is in its place, or nothing can be written.
+
+def write(folder: Path, name: str, labels: np.ndarray, read: volumes.Volume, task: tasks.Task) -> Path:
+    """Classes (Z, Y, X) as folder/NAME.nii.gz, with the task's ids on the grid of the volume's file; returns that path.
+
+    SOURCES beside it says of which volume it is, and the name of each id. Raises BadInput where another volume's
+    prediction is in its place, or nothing can be written.
     """
     path = folder / f"{name}.nii.gz"
     refuse_another(path, read.path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         runs.append(folder / SOURCES, [{"prediction": name, "volume": os.path.realpath(read.path),
-                                        "checksum": prepare.checksum(read.path)}])
-        volumes.write_labels(path, labels, read)
+                                        "checksum": prepare.checksum(read.path), "labels": task.labels}])
+        volumes.write_labels(path, np.array(task.ids)[labels], read)
     except OSError as e:
         raise BadInput(f"{path}: cannot be written ({e.strerror}); give another --predict-out") from None
     return path

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from ct import command as ct_command
-from ct.command import cause, folder, number, whole
+from ct.command import cause, cores, folder, number, whole
 from ct.volumes import BadInput
 
 # Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
@@ -34,6 +34,12 @@ INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, SIGNS = range(9)
 
 
 PATIENCE = timedelta(minutes=30)  # with another process, before it counts as lost
+READERS = 16  # threads of a process at most: each holds a batch
+
+
+def readers() -> int:
+    """How many threads of a process read slices where --workers says nothing: its share of the machine's cores."""
+    return min(READERS, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class Parser(ct_command.Parser):
@@ -53,7 +59,8 @@ class Parser(ct_command.Parser):
             "there nothing else continues exactly (a CPU does)")
         add("--checkpoint-minutes", type=number(0), default=10.0, help="time after which a checkpoint is due, at the "
             "next tenth step (default 10); one is always kept at the end and on SIGTERM and Ctrl-C")
-        add("--workers", type=whole(0), default=2, help="threads that read slices (and processes that prepare them)")
+        add("--workers", type=whole(0), help="threads that read slices, and processes that prepare them (default: the "
+            f"cores there are, to read divided by the processes on this machine and at most {READERS})")
         add("--window", type=number(), nargs=2, default=(-175.0, 250.0), metavar=("LOW", "HIGH"), help="HU window")
 
 

@@ -45,9 +45,16 @@ def cells(results: Sequence[dict], protocols: Sequence[str]) -> list[dict]:
     Of the paper's own data Tables 1 and 2, whole; of other data one table of the paper's rows, those that were run.
     Rows that the paper lacks come after them: "Beyond the paper", "Others". A cell: table, data, split, method,
     protocol, `paper` (as printed; "" where it has none), `values` (mDS in % of the draws and seeds run; of equal runs
-    the newest), `organs` (their mean Dice of each organ), `settings`, `remarks` on its pre-training.
+    the newest), `organs` (their mean Dice of each organ) and their `names`, `settings`, `remarks` on its pre-training.
     """
-    newest = {(data_of(r), r["split"], method_of(r), r["protocol"], r["draw"], r.get("seed")): r for r in results}
+    kinds: dict[str, set] = {}
+    for r in results:
+        kinds.setdefault(data_of(r), set()).add(organs_of(r))
+
+    def table_of(r: dict) -> str:  # other organs of the same data are another table
+        return data_of(r) + f", {', '.join(organs_of(r))}" * (len(kinds[data_of(r)]) > 1)
+
+    newest = {(table_of(r), r["split"], method_of(r), r["protocol"], r["draw"], r.get("seed")): r for r in results}
     contents: dict[tuple, set[str]] = {}
     for (data, _, method, *_), r in newest.items():
         contents.setdefault((data, method), set()).add(file_of(r))
@@ -71,8 +78,10 @@ def cells(results: Sequence[dict], protocols: Sequence[str]) -> list[dict]:
             for protocol, paper in zip(protocols, printed, strict=True):
                 found = groups.get((data, split, method, protocol), [])
                 organs = _nan_mean(np.array([r["organs"] for r in found], float), 0).tolist() if found else []
+                names = organs_of(found[0]) if found else ()
                 out.append({"table": table, "data": data, "split": split, "method": method, "protocol": protocol,
-                            "paper": paper, "values": [100 * r["mDS"] for r in found], "organs": organs,
+                            "paper": paper, "values": [100 * r["mDS"] for r in found],
+                            "organs": organs, "names": names,
                             "settings": " / ".join(sorted({settings_of(r) for r in found})),
                             "remarks": sorted({remark for r in found for remark in remarks_on(r)})})
     filled = {(c["table"], c["data"]) for c in out if c["values"]}
@@ -84,6 +93,11 @@ def data_of(result: dict) -> str:
     if result["data"] == "phantom":
         return "phantom"
     return "BTCV" if result["slices"] == BTCV else f"{result['data']} of {result['slices']:,} slices"
+
+
+def organs_of(result: dict) -> tuple[str, ...]:
+    """The names of what was segmented; results on BTCV do not say them."""
+    return tuple(result["labels"].values())[1:] if "labels" in result else ORGANS[1:]
 
 
 def label(name: str, phantom: bool) -> str:
@@ -208,5 +222,5 @@ def write_report(out: Path) -> None:
     text = markdown(cells)
     runs.write_text(out / "report.md", text)
     write_csv(out / "report.csv", csv_rows(cells))
-    drawn = figures.attempt(figures.report, out / "report.png", cells, ORGANS[1:])
+    drawn = figures.attempt(figures.report, out / "report.png", cells)
     print(text + f"written: {', '.join(str(out / f'report.{x}') for x in ('md', 'csv', *['png'] * drawn))}")

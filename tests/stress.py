@@ -40,6 +40,7 @@ from ct import phantom, volumes  # noqa: E402
 from engine import figures, processes, runs  # noqa: E402
 
 STEPS = 5  # of pre-training, with checkpoints after 3 and 5; of segmentation, after 2, 4 and 5
+HANG = 600  # s without what is waited for: a hang. Nothing here depends on how fast the machine is
 TIMES = {"images_per_s", "data_share", "wall_s"}
 
 
@@ -53,6 +54,18 @@ class Failed(Exception):
 def check(holds: bool, what: object) -> None:
     if not holds:
         raise Failed(str(what))
+
+
+def await_that(happened: Callable[[], bool], running: Callable[[], bool], told: Callable[[], str]) -> None:
+    """Wait until something has happened. Raises Failed where what should do it has ended, or hangs."""
+    end = time.monotonic() + HANG
+    while True:
+        goes_on = running()  # looked at before: its last act counts
+        if happened():
+            return
+        check(goes_on, f"ended too early: {told()[-2000:]}")
+        check(time.monotonic() < end, f"a hang: {told()[-2000:]}")
+        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------------------------------------------- the scripts
@@ -81,7 +94,8 @@ class Bench:
             flags = ("--data", self.data / "BTCV", "--store", self.folder / "seg", "--crop-size", 32, "--batch-size", 2,
                      "--split", 25, "--draw", 1, "--protocol", "linear-finetune", "--backbone", "random",
                      "--iterations", steps)
-        return [str(a) for a in (*flags, "--out", out, "--amp", amp)]
+        both = ("--out", out, "--amp", amp, "--checkpoint-minutes", 0)  # what both scripts are given
+        return [str(a) for a in (*flags, *both)]
 
     def run_folder(self, script: str, out: Path) -> Path:
         return out / ("phantom-moco-local-zca" if script == "train_ssl" else "seg/random-linear-finetune-25-1")
@@ -155,7 +169,7 @@ class Started:
         out.mkdir(parents=True, exist_ok=True)
         port, argv = free_port(), bench.command(script, out, amp, steps)
         sys.stdout.flush()
-        self.pids, self.outputs = [], []
+        self.pids, self.outputs, self.codes = [], [], {}
         for rank in range(world):
             with open(out / f"{log}-{rank}.txt", "wb") as f:  # by a process of its own, which no limit will touch
                 output = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=f)
@@ -194,22 +208,29 @@ class Started:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def wait(self, seconds: float = 120) -> list[int]:
-        """Exit codes, negative for a signal. A process that does not end within `seconds` is a failure."""
-        codes, end = {}, time.monotonic() + seconds
-        while len(codes) < len(self.pids):
-            for pid in self.pids:
-                if pid not in codes:
-                    done, status = os.waitpid(pid, os.WNOHANG)
-                    if done:
-                        codes[pid] = os.waitstatus_to_exitcode(status)
-            if time.monotonic() > end:
-                self.kill()
-                raise Failed(f"{self.out}: a process hangs")
-            time.sleep(0.01)
+    def running(self) -> bool:
+        """Whether all its processes are at work."""
+        for pid in self.pids:
+            if pid not in self.codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+        return not self.codes
+
+    def wait(self) -> list[int]:
+        """Exit codes, negative for a signal."""
+        def ended() -> bool:
+            self.running()
+            return len(self.codes) == len(self.pids)
+
+        try:
+            await_that(ended, lambda: True, self.told)
+        except Failed:
+            self.kill()
+            raise
         for output in self.outputs:
             output.wait()
-        return [codes[pid] for pid in self.pids]
+        return [self.codes[pid] for pid in self.pids]
 
     def told(self, rank: int = 0) -> str:
         return (self.out / f"{self.log}-{rank}.txt").read_text(errors="replace")
@@ -321,11 +342,8 @@ def kills(bench: Bench, count: int) -> list[str]:
             f"of the run folder, {timed} at any time | all equal: {told} |"]
 
 
-def await_lines(log: Path, lines: int, told) -> None:
-    end = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= lines):
-        check(time.monotonic() < end, f"{log}: no step {lines}: {told()[-2000:]}")
-        time.sleep(0.01)
+def has_lines(log: Path, lines: int) -> bool:
+    return log.exists() and log.read_text().count("\n") >= lines
 
 
 SIGNALS = ((signal.SIGINT, "bf16", 2, [1]), (signal.SIGTERM, "off", 1, None))
@@ -337,10 +355,12 @@ def signals(bench: Bench, given: tuple = SIGNALS) -> list[str]:
         out = bench.folder / f"signal-{number}"
         log = bench.run_folder("train_ssl", out) / "log.jsonl"
         started = Started(bench, "train_ssl", out, amp, world, steps=1000)
-        await_lines(log, 3, started.told)
+        await_that(lambda log=log: has_lines(log, 3), started.running, started.told)
+        started.kill(signal.SIGSTOP)  # or it might end while the second one starts
         second = Started(bench, "train_ssl", out, log="second")
         check(second.wait() == [1] and "another run is at work there" in second.told(), second.told())
         started.kill(number, ranks)
+        started.kill(signal.SIGCONT)
         codes, wanted = started.wait(), 128 + number
         # a process that another one's signal stopped says SIGTERM
         check(codes == ([wanted] if world == 1 else [128 + signal.SIGTERM, wanted]), f"{out}: ended with {codes}")
@@ -352,17 +372,19 @@ def signals(bench: Bench, given: tuple = SIGNALS) -> list[str]:
         bench.check_same(bench.outcome("train_ssl", reference), "train_ssl", out)
 
     def slow() -> None:
-        train_ssl.Trainer.step = lambda *args: time.sleep(60)
+        train_ssl.Trainer.step = lambda *args: time.sleep(2 * HANG)
 
     started = Started(bench, "train_ssl", bench.folder / "signalled-twice", before=slow)
     handled = 1 << (signal.SIGTERM - 1)
-    for wanted in (True, False):  # the handler is there; then, after the first signal, the default is back
-        while bool(int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{started.pids[0]}/status").read_text())[1], 16)
-                   & handled) is not wanted:
-            time.sleep(0.01)
-            check(not os.waitpid(started.pids[0], os.WNOHANG)[0], started.told())
+
+    def caught() -> bool:
+        status = Path(f"/proc/{started.pids[0]}/status").read_text()
+        return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) & handled)
+
+    for ready in (caught, lambda: not caught()):  # the handler is there; after the first signal, the default is back
+        await_that(ready, started.running, started.told)
         started.kill(signal.SIGTERM)
-    check(started.wait(5) == [-signal.SIGTERM], "a second signal did not end the run at once")
+    check(started.wait() == [-signal.SIGTERM], "a second signal did not end the run in the middle of a step")
     told = ", ".join(f"{signal.Signals(n).name} to {'1 of ' * (w > 1)}{w}" for n, _, w, _ in given)
     return [f"| {told} process(es) | {len(given)} | saved, 128 + signal, continued to equal results |",
             "| a second signal | 1 | ended at once |", f"| a second run on a folder at work | {len(given)} | refused |"]
@@ -419,11 +441,59 @@ def ranks(bench: Bench, changes: tuple = ((2, 1), (1, 2))) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- torchrun
 
 
-def torchrun(bench: Bench, out: Path, *flags: object, log: str = "output.txt") -> subprocess.Popen:
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / log, "ab") as f:
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, flags), "--", "train_ssl.py",
-                                 *bench.command("train_ssl", out, "bf16")], cwd=ROOT, stdout=f, stderr=f)
+# After the first checkpoint it waits for its killer: until that takes the file away, or a signal comes.
+HELD = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import train_ssl
+from engine.processes import StopRequest
+step, note, noted = train_ssl.Trainer.step, StopRequest._note, []
+def held(self, t, slices):
+    while t == 3 and os.path.exists({hold!r}) and not noted:
+        time.sleep(0.01)
+    return step(self, t, slices)
+def heard(*args):
+    noted.append(True)
+    note(*args)
+train_ssl.Trainer.step, StopRequest._note = held, heard
+train_ssl.main()
+"""
+
+
+class Launched:
+    """train_ssl under torchrun: one launcher for each of `outs`, with its flags. held: see HELD."""
+
+    def __init__(self, bench: Bench, outs: list[Path], *flags: tuple, held: bool = False):
+        self.outs, self.launchers, self.hold = outs, [], bench.folder / "hold"
+        self.logs = {out: bench.run_folder("train_ssl", out) / "log.jsonl" for out in outs}
+        script = bench.folder / "train_ssl.py" if held else ROOT / "train_ssl.py"
+        if held:
+            self.hold.touch()
+            script.write_text(HELD.format(root=str(ROOT), hold=str(self.hold)))
+        for out, own in zip(outs, flags, strict=True):
+            out.mkdir(parents=True, exist_ok=True)
+            with open(out / "output.txt", "ab") as f:
+                self.launchers.append(subprocess.Popen(
+                    [sys.executable, "-m", "torch.distributed.run", *map(str, own), "--", str(script),
+                     *bench.command("train_ssl", out, "bf16")], cwd=ROOT, stdout=f, stderr=f))
+
+    def running(self) -> bool:
+        return all(launcher.poll() is None for launcher in self.launchers)
+
+    def told(self) -> str:
+        return "".join((out / "output.txt").read_text(errors="replace") for out in self.outs)
+
+    def at_work(self) -> list[Path]:
+        """The folders of `outs` in which a rank 0 has logged steps: of two launchers, which has it is not given."""
+        return [out for out, log in self.logs.items() if has_lines(log, 2)]
+
+    def await_hold(self) -> None:
+        await_that(self.at_work, self.running, self.told)
+
+    def wait(self) -> list[int]:
+        """Exit codes."""
+        await_that(lambda: all(launcher.poll() is not None for launcher in self.launchers), lambda: True, self.told)
+        return [launcher.returncode for launcher in self.launchers]
 
 
 def workers_of(launcher: subprocess.Popen) -> list[int]:
@@ -438,10 +508,11 @@ def restarts(bench: Bench, ranks: tuple[int, ...] = (0, 1)) -> list[str]:
     """A worker of two dies by SIGKILL under --max-restarts 1."""
     for rank in ranks:
         out = bench.folder / f"restarted-{rank}"
-        launcher = torchrun(bench, out, *TWO)
-        await_lines(bench.run_folder("train_ssl", out) / "log.jsonl", 2, (out / "output.txt").read_text)
-        os.kill(sorted(workers_of(launcher))[rank], signal.SIGKILL)
-        check(launcher.wait(120) == 0, f"{out}: torchrun ended with {launcher.returncode}")
+        launched = Launched(bench, [out], TWO, held=True)
+        launched.await_hold()
+        os.kill(sorted(workers_of(launched.launchers[0]))[rank], signal.SIGKILL)
+        launched.hold.unlink()
+        check(launched.wait() == [0], f"{out}: {launched.told()[-2000:]}")
         bench.check_equal("train_ssl", out, "bf16", 2)
     return [f"| torchrun: a worker of two killed, --max-restarts 1 | {len(ranks)} | restarted, equal results |"]
 
@@ -449,20 +520,15 @@ def restarts(bench: Bench, ranks: tuple[int, ...] = (0, 1)) -> list[str]:
 def rejoin(bench: Bench) -> list[str]:
     """Two launchers on loopback (c10d), each with a worker; the second's worker dies by SIGKILL: both start again."""
     port, outs = free_port(), [bench.folder / f"rejoined-{rank}" for rank in (0, 1)]
-    launchers = [torchrun(bench, out, "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "r",
-                          "--rdzv-endpoint", f"127.0.0.1:{port}", "--max-restarts", 2) for out in outs]
-    logs = [bench.run_folder("train_ssl", out) / "log.jsonl" for out in outs]
-
-    def told() -> str:
-        return "".join((out / "output.txt").read_text() for out in outs)
-
-    while not any(log.exists() and len(runs.read_log(log)) >= 2 for log in logs):  # rank 0's; which one is not given
-        check(all(launcher.poll() is None for launcher in launchers), told())
-        time.sleep(0.01)
-    main = next(i for i, log in enumerate(logs) if log.exists())
-    os.kill(workers_of(launchers[1 - main])[0], signal.SIGKILL)
-    check([launcher.wait(300) for launcher in launchers] == [0, 0], f"{outs}: {told()[-3000:]}")
-    finished = [out for out, log in zip(outs, logs, strict=True) if log.exists()]
+    flags = ("--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "r", "--rdzv-endpoint",
+             f"127.0.0.1:{port}", "--max-restarts", 2)
+    launched = Launched(bench, outs, flags, flags, held=True)
+    launched.await_hold()
+    main = outs.index(launched.at_work()[0])
+    os.kill(workers_of(launched.launchers[1 - main])[0], signal.SIGKILL)
+    launched.hold.unlink()
+    check(launched.wait() == [0, 0], f"{outs}: {launched.told()[-3000:]}")
+    finished = [out for out, log in launched.logs.items() if log.exists()]
     bench.check_equal("train_ssl", finished[-1] if len(finished) == 1 else outs[main], "bf16", 2)
     return ["| two nodes, a worker of one killed, --max-restarts 2 | 1 | both rejoined, equal results |"]
 
@@ -470,12 +536,12 @@ def rejoin(bench: Bench) -> list[str]:
 def terminated(bench: Bench) -> list[str]:
     """SIGTERM to torchrun itself, which passes it on; and the command again."""
     out = bench.folder / "terminated"
-    launcher = torchrun(bench, out, *TWO)
-    await_lines(bench.run_folder("train_ssl", out) / "log.jsonl", 2, (out / "output.txt").read_text)
-    launcher.terminate()
-    code = launcher.wait(60)
-    check(code != 0 and "the same command continues" in (out / "output.txt").read_text(), f"{out}: {code}")
-    check(torchrun(bench, out, *TWO).wait(120) == 0, f"{out}: did not continue")
+    launched = Launched(bench, [out], TWO, held=True)
+    launched.await_hold()
+    launched.launchers[0].terminate()  # the signal that it passes on ends the hold
+    (code,) = launched.wait()
+    check(code != 0 and "the same command continues" in launched.told(), f"{out}: {code}")
+    check(Launched(bench, [out], TWO).wait() == [0], f"{out}: did not continue")
     bench.check_equal("train_ssl", out, "bf16", 2)
     return [f"| torchrun: SIGTERM | 1 | saved, exit code {code}, continued to equal results |"]
 
@@ -483,9 +549,9 @@ def terminated(bench: Bench) -> list[str]:
 def nodes(bench: Bench) -> list[str]:
     """Two launchers on loopback, the second with an --out of its own that must stay empty: equal to one node."""
     port, outs = free_port(), [bench.folder / f"node-{rank}" for rank in (0, 1)]
-    launchers = [torchrun(bench, out, "--nnodes", 2, "--node-rank", rank, "--nproc-per-node", 1, "--master-addr",
-                       "127.0.0.1", "--master-port", port) for rank, out in enumerate(outs)]
-    check([a.wait(180) for a in launchers] == [0, 0], f"{outs}: see output.txt there")
+    flags = [("--nnodes", 2, "--node-rank", rank, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port",
+              port) for rank in (0, 1)]
+    check(Launched(bench, outs, *flags).wait() == [0, 0], f"{outs}: see output.txt there")
     bench.check_equal("train_ssl", outs[0], "bf16", 2)
     check(os.listdir(outs[1]) == ["output.txt"], f"{outs[1]}: {os.listdir(outs[1])}")
     return ["| two nodes (two launchers on loopback) | 1 | equal to one node with two processes |"]
@@ -610,7 +676,7 @@ def main() -> None:
             started = time.monotonic()
             try:
                 rows += parts[name](bench)
-            except (Failed, OSError, subprocess.TimeoutExpired, volumes.BadInput) as e:
+            except (Failed, OSError, volumes.BadInput) as e:
                 failures.append(name)
                 rows.append(f"| {name} | | FAILED: {' '.join(str(e).split())} |")
                 traceback.print_exc()

@@ -371,3 +371,14 @@ def test_common_parts_show_the_same_places(side):
         ends = [augment.pixel_boxes(p["box"], side)[i] / side for p in (query, key)]
         overlap = [min(e[a] + e[a + 2] for e in ends) - max(e[a] for e in ends) for a in (0, 1)]
         assert min(overlap) < 0.1
+
+
+def test_a_view_does_not_depend_on_its_company():
+    """Bit for bit, also where only one image of a part is blurred: one process and several make the same views."""
+    batch, params = noise(8), augment.draw(np.random.default_rng(0), 8)
+    params["sigma"] = np.array([0, 0, 0, 0.91, 1.7, 0.2, 2.0, 0])
+    whole, _ = augment.pair(batch, params, params, 64)
+    for size in (1, 2, 4):
+        parts = [slice(i, i + size) for i in range(0, 8, size)]
+        views = [augment.pair(batch[p], part(params, p), part(params, p), 64)[0] for p in parts]
+        assert torch.equal(torch.cat(views), whole), size

@@ -1,13 +1,16 @@
 """datasets.py: layouts, stores, splits; what changed is prepared again, what is bad is named."""
 
+import copy
 import errno
 import fcntl
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import pytest
 import datasets
 from ct import intake, prepare, tasks
 from ct.volumes import BadInput, read_volume
+from engine import processes
 
 AFFINE = np.diag([-1.5, -1.5, 5.0, 1.0])  # LPS
 
@@ -476,6 +480,92 @@ def test_damaged_stores_are_found_at_load(abdomen, tmp_path):
         datasets.Store(store.folder, index)
 
 
+def fill(store):
+    """Every slice's expected voxels, read by NumPy."""
+    return np.concatenate([np.load(prepare.array(store.folder, v["id"])) for v in store.volumes])
+
+
+def test_files_stay_open_for_all_threads_and_go_with_the_store(abdomen, tmp_path, monkeypatch):
+    store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    wanted, opened, real = fill(store), [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *more: opened.append(real(path, *more)) or opened[-1])
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(15), 40))
+    for _, (part, got) in datasets.prefetch(lambda t: (order[t::60], store.batch(order[t::60])), range(60), 8):
+        np.testing.assert_array_equal(got, wanted[part])
+    now = len(opened)
+    assert len(store.files) == 3 and now <= 3 * 8  # threads that meet at a file's first read each open it
+    copied, twice = pickle.loads(pickle.dumps(store)), copy.deepcopy(store)
+    np.testing.assert_array_equal(store.batch(order), wanted[order])
+    assert len(opened) == now
+    still = [f.descriptor for f in store.files.values()]
+    store = None
+    for file in still:
+        with pytest.raises(OSError):
+            os.fstat(file)
+    for other in (copied, twice):
+        np.testing.assert_array_equal(other.slice(7), wanted[7])
+
+
+def test_no_more_files_stay_open_than_the_limit_has_room_for(tmp_path):
+    """In a process of its own: a soft limit below the number of volumes is raised, or else not exhausted."""
+    for i in range(40):
+        write(tmp_path / "A" / f"scan{i:02d}.nii", ct(i, (20, 16, 3)))
+    store = datasets.prepare(tmp_path / "A", tmp_path / "s", "pretrain", size=20)
+    script = """if True:
+        import resource, sys, numpy as np, datasets
+        from pathlib import Path
+        hard = int(sys.argv[3])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (30, hard))
+        store = datasets.prepare(Path(sys.argv[1]), Path(sys.argv[2]), "pretrain", size=20)
+        for _ in range(2):
+            print(store.batch(np.arange(120)).astype(int).sum(), len(store.files))"""
+    for hard, kept in ((200, 40), (30, 15)):
+        ran = subprocess.run([sys.executable, "-c", script, tmp_path / "A", tmp_path / "s", str(hard)], text=True,
+                             capture_output=True, cwd=Path(datasets.__file__).parent)
+        assert ran.stdout.split() == [str(fill(store).astype(int).sum()), str(kept)] * 2, ran.stderr
+
+
+def test_a_volume_prepared_again_is_read_as_it_was(abdomen, tmp_path):
+    """All of it from one file: half of the old one and half of the new would be a volume that never was."""
+    store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    wanted = fill(store)
+    store.slice(0)
+    write(abdomen / "part1" / "Case_00001_0000.nii.gz", ct(77, (20, 16, 4)))
+    new = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    np.testing.assert_array_equal(store.batch(np.arange(4)), wanted[:4])
+    assert (new.slice(3) != wanted[3]).any()
+
+
+@pytest.mark.parametrize("damage,match", [
+    ("missing", "cannot be read .No such file"), ("short", "ends too early"), ("cut while open", "ends too early"),
+    ("long", "ends too early"), ("failing", "cannot be read .Input/output error")])
+def test_a_file_that_is_damaged_later_is_named(abdomen, tmp_path, monkeypatch, damage, match):
+    store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    path = prepare.array(store.folder, "Case_00001")
+    if damage == "missing":
+        path.unlink()
+    if damage == "cut while open":
+        store.slice(0)
+    if damage in ("short", "cut while open"):
+        os.truncate(path, 1200)  # a header and two slices of four
+    if damage == "long":
+        os.truncate(path, 9000)
+    if damage == "failing":
+        def fail(*args):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(BadInput, match=match) as caught:
+        store.slice(3)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_read_that_comes_in_parts_is_put_together(abdomen, tmp_path, monkeypatch):
+    store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
+    wanted, real = fill(store), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: real(file, [buffers[0][:37]], at))
+    np.testing.assert_array_equal(store.batch(np.arange(15)), wanted)
+
+
 @pytest.mark.parametrize("what,match", [
     ("missing", "no such folder"), ("empty", "no .nii or .nii.gz"), ("window", "--window"), ("label", "has no label"),
     ("shape", "one grid"), ("affine", "one grid"), ("half", "not all whole numbers"),
@@ -514,6 +604,18 @@ def test_prefetch_keeps_the_order_and_passes_errors_on():
     assert list(datasets.prefetch(lambda t: t * t, range(3, 20), 3)) == [(t, t * t) for t in range(3, 20)]
     with pytest.raises(ZeroDivisionError):
         list(datasets.prefetch(lambda t: 1 // t, range(-2, 2), 2))
+
+
+def test_workers_default_to_the_cores_of_a_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(96)), raising=False)
+    for processes_here, threads in ((None, 16), ("8", 12), ("64", 1), ("200", 1)):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if processes_here:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", processes_here)
+        assert processes.readers() == threads
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
+    at_work = threading.Barrier(3)  # passed only by three threads at once
+    assert [n for n, _ in datasets.prefetch(lambda t: at_work.wait(60), range(3))] == [0, 1, 2]
 
 
 def test_audit_names_duplicates_and_odd_volumes(btcv, abdomen, capsys):

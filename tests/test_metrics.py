@@ -1,4 +1,4 @@
-"""metrics.py against loops over pixels, numbers worked out by hand, and all pairs of surface voxels."""
+"""metrics.py against loops over pixels, numbers worked out by hand, all pairs of surface voxels, MONAI and MedPy."""
 
 import itertools
 import json
@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 import metrics
 
@@ -157,18 +158,27 @@ def test_join_keeps_rows_and_ids_together(toy):
 
 
 def test_per_case_rows_are_sorted_and_leave_the_undefined_empty(toy):
-    distances = {v: [1.5 if v == "a" else math.nan, 2.0, math.nan] for v in "abcd"}
+    nan = math.nan
+    distances = {v: np.array([[1.5 if v == "a" else nan, 0, 0.25], [2, 3, 4], [nan, 0, nan]]) for v in "abcd"}
     rows = metrics.per_case(*toy, distances, ("background", "x", "y", "z"))
     assert [r[:3] for r in rows[:4]] == [["a", 0, "background"], ["a", 1, "x"], ["a", 2, "y"], ["a", 3, "z"]]
-    assert rows[0][3:] == [11, 13, 12, "0.880000", ""] and rows[1][3:] == [4, 4, 4, "1.000000", "1.500"]
-    assert rows[3][3:] == [0, 0, 0, "", ""] and rows[5][3:] == [0, 0, 2, "0.000000", ""] and len(rows) == 16
+    assert rows[0][3:] == [11, 13, 12, "0.880000", "", "", ""]
+    assert rows[1][3:] == [4, 4, 4, "1.000000", "1.500", "0.000", "0.250"]
+    assert rows[3][3:] == [0, 0, 0, "", "", "0.000", ""] and len(rows) == 16
+    assert rows[5][3:] == [0, 0, 2, "0.000000", "", "0.000", "0.250"]
+    assert [len(r) for r in rows] == [len(metrics.CASE_COLUMNS)] * 16
 
 
 def test_hd95_means_and_how_many_volumes_they_are_of():
+    """Organs in the columns. MONAI: volumes (1 + 4) / 2 and (8 + 2) / 2. TransUNet: all six cells."""
     nan = math.nan
-    told = metrics.summarise_hd95([[1.0, nan, nan], [3.0, 8.0, nan]])
-    assert told == {"hd95_mm": 5.0, "hd95_mm_organs": [2.0, 8.0, None], "hd95_volumes": [2, 1, 0]}
-    assert metrics.summarise_hd95([[nan]]) == {"hd95_mm": None, "hd95_mm_organs": [None], "hd95_volumes": [0]}
+    ours, transunet, monai = ([[1.0, nan, nan], [3.0, 8.0, nan]], [[6, 0, 0], [3, 9, 0]], [[1, 4, nan], [8, nan, 2]])
+    told = metrics.summarise_hd95(np.stack([ours, transunet, monai], -1))
+    assert told == {"hd95_mm": 5.0, "hd95_mm_organs": [2.0, 8.0, None], "hd95_volumes": [2, 1, 0],
+                    "hd95_transunet_voxels": 3.0, "hd95_monai_mm": 3.75}
+    assert metrics.summarise_hd95([[[nan, 0, nan]]]) == {
+        "hd95_mm": None, "hd95_mm_organs": [None], "hd95_volumes": [0], "hd95_transunet_voxels": 0,
+        "hd95_monai_mm": None}
 
 
 def test_slices_to_look_at_go_from_worst_to_best():
@@ -217,6 +227,133 @@ def test_hd95_of_single_voxels_equal_masks_and_empty_masks():
         assert math.isnan(metrics.hd95(*pair, (1, 1, 1)))
     with pytest.raises(ValueError, match="shape"):
         metrics.hd95(a, b[1:], (1, 1, 1))
+
+
+# Masks of 7 x 9 x 8 voxels that meet in all pairs: nothing, one voxel, a corner, all, a slab at the border, a ball that
+# the border cuts, the same with islands, noise
+MASKS = ("empty", "voxel", "corner", "full", "slab", "ball", "islands", "noise")
+
+
+def mask(kind, seed=0):
+    rng, out = np.random.default_rng(seed), np.zeros((7, 9, 8), bool)
+    if kind in ("ball", "islands"):
+        z, y, x = np.ogrid[:7, :9, :8]
+        out = (z - 2 - seed) ** 2 / 9 + (y - 4) ** 2 / 12 + (x - 5) ** 2 / 8 <= 1
+    where = {"voxel": (3, 4 + seed, 5), "corner": (0, 0, 0), "full": ..., "slab": np.s_[:, : 2 + seed],
+             "islands": (6, 8)}
+    if kind in where:
+        out[where[kind]] = True
+    return rng.random(out.shape) < 0.2 if kind == "noise" else out
+
+
+def monai_input(labels, classes):
+    return torch.from_numpy(np.stack([labels == c for c in range(classes)])[None])
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 0.7, 0.9)])
+def test_hd95_is_medpys(spacing):
+    binary = pytest.importorskip("medpy.metric.binary", reason="MedPy is not installed: pip install medpy")
+
+    def transunet(p, t):  # their rule, around MedPy
+        return binary.hd95(p, t) if p.any() and t.any() else 0
+
+    for pair in itertools.product(MASKS, MASKS):
+        p, t = mask(pair[0]), mask(pair[1], 1)
+        told = metrics.hd95_organs(3 * p.astype(np.uint8), 3 * t.astype(np.uint8), spacing, 5)
+        assert np.isnan(told[[0, 1, 3]][:, [0, 2]]).all() and not told[[0, 1, 3], 1].any()
+        assert told[2, 1] == pytest.approx(transunet(p, t), rel=1e-12), pair
+        if "empty" in pair:
+            assert math.isnan(told[2, 0]) and math.isnan(metrics.hd95(p, t, spacing))
+        else:
+            assert told[2, 0] == pytest.approx(binary.hd95(p, t, spacing), rel=1e-12), pair
+            assert metrics.hd95(p, t, spacing) == pytest.approx(told[2, 0], rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*is all 0:UserWarning")
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 0.7, 0.9)])
+def test_hd95_monai_is_monais(spacing):
+    monai = pytest.importorskip("monai.metrics", reason="MONAI is not installed: pip install monai")
+    apart = 0
+    for pair in itertools.product(MASKS, MASKS):
+        p, t = mask(pair[0]).astype(np.uint8), mask(pair[1], 1).astype(np.uint8)
+        ours, _, told = metrics.hd95_organs(p, t, spacing, 2)[0]
+        expected = monai.compute_hausdorff_distance(monai_input(p, 2), monai_input(t, 2), percentile=95,
+                                                    spacing=spacing).item()
+        assert told == pytest.approx(expected, rel=1e-6, nan_ok=True), pair
+        apart = max(apart, abs(told - ours))
+    assert apart > 1  # no two names for one thing
+
+
+def volumes_of_labels(classes=6):
+    """Eight volumes of noise, (prediction, truth) each, of which some lack organs: in truth, prediction or both."""
+    rng = np.random.default_rng(0)
+    pairs = rng.integers(0, classes, (8, 2, 6, 7, 8)).astype(np.uint8)
+    pairs[:, 0][rng.random((8, 6, 7, 8)) < 0.5] = 0
+    for volume, side, organ in ((0, 1, 1), (1, 0, 1), (2, 0, 2), (2, 1, 2), (3, 1, 3), (4, 0, 4)):
+        pairs[volume, side][pairs[volume, side] == organ] = 0
+    pairs[5, 1] = pairs[6] = pairs[:, 1][pairs[:, 1] == 5] = 0  # no organ in truth; in neither; none of organ 5's truth
+    return pairs
+
+
+@pytest.mark.filterwarnings("ignore:.*is all 0:UserWarning")
+def test_means_of_hd95_are_monais():
+    monai = pytest.importorskip("monai.metrics", reason="MONAI is not installed: pip install monai")
+    metric = monai.HausdorffDistanceMetric(percentile=95)  # by default without background, reduction "mean"
+    spacing, found = (3.0, 0.7, 0.9), []
+    for p, t in volumes_of_labels():
+        metric(monai_input(p, 6), monai_input(t, 6), spacing=spacing)
+        found.append(metrics.hd95_organs(p, t, spacing, 6))
+    told = metrics.summarise_hd95(found)
+    assert told["hd95_monai_mm"] == pytest.approx(metric.aggregate().item(), rel=1e-6)
+    assert told["hd95_volumes"] == [4, 5, 5, 5, 0]
+
+
+def test_dice_of_the_csv_is_that_of_monai_and_medpy():
+    """From the counts in dice.csv, as its readers would: what equals which settings of DiceMetric."""
+    monai = pytest.importorskip("monai.metrics", reason="MONAI is not installed: pip install monai")
+    pairs, names = volumes_of_labels(), tuple("012345")
+    table, ids = metrics.join({v: metrics.count_slices(p, t, 6) for v, (p, t) in enumerate(pairs)})
+    rows = metrics.per_case(table, ids, dict(enumerate(np.zeros((8, 5, 3)))), names)
+    table = np.array([r[3:6] for r in rows]).reshape(8, 6, 3)  # a row a volume is a table, too
+
+    def theirs(together=False, **settings):
+        metric = monai.DiceMetric(**settings)
+        given = [np.concatenate(pairs, 1)] if together else pairs  # the whole set as one volume
+        for p, t in given:
+            metric(monai_input(p, 6), monai_input(t, 6))
+        return metric.aggregate().numpy()
+
+    def close(value):
+        return pytest.approx(value, rel=1e-6, nan_ok=True)
+
+    told = metrics.summarise(table, range(8))
+    per_class, mean = metrics.monai(table, range(8))
+    assert mean == told["per_volume_monai"] == close(theirs(include_background=False).item())
+    assert per_class[:5] == close(theirs(reduction="mean_batch")[:5])
+    assert math.isnan(per_class[5]) and theirs(reduction="mean_batch")[5] == 0  # organ 5: nothing defined
+    scores = theirs(include_background=False, reduction="none")
+    assert told["per_volume_swinunetr"] == close(np.nan_to_num(scores).mean())  # 0 where theirs is NaN
+    assert told["mDS"] == close(theirs(True, include_background=False).item())
+    assert [math.nan if d is None else d for d in told["organs"]] == close(
+        theirs(True, include_background=False, reduction="none")[0])
+    ignored = theirs(True, ignore_empty=False)  # organ 5 is predicted: 0, as in mmseg
+    assert told["mDice_with_background"] == close(ignored.item())
+    # 1 where both are empty and 0 where the truth is, in each volume: a convention of MONAI's that is none of ours
+    others = theirs(include_background=False, ignore_empty=False).item()
+    assert all(abs(others - v) > 1e-3 for v in told.values() if isinstance(v, float))
+
+
+def test_dice_of_transunet_is_their_rule_around_medpy():
+    binary = pytest.importorskip("medpy.metric.binary", reason="MedPy is not installed: pip install medpy")
+    pairs = volumes_of_labels()
+    table, ids = metrics.join({v: metrics.count_slices(p, t, 6) for v, (p, t) in enumerate(pairs)})
+
+    def rule(p, t):
+        return (binary.dc(p, t) if t.any() else 1) if p.any() else 0
+
+    scores = np.array([[rule(p == c, t == c) for c in range(1, 6)] for p, t in pairs])
+    assert metrics.summarise(table, ids)["per_volume_transunet"] == pytest.approx(scores.mean(), rel=1e-12)
+    np.testing.assert_allclose(metrics.transunet(table, ids)[0][1:], scores.mean(0), rtol=1e-12)
 
 
 def test_mean_std():

@@ -1,5 +1,6 @@
 import functools
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from scipy.ndimage import label
 
-from ct import phantom
+import datasets
+from ct import intake, phantom, phantom_layouts, tasks
 from ct.volumes import BadInput, read_volume
 
 SMALL = (12, 48, 48)
@@ -164,6 +166,25 @@ def test_written_files_are_the_patients(tmp_path):
     assert len(seen) == 5
 
 
+def test_other_layouts_hold_the_same_patients(tmp_path):
+    """Their stores, slices and label classes, equal that of BTCV's layout."""
+    few = dict(seed=3, labelled=4, unlabelled=0, shape=(4, 64, 64), workers=2)
+    phantom.write(tmp_path / "btcv", **few)
+    stores = {None: datasets.prepare(tmp_path / "btcv/BTCV", tmp_path / "s", "segment")}
+    for layout in phantom_layouts.LAYOUTS:
+        phantom.write(tmp_path / layout, **few, layout=layout)
+        organs = phantom_layouts.MASKS if layout == "totalsegmentator" else None
+        stores[layout] = datasets.prepare(tmp_path / layout, tmp_path / layout / "s", "segment", organs=organs)
+    first = [(v["id"], list(v["checksums"].values()), v["voxels"], v["spacing"]) for v in stores[None].volumes]
+    assert np.sum([v["voxels"] for v in stores[None].volumes], 0)[[1, 2, 3, 6]].all()
+    for layout, store in stores.items():
+        ids = "s" * (layout == "totalsegmentator")
+        assert [(v["id"], list(v["checksums"].values()), v["voxels"], v["spacing"]) for v in store.volumes] == [
+            (ids + case, *rest) for case, *rest in first]
+        assert store.is_phantom and intake.is_phantom(Path(store.data)) and not store.skipped
+        assert layout == "totalsegmentator" or store.task.labels == tasks.BTCV.labels
+
+
 def test_only_the_first_labelled_ids(tmp_path):
     assert phantom.BTCV_IDS[9:11] == (10, 21) and len(phantom.BTCV_IDS) == 30
     phantom.write(tmp_path / "p", labelled=12, unlabelled=0, shape=(4, 16, 16), workers=1)
@@ -237,3 +258,6 @@ def test_command(tmp_path, capsys, monkeypatch, refusal):
     phantom.main(["--out", out, "--labelled", "2", "--unlabelled", "1", "--seed", "4"])
     assert "2 labelled and 1 unlabelled patients" in capsys.readouterr().out
     assert f"{out}: exists already" in refusal(phantom.main, ["--out", out])
+    phantom.main(["--out", out + "m", "--labelled", "2", "--layout", "msd"])
+    assert "2 labelled and 0 unlabelled patients" in capsys.readouterr().out
+    assert "alone" in refusal(phantom.main, ["--out", out + "n", "--layout", "nnunet", "--unlabelled", "3"])

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import augment
 import metrics
 import train_seg
 from ct import prepare, tasks, volumes
@@ -81,6 +83,8 @@ def test_the_csv_counts_what_the_files_hold(small_phantom, out):
         distance = metrics.hd95(predicted, truth, nib.affines.voxel_sizes(truth_file.affine))
         assert (row["hd95_mm"] == "") == (c == 0 or bool(np.isnan(distance)))
         assert row["hd95_mm"] == "" or float(row["hd95_mm"]) == pytest.approx(distance, abs=1e-3)
+        voxels = 0 if np.isnan(distance) else metrics.hd95(predicted, truth, (1, 1, 1))
+        assert row["hd95_transunet_voxels"] == ("" if c == 0 else f"{voxels:.3f}")
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "SPL"])
@@ -233,6 +237,57 @@ def test_predicting_takes_no_random_number_and_leaves_the_mode():
     model.eval()
     np.testing.assert_array_equal(predict.volume(model, levels, 64, "off", torch.device("cpu")), first)
     assert not model.training
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that the result of an operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.elements = max(self.elements, *(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out])
+                                             if isinstance(x, torch.Tensor)), 0)
+        return out
+
+
+def at_once(model, images, side):
+    """The labels as argmax over all logits at full size gives them."""
+    logits = model(augment.whole(images, side).contiguous(memory_format=torch.channels_last))
+    return torch.nn.functional.interpolate(logits, images.shape[1:], mode="bilinear").argmax(1).to(torch.uint8)
+
+
+# after parts of 16 a rest of 0, 1, 3, 4, 9, 15
+@pytest.mark.parametrize("classes", [2, 14, 16, 17, 19, 20, 33, 105, 255])
+@pytest.mark.parametrize("size", [(45, 70), (80, 64)])
+@torch.no_grad()
+def test_labels_part_by_part_are_those_of_all_logits_at_once(monkeypatch, size, classes):
+    """Every twentieth class has equal logits, so that a bit decides: the first of them wins, as of argmax."""
+    model, seen = Segmenter(backbones.architecture("resnet18"), "linear-frozen", classes).eval(), Largest()
+    images = torch.randint(0, 256, (2, *size), dtype=torch.uint8)
+    monkeypatch.setattr(model, "features", lambda _: None)
+    for logits in (torch.randn(2, 20, 8, 10).repeat(1, 13, 1, 1)[:, :classes], torch.zeros(2, classes, 8, 10)):
+        logits = logits.contiguous(memory_format=torch.channels_last)
+        monkeypatch.setattr(model, "coarse", lambda _, logits=logits: logits)
+        expected = at_once(model, images, 64)
+        with seen:
+            labels = predict.slices(model, images, 64, "off")
+        assert labels.dtype == torch.uint8 and torch.equal(labels, expected)
+    assert not labels.any() and seen.elements <= min(max(classes, 3), 19) * 2 * 64 * 100  # 3: the channels of images
+
+
+@pytest.mark.parametrize("classes", [14, 105])
+@pytest.mark.parametrize("protocol", ["linear-frozen", "deeplabv3plus"])
+@torch.no_grad()
+def test_labels_of_a_whole_model_are_those_of_all_its_logits(protocol, classes):
+    model = Segmenter(backbones.architecture("resnet18"), protocol, classes).eval()
+    model = model.to(memory_format=torch.channels_last)
+    torch.nn.init.normal_([m for m in model.head.modules() if isinstance(m, torch.nn.Conv2d)][-1].weight)
+    images = torch.randint(0, 256, (2, 45, 70), dtype=torch.uint8)
+    for amp in ("off", "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
+            expected = at_once(model, images, 64)
+        assert torch.equal(predict.slices(model, images, 64, amp), expected) and expected.any()
 
 
 def test_real_ct_is_accepted(real_ct, tmp_path):

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+import segment
 from segment import AUX_WEIGHT, PROTOCOLS, DeepLabV3PlusHead, FCNHead, LinearHead, Segmenter, checksum, dilate
 
 CLASSES = 14
@@ -213,6 +214,45 @@ def test_logits_are_float32_under_autocast(protocol):
         assert model(images).dtype == torch.float32
         loss = model.loss(images, labels)
     assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+class Logits(nn.Module):
+    """A head of no weight of its own, so that all memory is that of logits and loss."""
+
+    def __init__(self, stride, classes):
+        super().__init__()
+        logits = torch.randn(4, classes, 96 // stride, 96 // stride)
+        self.logits = nn.Parameter(logits.contiguous(memory_format=torch.channels_last))
+
+    def forward(self, *_):
+        return self.logits
+
+
+@pytest.mark.parametrize("classes", [2, 14, 105])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_memory_of_logits_and_loss_is_what_torch_allocates(protocol, classes):
+    model = Segmenter(resnet("resnet18"), protocol, classes)
+    model.head = Logits(4 if protocol == "deeplabv3plus" else 8, classes)
+    model.auxiliary = model.auxiliary and Logits(8, classes)
+    labels = torch.randint(0, classes, (4, 96, 96))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        model.loss((None,) * 4, labels).backward()
+    moments = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    allocated = torch.tensor([e.nbytes() for e in sorted(moments, key=lambda e: e.start_ns())]).cumsum(0)
+    assert allocated.max().item() == pytest.approx(segment.loss_bytes(protocol, 4, classes, 96), rel=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_coarse_logits_are_those_that_forward_resizes(protocol):
+    model = Segmenter(resnet("resnet18"), protocol, 5).eval()
+    images, _ = batch()
+    coarse = model.coarse(model.features(images))
+    assert coarse.shape == (2, 5, *((17, 25) if protocol == "deeplabv3plus" else (9, 13)))
+    resized = nn.functional.interpolate(coarse, (65, 97), mode="bilinear", align_corners=False)
+    assert torch.equal(model(images), resized)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.coarse(model.features(images)).dtype == torch.float32
 
 
 def test_an_unknown_protocol_is_refused():

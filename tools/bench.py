@@ -5,6 +5,7 @@
     python -m tools.bench --peers     lightly, kornia and torchvision's transforms beside ours (requirements-bench.txt)
 
 bare step: query forward and backward plus key forward of the encoder alone, same type, layout and groups.
+All rows compute on the GPU where there is one; those that do not say so.
 """
 
 import contextlib
@@ -18,58 +19,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import torch
-from torch import nn
 
 import augment
 import datasets
+import train_seg
 import train_ssl
-from ct import prepare
 from ct.command import Parser
 from ct.volumes import BadInput
 from engine import backbones, processes, runs
 from segment import Segmenter
+from tools import peers, stores
+from tools.measure import Table, alternated, medians, seconds
+from tools.stores import SIDE
 
 ROOT = Path(__file__).parent.parent
-SIDE = 512  # of the slices on disk
 NO_GPU = "no GPU here"
+NO_PEERS = "only with --peers, where lightly and kornia are installed (requirements-bench.txt)"
+READERS = 8  # processes at once: a machine of eight GPUs
 PAPER_BATCH = 256
 PAPER_STEPS = 200 * ((215_325 - datasets.HELD_OUT) // PAPER_BATCH)
-
-
-class Table:
-    """Rows (what, target, figure, met); printed as they come."""
-
-    def __init__(self, quiet: bool):
-        self.rows, self.quiet = [], quiet
-
-    def add(self, what: str, figure: float | None, target: str = "", text: str = "", met: bool | None = None) -> None:
-        text = text or f"{figure:.3g}"
-        self.rows.append({"what": what, "target": target, "figure": figure, "text": text, "met": met})
-        if not self.quiet:
-            mark = {None: "", True: "yes", False: "NO"}[met]
-            print(f"| {what} | {target} | {text} | {mark} |", flush=True)
-
-    def skip(self, what: str, target: str, why: str) -> None:
-        self.add(what, None, target, f"not measured: {why}")
-
-
-def medians(repeats: int, **work: Callable) -> dict[str, float]:
-    """Seconds of each callable: one round to warm up, then A B A B; medians."""
-    times = {name: [] for name in work}
-    for round_ in range(repeats + 1):
-        for name, call in work.items():
-            start = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 class Setting:
@@ -77,7 +52,6 @@ class Setting:
 
     def __init__(self, quick: bool, peers: bool = False):
         self.quick, self.peers = quick, peers
-        self.without_peers = "only with --peers, where lightly and kornia are installed (requirements-bench.txt)"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.ranks = processes.Processes(0, 1, self.device)
         self.amp = processes.precision("auto", self.device)
@@ -85,17 +59,19 @@ class Setting:
         self.queue, self.repeats = (4096, 3) if quick else (65536, 2)
         if self.device.type == "cuda" and not quick:
             self.batch, self.repeats = 256, 10
+        self.steps, self.stored = 20, 20 * self.batch  # from a store of so many slices
 
     def trainer(self, *flags: str, amp: str | None = None, queue: int | None = None) -> train_ssl.Trainer:
         args = train_ssl.parse(["--arch", self.arch, "--init", "random", "--image-size", str(self.size), "--batch-size",
                                 str(self.batch), "--bn-group", str(self.group), "--queue", str(queue or self.queue),
                                 *flags])
         train_ssl.settle(args, False)
-        batches = datasets.Batches(args, 10 * self.batch, self.ranks)
+        batches = datasets.Batches(args, self.stored, self.ranks)
         return train_ssl.Trainer(args, train_ssl.build(args), batches, self.ranks, amp or self.amp)
 
     def slices(self) -> torch.Tensor:
-        return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (self.batch, SIDE, SIDE), np.uint8))
+        slices = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (self.batch, SIDE, SIDE), np.uint8))
+        return slices.pin_memory() if self.device.type == "cuda" else slices
 
     def bare(self, trainer: train_ssl.Trainer, amp: str | None = None) -> Callable:
         """Query forward and backward plus key forward of the trainer's encoders, group by group, and nothing else."""
@@ -116,17 +92,21 @@ class Setting:
 
 
 def steps(table: Table, s: Setting) -> None:
-    """The full step against the bare step, plain and with both contributions; the step's growth with the queue."""
+    """The full step against the bare step, plain and with both contributions."""
     what = f"{s.arch}, {s.size} px, batch {s.batch} as {s.batch // s.group} x {s.group}, {s.amp}"
     slices, plain = s.slices(), s.trainer()
     ours, aligned = s.trainer("--local", "--zca"), s.trainer("--local", "--zca", "--geometric")
     found = medians(s.repeats, bare=s.bare(plain), moco=lambda: plain.step(0, slices),
                     both=lambda: ours.step(0, slices), aligned=lambda: aligned.step(0, slices))
-    for name, flags, target in (("moco", "", 1.06), ("both", " --local --zca", 1.11),
-                                ("aligned", " --local --zca --geometric", 1.13)):
+    # a small network's step is short enough for the fixed costs of Python to show
+    for name, flags, most in (("moco", "", 1.08 if s.quick else 1.06), ("both", " --local --zca", 1.11),
+                              ("aligned", " --local --zca --geometric", 1.13)):
         ratio = found[name] / found["bare"]
-        table.add(f"full step{flags} / bare step, {what}", ratio, f"at most {target}",
-                  f"{ratio:.3f} ({found[name]:.2f} s / {found['bare']:.2f} s)", ratio <= target)
+        table.add(f"full step{flags} / bare step, {what}", ratio,
+                  f"{ratio:.3f} ({found[name]:.2f} s / {found['bare']:.2f} s)", most=most)
+
+
+def queue_growth(table: Table) -> None:
     small = Setting(True)
     times = {str(q): small.trainer(queue=q) for q in (4096, 65536)}
     grown = medians(6, **{q: (lambda t=t: t.step(0, small.slices())) for q, t in times.items()})
@@ -139,19 +119,18 @@ END_TO_END = (("MoCo v2", (), 0.95), ("--local --zca", ("--local", "--zca"), 0.9
 
 def end_to_end(table: Table, s: Setting, folder: Path) -> None:
     """On a GPU: from a store through views to the optimizer step, against bare compute and torchvision's loader."""
-    whole, loader = "store to step, {} / bare compute", "store to step, MoCo v2 / torchvision's PIL views, float32"
-    alone, hours = "two views 512 -> 224, batched", "the paper's 200 epochs, {} (projection)"
+    whole, hours = "store to step, {} / bare compute", "the paper's 200 epochs, {} (projection)"
+    loader = "store to step, MoCo v2 / torchvision's PIL views from loader processes and the bare step"
     if s.device.type != "cuda":
-        for name, _, target in END_TO_END:
-            table.skip(whole.format(name), f"at least {target}", NO_GPU)
-            table.skip(hours.format(name), "under 6 hours", NO_GPU)
-        table.skip(loader, "at least 3", NO_GPU)
-        table.skip(alone, "", NO_GPU)
+        for name, _, least in END_TO_END:
+            table.skip(whole.format(name), NO_GPU, least=least)
+            table.skip(hours.format(name), NO_GPU, most=5, unit="hours")
+        table.skip(loader, NO_GPU, least=3)
         return
-    _sparse_store(folder / "gpu-data", folder / "gpu" / f"pretrain-{SIDE}", 100, 20_000)
+    stores.write_store(folder / "gpu-data", folder / "gpu" / f"pretrain-{SIDE}", 20, s.stored, noise=True)
     store = datasets.prepare(folder / "gpu-data", folder / "gpu", "pretrain", size=SIDE)
-    steps, rates = range(20), {}
-    for name, flags, target in END_TO_END:
+    read, steps, rates = f"{store.size ** 2 * len(store) / 1e9:.2g} GB of noise, warm", range(s.steps), {}
+    for name, flags, least in END_TO_END:
         trainer = s.trainer(*flags)
 
         def fetch(t: int, batches=trainer.batches) -> torch.Tensor:
@@ -164,291 +143,195 @@ def end_to_end(table: Table, s: Setting, folder: Path) -> None:
         bare = s.bare(trainer)
         found = medians(3, whole=run, bare=lambda bare=bare: [bare() for _ in steps])
         ratio, rates[name] = found["bare"] / found["whole"], len(steps) * s.batch / found["whole"]
-        table.add(whole.format(name), ratio, f"at least {target}", f"{ratio:.3f} ({rates[name]:.0f} images/s)",
-                  ratio >= target)
-        needed = PAPER_STEPS * PAPER_BATCH / rates[name] / 3600
-        table.add(hours.format(name), needed, "under 6 hours", f"{needed:.1f} hours", needed < 6)
-    peer = medians(1, peer=pil_epoch(s, store, len(steps)))["peer"]
-    ratio = rates["MoCo v2"] / (len(steps) * s.batch / peer)
-    table.add(loader, ratio, "at least 3", None, ratio >= 3)
-    slices, drawn = s.slices().to(s.device), augment.draw(processes.rng(0, processes.VIEW_Q), s.batch)
-    rate = s.batch / medians(10, views=lambda: [augment.apply(slices, drawn, 224) for _ in "ab"])["views"]
-    table.add(alone, rate, "", f"{rate:.0f} pairs/s")
+        table.add(whole.format(name), ratio, f"{ratio:.3f} ({rates[name]:.0f} images/s; {read})", least=least)
+        table.add(hours.format(name), PAPER_STEPS * PAPER_BATCH / rates[name] / 3600, most=5, unit="hours")
+    pairs, bare = peers.pil_loader(store, s.batch, len(steps), True), s.bare(s.trainer())
 
-
-def pil_epoch(s: Setting, store: datasets.Store, steps: int) -> Callable:
-    """Steps as most people write them: torchvision's transforms on PIL images in a DataLoader, float32 compute."""
-    from PIL import Image
-
-    transform, bare = pil_transform(3), s.bare(s.trainer(amp="off"), "off")
-
-    class Views(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return (steps + 1) * s.batch
-
-        def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-            picture = Image.fromarray(store.slice(i)).convert("RGB")
-            return transform(picture), transform(picture)
-
-    loader = torch.utils.data.DataLoader(Views(), s.batch, num_workers=os.cpu_count(), persistent_workers=True)
-
-    def run() -> None:
-        for _, pair in zip(range(steps), loader, strict=False):
-            [view.to(s.device) for view in pair]
+    def peer() -> None:
+        for pair in pairs:
+            [view.to(s.device, non_blocking=True) for view in pair]
             bare()
 
-    return run
+    rate = len(steps) * s.batch / medians(1, peer=peer)["peer"]
+    table.add(loader, rates["MoCo v2"] / rate, f"{rates['MoCo v2'] / rate:.2f} ({rate:.0f} images/s, both {s.amp} and "
+              f"channels_last; {pairs.num_workers} processes)", least=3)
+
+
+def two_views(slices: torch.Tensor) -> Callable:
+    return lambda: augment.pair(slices, *(augment.draw(processes.rng(0, purpose), len(slices))
+                                          for purpose in (processes.VIEW_Q, processes.VIEW_K)), 224)
 
 
 def views(table: Table, s: Setting) -> None:
-    """Two views of a 512 slice at 224 on one thread, ours and the peers'."""
+    """Two views of a 512 slice at 224, ours and the peers': on one thread of the CPU, and all at once on a GPU."""
     slices, threads = s.slices()[:32], torch.get_num_threads()
     torch.set_num_threads(1)
-
-    def ours() -> None:
-        for purpose in (processes.VIEW_Q, processes.VIEW_K):
-            augment.apply(slices, augment.draw(processes.rng(0, purpose), len(slices)), 224)
-
-    work = {"ours": ours} | peers_views(s, slices[:8])
-    found = {name: (32 if name == "ours" else 8) / seconds for name, seconds in medians(5, **work).items()}
+    theirs = {**peers.pil_views(slices[:8]), "kornia, batched": peers.kornia_views(slices[:8])} if s.peers else {}
+    found = medians(5, ours=two_views(slices), **theirs)
     torch.set_num_threads(threads)
-    table.add("two views 512 -> 224, one thread", found["ours"], "at least 600 pairs/s",
-              f"{found['ours']:.0f} pairs/s", found["ours"] >= 600)
-    for name, target in (("lightly's MoCoV2Transform", 3), ("torchvision v2 on PIL, 3 channels", 0),
-                         ("torchvision v2 on PIL, 1 channel, no hue", 0), ("kornia, batched", 0)):
-        what, goal = f"the same against {name}", f"at least {target} times" if target else ""
-        if name in found:
-            ratio = found["ours"] / found[name]
-            table.add(what, ratio, goal, f"{ratio:.1f} times ({found[name]:.0f} pairs/s)",
-                      ratio >= target if target else None)
-        else:
-            table.skip(what, goal, s.without_peers)
+    found = {name: (32 if name == "ours" else 8) / seconds for name, seconds in found.items()}
+    least = 1000 if processes.precision("auto", torch.device("cpu")) == "bf16" else 500
+    table.add("two views 512 -> 224, one thread of the CPU", found["ours"], least=least, unit="pairs/s")
+    for name, target in (("lightly's MoCoV2Transform", {"least": 3}), ("torchvision v2 on PIL, 3 channels", {}),
+                         ("torchvision v2 on PIL, 1 channel, no hue", {}), ("kornia, batched", {})):
+        compare_views(table, f"the same against {name}", found["ours"], found.get(name), NO_PEERS, **target)
+    alone, other = "two views 512 -> 224, batched on the GPU", "the same against kornia, batched on the GPU"
+    if s.device.type != "cuda":
+        table.skip(alone, NO_GPU)
+        table.skip(other, NO_GPU)
+        return
+    slices = s.slices().to(s.device)
+    found = medians(10, ours=two_views(slices), **{"kornia": peers.kornia_views(slices)} if s.peers else {})
+    found = {name: len(slices) / seconds for name, seconds in found.items()}
+    table.add(alone, found["ours"], unit="pairs/s")
+    compare_views(table, other, found["ours"], found.get("kornia"), NO_PEERS)
 
 
-def peers_views(s: Setting, slices: torch.Tensor) -> dict[str, Callable]:
-    """What makes two views of each of these slices (N, 512, 512) in the libraries that --peers found."""
-    if not s.peers:
-        return {}
-    import kornia.augmentation as K
-    from lightly.transforms import MoCoV2Transform
-    from PIL import Image
-
-    pictures = [Image.fromarray(x.numpy()) for x in slices]
-    coloured, light = [p.convert("RGB") for p in pictures], MoCoV2Transform(input_size=224)
-    batched = nn.Sequential(
-        K.RandomResizedCrop((224, 224), (0.2, 1.0)), K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-        K.RandomGrayscale(p=0.2), K.RandomGaussianBlur((23, 23), (0.1, 2.0), p=0.5), K.RandomHorizontalFlip(),
-        K.Normalize(torch.full((3,), 0.45), torch.full((3,), 0.225)))
-    three, one = pil_transform(3), pil_transform(1)
-    return {"lightly's MoCoV2Transform": lambda: [light(p) for p in coloured],
-            "torchvision v2 on PIL, 3 channels": lambda: [three(p) for p in coloured for _ in "ab"],
-            "torchvision v2 on PIL, 1 channel, no hue": lambda: [one(p) for p in pictures for _ in "ab"],
-            "kornia, batched": lambda: [batched(slices[:, None].expand(-1, 3, -1, -1).float() / 255) for _ in "ab"]}
-
-
-def pil_transform(channels: int) -> Callable:
-    """MoCo v2's view of a PIL image by torchvision: for 3 channels with hue and grayscale, for 1 without."""
-    from torchvision.transforms import v2
-
-    jitter = v2.ColorJitter(0.4, 0.4, *((0.4, 0.1) if channels == 3 else ()))
-    return v2.Compose([
-        v2.RandomResizedCrop(224, (0.2, 1.0)), v2.RandomApply([jitter], 0.8),
-        *[v2.RandomGrayscale(0.2)] * (channels == 3), v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], 0.5),
-        v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([0.45] * channels, [0.225] * channels)])
+def compare_views(table: Table, what: str, ours: float, theirs: float | None, why: str, **target) -> None:
+    if theirs is None:
+        table.skip(what, why, **target)
+    else:
+        table.add(what, ours / theirs, f"{ours / theirs:.1f} times ({theirs:.0f} pairs/s)", **target)
 
 
 def lightly_step(table: Table, s: Setting) -> None:
-    """Our step --local --zca, views included, against lightly's MoCo step on ready-made views."""
-    compared = (("shipped", f"as both ship (ours {s.amp}, channels_last, theirs float32 NCHW)", 3.3),
-                ("full", "both in float32", 1.2))
+    """Our step, views included, against lightly's MoCo step on ready-made views: as it ships and at its best.
+
+    Its best is the faster of NCHW and channels_last, in bf16 where ours computes in it, unless float32 is faster.
+    """
+    rows = {"lightly's MoCo step as it ships / our step --local --zca": 3.3,
+            "lightly's MoCo step at its best in float32 / our step --local --zca in float32": 1.2,
+            "lightly's MoCo step at its best / our step --local --zca": 1.0,
+            "lightly's MoCo step at its best / our step (MoCo v2)": 1.1}
     if not s.peers:
-        for _, words, target in compared:
-            table.skip(f"lightly's MoCo step / our step --local --zca, {words}", f"at least {target}", s.without_peers)
+        for what, least in rows.items():
+            table.skip(what, NO_PEERS, least=least)
         return
-    import torchvision
-    from lightly.loss import NTXentLoss
-    from lightly.models.modules import MoCoProjectionHead
-    from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad, update_momentum
-
-    def encoder() -> nn.Module:
-        net = torchvision.models.get_model(s.arch, weights=None)
-        width, net.fc = net.fc.in_features, nn.Identity()
-        return nn.Sequential(net, MoCoProjectionHead(width, width, 128))
-
-    query, key = encoder(), encoder()
-    deactivate_requires_grad(key)
-    criterion = NTXentLoss(temperature=0.2, memory_bank_size=(s.queue, 128))
-    optimizer = torch.optim.SGD(query.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
-    a, b = torch.randn(2, s.batch, 3, s.size, s.size)
-
-    def peer() -> None:
-        update_momentum(query, key, m=0.999)
-        embedding = query(a)
-        with torch.no_grad():
-            shuffled, order = batch_shuffle(b)
-            keys = batch_unshuffle(key(shuffled), order)
-        loss = criterion(embedding, keys)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    slices, ours = s.slices(), {"full": s.trainer("--local", "--zca", amp="off")}
-    if s.amp != "off":
-        ours["shipped"] = s.trainer("--local", "--zca")
-    found = medians(1 if not s.quick else 2, peer=peer,
-                    **{name: (lambda t=t: t.step(0, slices)) for name, t in ours.items()})
-    for name, words, target in compared:
-        if name not in found:  # one and the same step
-            found[name], words = found["full"], words + "; no hardware here computes in bf16"
-        ratio = found["peer"] / found[name]
-        table.add(f"lightly's MoCo step / our step --local --zca, {words}", ratio, f"at least {target}",
-                  f"{ratio:.2f} ({found['peer']:.2f} s / {found[name]:.2f} s)", ratio >= target)
+    slices, amps, both = s.slices(), sorted({"off", s.amp}), ("--local", "--zca")
+    trainers = {f"{name} {amp}": s.trainer(*flags, amp=amp) for name, flags, amp in
+                (("both", both, "off"), ("both", both, s.amp), ("plain", (), s.amp))}
+    theirs = {f"{amp}, {layout}": peers.lightly_step(s.arch, s.size, s.batch, s.queue, s.device, amp, layout)
+              for amp in amps for layout in peers.LAYOUTS}
+    found = medians(2 if s.quick else 1, **theirs,
+                    **{name: (lambda t=t: t.step(0, slices)) for name, t in trainers.items()})
+    float32, best = (min((n for n in theirs if n.startswith(start)), key=found.get) for start in ("off", ""))
+    pairs = (("off, NCHW", f"both {s.amp}"), (float32, "both off"), (best, f"both {s.amp}"), (best, f"plain {s.amp}"))
+    for (what, least), (peer, ours) in zip(rows.items(), pairs, strict=True):
+        ratio = found[peer] / found[ours]
+        table.add(what, ratio, f"{ratio:.2f} (theirs {peer}, {found[peer]:.2f} s / ours {ours.split()[1]}, "
+                  f"channels_last, {found[ours]:.2f} s; {s.device.type})", least=least)
 
 
-def reading(table: Table, folder: Path, s: Setting) -> None:
-    """Random slices from a warm store; the decoding of volumes; how both grow."""
-    rng = np.random.default_rng(0)
-    data, depth, count = folder / "data", 64, 4 if s.quick else 8
-    data.mkdir()
-    for i in range(count):
-        noise = rng.integers(-1000, 1000, (SIDE, SIDE, depth)).astype(np.int16)
-        nib.save(nib.Nifti1Image(noise, np.diag([-0.8, -0.8, 2.5, 1])), data / f"{i}.nii.gz")
-    files = sorted(data.iterdir())
-    made = iter(range(1000))
+def preparing(table: Table, folder: Path, s: Setting) -> None:
+    """Preparing volumes against the mere decoding of them; its growth with processes and volumes."""
+    count, made = 4 if s.quick else 8, iter(range(1000))
+    files = stores.noise_volumes(folder / "data", count)
 
-    def prepare(workers: int, count: int = count) -> None:
+    def linked(count: int) -> Path:
         some = folder / f"some{count}"
-        if not some.exists():
-            some.mkdir()
-            for f in files[:count]:
-                os.link(f, some / f.name)
-        datasets.prepare(some, folder / f"store{next(made)}", "pretrain", size=SIDE, workers=workers)
+        some.mkdir()
+        for i in range(count):
+            os.link(files[i % len(files)], some / f"{i}.nii.gz")
+        return some
 
-    def decode() -> None:
-        for f in files:
-            np.asarray(nib.load(f).dataobj)
+    def prepared(data: Path, workers: int) -> Callable:
+        return lambda: datasets.prepare(data, folder / f"store{next(made)}", "pretrain", size=SIDE, workers=workers)
 
-    found = medians(2 if s.quick else 3, decode=decode, one=lambda: prepare(1), two=lambda: prepare(2),
-                    half=lambda: prepare(1, count // 2))
-    for name, words, target in (("one", "prepare, one process", 0.85), ("two", "prepare, two processes", 1.8)):
-        ratio = found["decode"] / found[name]
-        table.add(f"{words}, against nibabel's bare decoding of the same files", ratio, f"at least {target}", None,
-                  ratio >= target)
+    work = {"one": prepared(folder / "data", 1), "two": prepared(folder / "data", 2),
+            "half": prepared(linked(count // 2), 1)}
+    if os.cpu_count() >= 8:
+        work["eight"] = prepared(linked(4 * 8), 8)
+    found = medians(2 if s.quick else 3, decode=lambda: [np.asarray(nib.load(f).dataobj) for f in files], **work)
+    what = "prepare, {}, against nibabel's bare decoding of the same files in one"
+    table.add(what.format("one process"), found["decode"] / found["one"], least=0.85)
+    table.add(what.format("two processes"), found["decode"] / found["two"], least=1.8)
+    each = what.format("eight processes, each of them")
+    if "eight" in found:
+        table.add(each, found["decode"] * (4 * 8 / count) / found["eight"] / 8, least=0.9)
+    else:
+        table.skip(each, f"{os.cpu_count()} cores here", least=0.9)
     table.add(f"growth: prepare of {count} volumes / of {count // 2}", found["one"] / found["half"])
-    store = datasets.prepare(data, folder / "warm", "pretrain", size=SIDE, workers=2)
-    order = rng.permutation(len(store))
-    rate = len(store) / medians(5, read=lambda: store.batch(order))["read"]
-    table.add(f"random batch of {SIDE} x {SIDE} slices from a warm store, one thread", rate, "at least 5,000 slices/s",
-              f"{rate:,.0f} slices/s", rate >= 5000)
-    args = ["--data", str(data), "--store", str(folder / "warm"), "--out", str(folder / "runs"), "--arch", "resnet18",
+
+
+def reading(table: Table, folder: Path) -> None:
+    """Random slices from the store of what `preparing` prepared: warm, cold, for many processes, within an epoch."""
+    data, warm = folder / "data", folder / "warm"
+    store = datasets.prepare(data, warm, "pretrain", size=SIDE, workers=2)
+    order = np.random.default_rng(0).permutation(len(store))
+    what = f"random {SIDE} x {SIDE} slices from a {{}} store, {{}}"
+
+    def rate() -> float:
+        return len(order) / seconds(lambda: store.batch(order))
+
+    table.add(what.format("warm", "one thread"), alternated(5, warm=rate)["warm"], least=5000, unit="slices/s")
+    cold, many = what.format("cold", "one thread"), what.format("warm", f"{READERS} processes at once")
+    if sys.platform != "linux":
+        for row in (cold, many, "the same / one process"):
+            table.skip(row, "only under Linux")
+    else:
+        files = sorted(store.folder.glob("*.npy"))
+        if rates := [rate() for _ in range(3) if stores.forget(files)]:
+            table.add(cold, statistics.median(rates), unit="slices/s")
+        else:
+            table.skip(cold, "this file system keeps its pages")
+        found = alternated(3, one=partial(stores.read_at_once, store, 1),
+                           many=partial(stores.read_at_once, store, READERS))
+        table.add(many, found["many"], f"{found['many']:,.0f} slices/s in all ({os.cpu_count()} cores)")
+        table.add("the same / one process", found["many"] / found["one"])
+    args = ["--data", str(data), "--store", str(warm), "--out", str(folder / "runs"), "--arch", "resnet18",
             "--init", "random", "--image-size", "96", "--batch-size", "64", "--bn-group", "32", "--queue", "1024",
             "--epochs", "2"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train_ssl.main(args)
     log = runs.read_log(folder / "runs" / "moco" / "log.jsonl")
-    share = statistics.fmean(r["data_share"] for r in log)
-    table.add("share of an epoch spent waiting for data", share, "under 0.02", None, share < 0.02)
-
-
-START = """
-import json, resource, sys, time
-import numpy as np, torch, torchvision, nibabel
-import datasets, train_ssl
-from engine import processes
-from pathlib import Path
-def memory():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
-data, store, volumes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-start = time.perf_counter()
-args = train_ssl.parse(["--init", "random"]); train_ssl.settle(args, False)
-opened = datasets.prepare(data, store, "pretrain", size=512)
-batches = datasets.Batches(args, len(opened), processes.Processes(0, 1, torch.device("cpu")))
-opened.batch(batches.indices(0))
-seconds, first = time.perf_counter() - start, memory()
-steps = int(sys.argv[4]) or batches.steps_per_epoch
-for t, _ in datasets.prefetch(lambda t: opened.batch(batches.indices(t)), range(steps), 2):
-    if t == 10: settled = memory()
-print(json.dumps([seconds, first, settled, memory()]))
-"""
+    table.add("share of an epoch spent waiting for data", statistics.fmean(r["data_share"] for r in log), most=0.02)
 
 
 def startup(table: Table, folder: Path, s: Setting) -> None:
-    """From imports done to the first batch on a store of the paper's size, made of sparse files."""
-    seconds = {}
+    """From imports done to the first batch on a store of the paper's size, of sparse files: it is opened, not read."""
+    taken, what = {}, "imports done to first batch: 1,062 volumes, 215,325 slices in sparse files (opening)"
     for volumes, slices in ((106, 21_533), (1062, 215_325)):
         data, store = folder / f"d{volumes}", folder / f"s{volumes}"
-        _sparse_store(data, store / "pretrain-512", volumes, slices)
+        stores.write_store(data, store / f"pretrain-{SIDE}", volumes, slices)
         steps = 0 if volumes == 1062 and not s.quick else 40  # 0: an epoch
-        out = subprocess.run([sys.executable, "-c", START, str(data), str(store), str(volumes), str(steps)], text=True,
+        out = subprocess.run([sys.executable, "-c", stores.START, *map(str, (data, store, volumes, steps))], text=True,
                              capture_output=True, cwd=ROOT)
         if out.returncode:
-            table.skip("start-up on a store of the paper's size", "under 3 s", out.stderr.strip().splitlines()[-1])
+            table.skip(what, out.stderr.strip().splitlines()[-1], most=3, unit="s")
             return
-        seconds[volumes], first, settled, later = json.loads(out.stdout.splitlines()[-1])
-    table.add("imports done to first batch: 1,062 volumes, 215,325 slices", seconds[1062], "under 3 s",
-              f"{seconds[1062]:.2f} s", seconds[1062] < 3)
-    table.add("resident memory of the main process then", first, "under 1 GiB", f"{first:.2f} GiB", first < 1)
-    table.add(f"resident memory after {steps or 'an epoch of 840'} batches / after 10", later / settled, "flat: 1.02",
-              f"{later / settled:.3f} ({later:.2f} GiB)", later / settled < 1.02)
-    table.add("growth: start-up with 10 times the slices", seconds[1062] / seconds[106])
-
-
-def _sparse_store(data: Path, store: Path, volumes: int, slices: int) -> None:
-    """Files of the right names and sizes without content, with the records that `prepare` would have written."""
-    data.mkdir()
-    store.mkdir(parents=True)
-    ends = np.linspace(0, slices, volumes + 1).astype(int)
-    header = np.lib.format.header_data_from_array_1_0(np.empty((1, SIDE, SIDE), np.uint8))
-    for i, depth in enumerate(np.diff(ends).tolist(), 1):
-        image = data / f"Case_{i:05d}_0000.nii.gz"
-        image.touch()
-        with open(store / f"Case_{i:05d}.npy", "wb") as f:
-            np.lib.format.write_array_header_1_0(f, header | {"shape": (depth, SIDE, SIDE)})
-            f.truncate(f.tell() + depth * SIDE * SIDE)
-        record = {"id": f"Case_{i:05d}", "phantom": False, "spacing": [1.0, 1.0, 1.0], "shape": [depth, SIDE, SIDE],
-                  "hu": [-1000.0, 1000.0], "content": "", "slices": depth, "height": SIDE, "width": SIDE,
-                  "source": {"image": prepare._stamp(image) | {"checksum": ""}, "label": None}, "odd": [],
-                  "format": prepare.FORMAT, "window": list(prepare.WINDOW), "size": SIDE, "file": str(image),
-                  "checksums": {f"Case_{i:05d}.npy": ""}}
-        (store / f"Case_{i:05d}.json").write_text(json.dumps(record))
+        taken[volumes], first, settled, later = json.loads(out.stdout.splitlines()[-1])
+    table.add(what, taken[1062], most=3, unit="s")
+    table.add("resident memory of the main process then", first, most=1, unit="GiB")
+    table.add(f"resident memory after {steps or 'an epoch of 840'} batches / after 10", later / settled,
+              f"{later / settled:.3f} ({later:.2f} GiB)", most=1.02)
+    table.add("growth: start-up with 10 times the slices", taken[1062] / taken[106])
 
 
 def segmentation(table: Table, s: Setting) -> None:
     """One iteration of the frozen linear protocol against the bare forward of its dilated backbone."""
-    side = 96 if s.quick else 224
-    torch.manual_seed(0)
-    model = Segmenter(backbones.architecture(s.arch), "linear-frozen").to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.9)
-    rng = np.random.default_rng(0)
-    slices = [torch.from_numpy(rng.integers(0, 256, (SIDE, SIDE), np.uint8)) for _ in range(16)]
-    labels = [torch.from_numpy(rng.integers(0, 14, (SIDE, SIDE), np.uint8)) for _ in range(16)]
-
-    def iteration() -> None:
-        drawn = augment.draw_crops(processes.rng(0, processes.CROPS), 16)
-        images, masks = augment.apply_crops(slices, labels, drawn, side)
-        with processes.autocast(s.amp, torch.device("cpu")):
-            loss = model(images, masks)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    ready = torch.randn(16, 3, side, side).contiguous(memory_format=torch.channels_last)
+    side, rng = 96 if s.quick else 224, np.random.default_rng(0)
+    args = train_seg.parse(["--split", "100", "--protocol", "linear-frozen", "--crop-size", str(side)])
+    train_seg.settle(args, False)
+    args = train_seg.recipe(args, "linear-frozen")
+    noise = SimpleNamespace(slice=lambda i, label=False: rng.integers(0, 14 if label else 256, (SIDE, SIDE), np.uint8))
+    crops = datasets.Crops(args, noise, np.arange(args.batch_size), s.ranks)
+    model = Segmenter(backbones.architecture(s.arch), "linear-frozen")
+    trainer, pairs = train_seg.Trainer(args, model, crops, s.ranks, s.amp), crops.fetch(0)
+    ready = torch.randn(args.batch_size, 3, side, side, device=s.device).contiguous(memory_format=torch.channels_last)
 
     def bare() -> None:
-        with torch.no_grad(), processes.autocast(s.amp, torch.device("cpu")):
+        with torch.no_grad(), processes.autocast(s.amp, s.device):
             model.features(ready)
 
-    found = medians(s.repeats, iteration=iteration, bare=bare)
+    found = medians(s.repeats, iteration=lambda: trainer.step(0, pairs), bare=bare)
     ratio = found["iteration"] / found["bare"]
-    table.add(f"linear-frozen iteration, 16 crops of {side} px / bare forward, {s.arch} at stride 8", ratio,
-              "at most 1.25", f"{ratio:.3f} ({found['iteration']:.2f} s / {found['bare']:.2f} s)", ratio <= 1.25)
+    table.add(f"linear-frozen iteration, {args.batch_size} crops of {side} px / bare forward, {s.arch} at stride 8",
+              ratio, f"{ratio:.3f} ({found['iteration']:.2f} s / {found['bare']:.2f} s)", most=1.25)
 
 
 MEMORY = """
 import re, sys
 from pathlib import Path
-import torch
 from tools import bench
 s = bench.Setting(False)
 s.batch = int(sys.argv[1])
@@ -462,13 +345,11 @@ def memory(table: Table, s: Setting) -> None:
     """Peak memory of the paper's step, batch 256 as 8 x 32, against batch 64 as 2 x 32."""
     what = "peak memory, batch 256 as 8 x 32 / batch 64 as 2 x 32, --local --zca"
     if s.quick or s.device.type == "cuda" or sys.platform != "linux":
-        table.skip(what, "at most 1.3", "--quick" if s.quick else "measured on a CPU under Linux")
+        table.skip(what, "--quick" if s.quick else "measured on a CPU under Linux", most=1.3)
         return
-    peaks = [float(subprocess.run([sys.executable, "-c", MEMORY, batch], text=True, capture_output=True, check=True,
-                                  cwd=ROOT).stdout) for batch in ("64", "256")]
-    ratio = peaks[1] / peaks[0]
-    table.add(what, ratio, "at most 1.3",
-              f"{ratio:.2f} ({peaks[1]:.2f} GiB / {peaks[0]:.2f} GiB)", ratio <= 1.3)
+    small, large = (float(subprocess.run([sys.executable, "-c", MEMORY, batch], text=True, capture_output=True,
+                                         check=True, cwd=ROOT).stdout) for batch in ("64", "256"))
+    table.add(what, large / small, f"{large / small:.2f} ({large:.2f} GiB / {small:.2f} GiB)", most=1.3)
 
 
 @processes.command
@@ -489,10 +370,16 @@ def main(argv: list[str] | None = None) -> None:
         print("\n| what | target | figure | met |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         views(table, s)
-        reading(table, Path(folder), s)
+        preparing(table, Path(folder), s)
+        reading(table, Path(folder))
         startup(table, Path(folder), s)
         segmentation(table, s)
         steps(table, s)
+        if not s.quick:
+            small = Setting(True)
+            small.repeats = 10  # short steps vary
+            steps(table, small)
+        queue_growth(table)
         lightly_step(table, s)
         memory(table, s)
         end_to_end(table, s, Path(folder))
