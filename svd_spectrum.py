@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare.task_flags(parser)
     parser.add_argument("backbones", nargs="*", help="runs of --out or their folders, files, imagenet or random "
                         "(default: all runs)")
+    parser.add_argument("--backbone", action="append", default=[], help="one more, by the name it has in train_seg.py")
     parser.add_argument("--positions", action="store_true", help="every position of the last map, not their mean")
     parser.add_argument("--image-size", type=whole(1), help="pixels of a slice's side (224) [64 on the phantom]")
     parser.add_argument("--arch", help="of imagenet, random and files (resnet50) [resnet18]")
@@ -54,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     args.image_size = args.image_size or (64 if phantom else 224)
     args.arch = args.arch or ("resnet18" if phantom else "resnet50")
     backbones.architecture(args.arch)
-    names = [backbones.resolve(n, args.out, phantom) for n in args.backbones or runs_in(args.out, phantom)]
+    names = [backbones.resolve(n, args.out, phantom) for n in
+             args.backbones + args.backbone or runs_in(args.out, phantom)]
     store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
                              workers=args.workers, names=args.labels, organs=args.organs)
     device = processes.start(args.deterministic).device

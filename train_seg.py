@@ -59,6 +59,7 @@ def parse(argv: list[str] | None):
     add("--protocol", choices=PROTOCOLS, help="default: all three")
     add("--backbone", help="a RUN of --out or its folder, a FILE of weights, imagenet, random or all (default: "
         "moco-local-zca)")
+    add("--row", help="of --backbone FILE: what it is called in the tables (the file's name)")
     add("--whitening", choices=("bn", "fold"), default="bn",
         help="a whitened run, fine-tuned: plain BN as in the paper, or folded; frozen is always folded")
     add("--arch", help="of --backbone imagenet, random or FILE (resnet50) [resnet18]")
@@ -218,7 +219,7 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
     args = recipe(args, protocol)
     whitening = "fold" if protocol == "linear-frozen" else args.whitening
     # before the run folder: a backbone that does not fit leaves nothing behind
-    backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom)
+    backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom, args.row)
     seed = processes.seed_suffix(args.seed)  # a run of this seed has it in its name already
     data = "" if store.task == tasks.BTCV else f"-{store.task.prefix}"
     title = f"{backbone.name.removesuffix(seed)}{seed}-{protocol}-{args.split}-{draw}{data}"
@@ -395,6 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     settle(args, phantom)
     backbones.architecture(args.arch)
     names = choose_backbones(args, phantom)
+    titles = [backbones.title_of(name, args.row) for name in names]
     store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
                              workers=args.workers, names=args.labels, organs=args.organs)
     ranks = processes.start(args.deterministic)
@@ -411,7 +413,7 @@ def main(argv: list[str] | None = None) -> None:
         if phantom:
             processes.announce_phantom()
         print(f"{len(names) * len(args.protocols) * len(args.draws)} run(s): "
-              f"{', '.join(backbones.title_of(n) for n in names)} x "
+              f"{', '.join(titles)} x "
               f"{', '.join(args.protocols)} x {len(args.draws)} draw(s) of {args.split} %, "
               f"{'/'.join(dict.fromkeys(f'{recipe(args, p).iterations:,}' for p in args.protocols))} "
               f"iterations of {args.batch_size} crops of {args.crop_size} px each, in {args.out / 'seg'}; "

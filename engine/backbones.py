@@ -3,8 +3,9 @@
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -20,11 +21,19 @@ from whitening import fold, to_batch_norm, whiten_last_norm
 
 CHECKPOINT = "checkpoint.pt"  # what makes a folder a run
 IMAGENET = "IMAGENET1K_V1"  # torchvision's first weights; mmsegmentation's recipe has others (resnet50_v1c: deep stem)
+BUILT_IN = ("imagenet", "random")
+ARCHITECTURES = [m for m in torchvision.models.list_models() if m.startswith(("resnet", "resnext", "wide_resnet"))]
+# A file's ResNet stands under a chain of these. What stands under any other word is left out: MoCo's encoder_k,
+# lightly's backbone_momentum, solo-learn's momentum_backbone are not what their projects measure.
+WORDS = {"state_dict", "model", "teacher", "student", "backbone", "module", "encoder", "encoder_q", "resnet",
+         "_orig_mod"}  # torch.compile's
+CHILDREN = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+NUMBERED = dict(zip("014567", CHILDREN, strict=True))  # as nn.Sequential(*resnet.children()); 2 and 3: ReLU, max-pool
 
 
 def architecture(arch: str) -> nn.Module:
     """A torchvision ResNet by name, randomly initialised. Raises BadInput for an unknown name."""
-    if not arch.startswith(("resnet", "wide_resnet", "resnext")) or arch not in torchvision.models.list_models():
+    if arch not in ARCHITECTURES:
         raise BadInput(f"--arch {arch}: no such ResNet in torchvision; try resnet50 or resnet18")
     return torchvision.models.get_model(arch, weights=None)
 
@@ -40,7 +49,7 @@ def resolve(name: str, out: Path, phantom: bool) -> str:
     folder = path.parent if path.name == CHECKPOINT and (path.parent / "config.json").exists() else path
     if (folder / CHECKPOINT).exists():
         return _of_out(folder, out)
-    if name in ("imagenet", "random") or path.is_file():
+    if name in BUILT_IN or path.is_file():
         return name
     raise BadInput(f"{name}: no such run in {out} and no such file; pre-train it first (torchrun train_ssl.py --local "
                    "--zca) or name another")
@@ -119,51 +128,105 @@ def _is_of(path: Path, url: str) -> bool:
 
 
 def load_backbone(backbone: nn.Module, path: Path, arch: str) -> nn.Module:
-    """Fill a ResNet from a file of torchvision-named weights (bare, or under state_dict or a known prefix)."""
+    """Fill a torchvision ResNet from a file that holds one, and say what was stripped of its names and left out.
+
+    It may stand under any chain of WORDS, by torchvision's names or numbered as its children. What stands beside it is
+    left out: its fc, projectors, a queue, other networks. Of a teacher and a student the teacher is taken. The fc,
+    which nothing here uses, becomes zeros. Raises BadInput where the file cannot be read or holds no whole ResNet of
+    `arch`, or several that differ.
+    """
     held = load(path)
     if isinstance(held, dict) and {"model", "arch", "zca"} <= held.keys():
         raise BadInput(f"{path}: the checkpoint of a run; name that run's folder (its config.json must be in it), or "
                        "give its backbone.pth")
-    weights = held.get("state_dict", held) if isinstance(held, dict) else {}
-    weights = {k: v for k, v in weights.items() if isinstance(v, Tensor)} if isinstance(weights, dict) else {}
-    for prefix in ("module.encoder_q.", "backbone.", "module."):  # MoCo's release, mmselfsup, DDP
-        if any(k.startswith(prefix + "conv1") for k in weights):
-            weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    own = {k: v for k, v in backbone.state_dict().items() if not k.startswith("fc.")}
-    missing = [k for k in own if k not in weights]
-    other = [k for k in own if k in weights and weights[k].shape != own[k].shape]
-    extra = [k for k in weights if k not in own and not k.startswith("fc.")]
-    if missing or other or extra:
-        why = (f"{len(missing)} of {len(own)} weights missing, {len(other)} of another shape, {len(extra)} unknown, "
-               f"first {(missing + other + extra)[0]}")
-        raise BadInput(f"{path}: not a backbone of architecture {arch} ({why}); {_remedy(held, weights, own)}")
-    backbone.load_state_dict({k: weights[k] for k in own}, strict=False)
-    print(f"{path}: all {len(own)} weights of {arch} matched")
+    tensors, own = dict(_tensors(held)), _without_fc(backbone)
+    names = _resnets(tensors)
+    found = {prefix: {k: tensors[name] for k, name in named.items()} for prefix, named in names.items()}
+    fitting = [prefix for prefix, weights in found.items() if not _misfit(weights, own)]
+    if not fitting:
+        nearest = max(found.values(), key=lambda weights: len(own.keys() & weights), default={})
+        raise BadInput(f"{path}: not a backbone of architecture {arch} ({_misfit(nearest, own)}); "
+                       f"{_remedy(tensors, found, nearest)}")
+    teacher, student = ([prefix for prefix in fitting if role in prefix.split(".")] for role in ("teacher", "student"))
+    chosen, *others = [prefix for prefix in fitting if not (teacher and prefix in student)]
+    weights = found[chosen]
+    if any(not torch.equal(found[other].get(k, v), v) for other in others for k, v in weights.items()):
+        raise BadInput(f"{path}: holds several ResNets, under {_listed([chosen, *others])}: save one of them alone")
+    backbone.load_state_dict(weights, strict=False)
+    for p in backbone.fc.parameters():  # drawn at random, it would give one file another checksum with every seed
+        nn.init.zeros_(p)
+    rule = " (the teacher, not the student)" * bool(teacher and student)
+    left = {_branch(name, chosen) for name in tensors.keys() - names[chosen].values()}
+    print(printable(f"{path}: all {len(weights)} weights of {arch} matched" + f" under '{chosen}'{rule}" * bool(chosen)
+                    + f"; left out: {_listed(sorted(left))}" * bool(left)))
     return backbone
 
 
-def _remedy(held: object, weights: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """What to do about weights that do not fit: SwAV's heads, DINO's two networks, lightly's numbered layers."""
-    mark = "layer4.0.conv1.weight"  # every ResNet has it
-    names = list(_names(held))
-    begins = sorted({k[: -len(mark)] for k in names if k.endswith(mark)} - {""})
-    if begins and not any(k in own for k in weights):
-        return f"a ResNet is there under {' and '.join(map(repr, begins))}: save one without that prefix"
-    tops = {k.split(".")[0] for k in own}
-    if foreign := sorted({k.split(".")[0] for k in weights or names} - tops - {"fc"}):
-        told = ", ".join(repr(f + ".") for f in foreign[:5])
-        return (f"its names begin with {told}, as none of torchvision's ResNet does: save the ResNet's weights alone, "
-                "under torchvision's names")
-    return "give the --arch it was trained with"
-
-
-def _names(held: object, prefix: str = "") -> Iterator[str]:
-    """The full names of all tensors in nested dicts."""
+def _tensors(held: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested dicts under their full names."""
     for key, value in held.items() if isinstance(held, dict) else ():
         if isinstance(value, Tensor):
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
         else:
-            yield from _names(value, f"{prefix}{key}.")
+            yield from _tensors(value, f"{prefix}{key}.")
+
+
+def _without_fc(resnet: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in resnet.state_dict().items() if not k.startswith("fc.")}
+
+
+def _resnets(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """{chain of WORDS: {torchvision's name of a weight: its name in the file}}, of what may be a ResNet or a part."""
+    parts: dict[str, dict[str, str]] = {}
+    for name in names:
+        prefix = "".join(f"{word}." for word in takewhile(WORDS.__contains__, name.split(".")[:-1]))
+        parts.setdefault(prefix, {})[name.removeprefix(prefix)] = name
+    for prefix, part in parts.items():
+        split = {rest: rest.split(".", 1) for rest in part}
+        if "conv1.weight" not in part:
+            split = {rest: [NUMBERED.get(child, child), *more] for rest, (child, *more) in split.items()}
+        parts[prefix] = {".".join(split[rest]): name for rest, name in part.items() if split[rest][0] in CHILDREN}
+    return {prefix: part for prefix, part in parts.items() if part}
+
+
+def _misfit(weights: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """Why weights are not exactly those of a ResNet; nothing where they are. Old files lack the counters of batches."""
+    missing = [k for k in own if k not in weights]
+    if all(k.endswith("num_batches_tracked") for k in missing):
+        missing = []
+    other = [k for k in own if k in weights and weights[k].shape != own[k].shape]
+    extra = [k for k in weights if k not in own]
+    return (f"{len(missing)} of {len(own)} weights missing, {len(other)} of another shape, {len(extra)} unknown, "
+            f"first {(missing + other + extra)[0]}") if missing or other or extra else ""
+
+
+def _remedy(tensors: dict[str, Tensor], found: dict[str, dict[str, Tensor]], nearest: dict[str, Tensor]) -> str:
+    """What to do about a file without a fitting ResNet: another --arch, a prefix that is none of WORDS, no ResNet."""
+    for arch in ARCHITECTURES:
+        with torch.device("meta"):
+            own = _without_fc(architecture(arch))
+        if any(not _misfit(weights, own) for weights in found.values()):
+            return f"it is a {arch}: give --arch {arch}"
+    marks = ("layer4.0.conv1.weight", "7.0.conv1.weight")  # every ResNet has it
+    begins = {name.removesuffix(mark) for name in tensors for mark in marks if name.endswith(f".{mark}")} - found.keys()
+    if begins:
+        return f"a ResNet is there under {_listed(sorted(begins))}: save one without that prefix"
+    if nearest:
+        return "nor is it whole and of another of torchvision's architectures (a different stem? a part?)"
+    if tensors:
+        return (f"its names begin with {_listed(sorted({name.split('.')[0] + '.' for name in tensors}))}, as none of "
+                "torchvision's ResNet does: save the ResNet's weights alone, under torchvision's names")
+    return "it holds no tensors by name: save a state_dict"
+
+
+def _branch(name: str, prefix: str) -> str:
+    """A name as far as the first word in which it leaves the prefix: what is left out in few words."""
+    words = name.split(".")
+    return ".".join(words[: len(os.path.commonprefix([words, prefix.split(".")])) + 1])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5)
 
 
 @dataclass(frozen=True)
@@ -185,19 +248,22 @@ class Backbone:
         return f"its pre-training is at step {step:,} of {horizon:,}" if horizon and step < horizon else ""
 
 
-def open_backbone(name: str, out: Path, arch: str, seed: int, whitening: str, phantom: bool) -> Backbone:
-    """A backbone by name, see `resolve`: a run of `out`, imagenet, random or a file (these of architecture `arch`).
+def open_backbone(name: str, out: Path, arch: str, seed: int, whitening: str, phantom: bool,
+                  row: str | None = None) -> Backbone:
+    """A backbone by name, see `resolve`: a run of `out`, imagenet, random or a file (these of architecture `arch`; in
+    the tables it stands as `row`, see `title_of`).
 
     A run is read from its checkpoint; whitening: 'fold' it, or 'bn' for a plain BN in its place. Raises BadInput
     when there is no such thing, or where a run on the phantom would meet real CT, or the reverse.
     """
     seed_torch(seed, INIT)
     name = resolve(name, out, phantom)
+    title = title_of(name, row)
     folder, state = out / name, {}
     if not (folder / CHECKPOINT).exists():
         net = build_backbone(name, arch)
-        if Path(name).is_file() and _is_of(Path(name), _imagenet_url(arch)):
-            name = "imagenet"  # by its content: the same row of the tables
+        if row is None and Path(name).is_file() and _is_of(Path(name), _imagenet_url(arch)):
+            title = "imagenet"  # by its content: the same row of the tables
     else:
         if (read_config(folder, "data")["data"] == "phantom") != phantom:
             raise BadInput(f"{folder}: was pre-trained on {'real CT' if phantom else 'the phantom'}; a backbone of the "
@@ -213,12 +279,21 @@ def open_backbone(name: str, out: Path, arch: str, seed: int, whitening: str, ph
         net.load_state_dict(weights | {k: v for k, v in net.state_dict().items() if k.startswith("fc.")})
         net = fold(net) if whitening == "fold" else to_batch_norm(net)
     known = {key: state.get(key) for key in ("step", "horizon", "gap", "view_px", "slice_px")}
-    return Backbone(net, title_of(name), {"arch": arch, "checksum": checksum(net), **known})
+    return Backbone(net, title, {"arch": arch, "checksum": checksum(net), **known})
 
 
-def title_of(name: str) -> str:
-    """The short name of a resolved backbone, for folders and tables: a run's own, a file's without its suffix."""
-    return Path(name).stem if Path(name).is_file() else Path(name).name
+def title_of(name: str, row: str | None = None) -> str:
+    """The short name of a resolved backbone, for folders and tables: a run's own, a file's `row` or its name without
+    suffix (with it where that alone is another row's name). Raises BadInput for a row that cannot be one.
+    """
+    path = Path(name)
+    if row is None:
+        return path.stem if path.is_file() and path.stem not in BUILT_IN else path.name
+    if not path.is_file():
+        raise BadInput(f"--row {row}: only a FILE is given a name, {name} has its own")
+    if row in (*BUILT_IN, "", "..") or Path(row).name != row or "|" in row or not row.isprintable():
+        raise BadInput(f"--row {row}: must be fit to name a folder, and neither imagenet nor random")
+    return row
 
 
 def export(backbone: nn.Module) -> dict[str, Tensor]:

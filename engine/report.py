@@ -56,9 +56,13 @@ def cells(results: Sequence[dict], protocols: Sequence[str]) -> list[dict]:
         return data_of(r) + f", {_listed(organs_of(r))}" * (len(kinds[data_of(r)]) > 1)
 
     newest = {(table_of(r), r["split"], method_of(r), r["protocol"], r["draw"], r.get("seed")): r for r in results}
+    contents: dict[tuple, set[str]] = {}
+    for (data, _, method, *_), r in newest.items():
+        contents.setdefault((data, method), set()).add(file_of(r))
     groups: dict[tuple, list[dict]] = {}
-    for key, r in newest.items():
-        groups.setdefault(key[:4], []).append(r)
+    for (data, split, method, protocol, *_), r in newest.items():
+        apart = f" [{file_of(r)[:8]}]" * (file_of(r) != "" and len(contents[data, method]) > 1)
+        groups.setdefault((data, split, method + apart, protocol), []).append(r)
     out = []
     for data in sorted({k[0] for k in groups}, key=lambda d: (d != "BTCV", d)):
         run, known = {k[1:3] for k in groups if k[0] == data}, [*ROWS.values()]
@@ -114,11 +118,20 @@ def label(name: str, phantom: bool) -> str:
 
 def method_of(result: dict) -> str:
     """The row that a result belongs to, whatever its seed; a file, or a run of another name, is its own."""
-    name, pretraining = result["backbone"], result.get("pretraining", {})
+    name = result["backbone"]
     row = label(name, result["data"] == "phantom").split(", seed ")[0]
-    if row != name and name not in ("imagenet", "random") and pretraining and pretraining["step"] is None:
-        return f"{name} (a file)"
-    return row
+    taken = row != name or name in (ROWS | BEYOND).values()
+    return f"{name} (a file)" if taken and file_of(result) else row
+
+
+def file_of(result: dict) -> str:
+    """The checksum of the weights that a file held; nothing of a run, ImageNet's or random weights.
+
+    Files of one name and different content are rows of their own.
+    """
+    known = result.get("pretraining") or {"step": 0}
+    named = result["backbone"] in ("imagenet", "random")
+    return known["checksum"] if known["step"] is None and not named else ""
 
 
 def settings_of(result: dict) -> str:

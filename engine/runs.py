@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -22,6 +23,10 @@ from engine import processes
 from engine.processes import Processes, on_main
 
 SHOWN = 8  # differing settings that a refusal names
+# The tensors of a Lightning file, a dict with arguments or a whole module: what `load` reads. FILE and NEW follow.
+SAVE_ALONE = ("python -c \"import sys, torch; f, new = sys.argv[1:]; x = torch.load(f, 'cpu', weights_only=False); "
+              "torch.save({k: x[k] for k in ('state_dict', 'model', 'teacher', 'student', 'backbone') if k in x} "
+              "if isinstance(x, dict) else x.state_dict(), new)\"")
 
 
 def _unwritable(path: Path, e: OSError) -> BadInput:
@@ -127,9 +132,12 @@ def load(path: Path, device: str | torch.device = "cpu"):
     except (BadInput, MemoryError):
         raise
     except Exception as e:  # zip, pickle and unpickling errors have no common base
-        why = ("it holds more than tensors; save its state_dict alone" if "weights_only" in str(e).lower() else
-               "damaged or no PyTorch file")
-        raise BadInput(f"{path}: cannot be loaded ({why})") from None
+        if "weights_only" not in str(e).lower():
+            raise BadInput(f"{path}: cannot be loaded (damaged or no PyTorch file)") from None
+        alone = Path(path).with_suffix(".weights.pth")
+        raise BadInput(f"{path}: cannot be loaded (it holds more than tensors; save its state_dict alone, if you trust "
+                       f"the file, whose code this runs: {SAVE_ALONE} {shlex.quote(str(path))} "
+                       f"{shlex.quote(str(alone))})") from None
 
 
 class Run:

@@ -324,19 +324,17 @@ def test_imagenet_weights_are_those_of_their_hash_and_run_no_code(world, ends, m
 
 
 @pytest.mark.parametrize("kind, says", [
-    ("swav", "its names begin with 'projection_head.', 'prototypes.'"),
-    ("dino", "under 'student.module.backbone.' and 'teacher.backbone.'"),
-    ("lightly", "its names begin with 'backbone.'"), ("prefix", "under 'encoder.'"), ("arch", "give the --arch"),
+    ("vit", "its names begin with 'blocks.', 'cls_token.'"), ("two", "under 'student.net.', 'teacher.net.'"),
+    ("numbered", "under 'trunk.'"), ("prefix", "under 'trunk.'"), ("arch", "give --arch resnet34"),
     ("code", "it holds more than tensors; save its state_dict alone")])
 def test_weights_of_other_projects_are_told_what_stands_in_the_way(tmp_path, kind, says):
     own = torchvision.models.resnet18(weights=None).state_dict()
     stages = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc"]
-    told = {"swav": {f"module.{k}": v for k, v in own.items()} | {"module.projection_head.0.weight": torch.ones(2),
-                                                                 "module.prototypes.weight": torch.ones(2)},
-            "dino": {"student": {f"module.backbone.{k}": v for k, v in own.items()}, "epoch": 3,
-                     "teacher": {f"backbone.{k}": v for k, v in own.items()}},
-            "lightly": {f"backbone.{stages.index(k.split('.')[0])}.{k.split('.', 1)[1]}": v for k, v in own.items()},
-            "prefix": {f"encoder.{k}": v for k, v in own.items()},
+    told = {"vit": {"blocks.0.attn.qkv.weight": torch.ones(2), "cls_token": torch.ones(2)},
+            "two": {"student": {f"net.{k}": v for k, v in own.items()}, "epoch": 3,
+                    "teacher": {f"net.{k}": v for k, v in own.items()}},
+            "numbered": {f"trunk.{stages.index(k.split('.')[0])}.{k.split('.', 1)[1]}": v for k, v in own.items()},
+            "prefix": {f"trunk.{k}": v for k, v in own.items()},
             "arch": torchvision.models.resnet34(weights=None).state_dict(), "code": {"args": Evil()}}
     torch.save(told[kind], tmp_path / "x.pth")
     with pytest.raises(BadInput, match="x.pth: ") as caught:

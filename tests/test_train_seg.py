@@ -116,7 +116,7 @@ def test_backbone_opens_in_timm(pretrained):
     (lambda w: {k.replace("conv1.weight", "stem.0.weight") if k == "conv1.weight" else k: v for k, v in w.items()},
      "1 of 120 weights missing"),
     (lambda w: w | {"conv1.weight": torch.zeros(32, 3, 3, 3)}, "1 of another shape"),
-    (lambda w: {f"encoder.{k}": v for k, v in w.items()}, "120 of 120 weights missing"),
+    (lambda w: {f"trunk.{k}": v for k, v in w.items()}, "120 of 120 weights missing"),
 ])
 def test_backbones_with_another_stem_or_nothing_useful_are_refused(pretrained, flags, tmp_path, refusal, change, why):
     weights = torch.load(pretrained / "phantom-moco-local-zca/backbone.pth", weights_only=True)
