@@ -61,6 +61,14 @@ def folder(text: str) -> Path:
     return path
 
 
+def listed(text: str) -> tuple[str, ...]:
+    """A flag's type: names, with commas between them."""
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text}: a name is missing; give A,B")
+    return found
+
+
 def cores() -> int:
     """The cores that this process may use, of those that the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

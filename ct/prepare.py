@@ -43,7 +43,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ct import layouts, tasks
-from ct.command import Parser, command, cores, folder, number, printable, whole
+from ct.command import Parser, command, cores, folder, listed, number, printable, whole
 from ct.intake import AIR, SOFT, find_volumes, judge, named, skip
 from ct.tasks import BTCV, Task
 from ct.volumes import BadInput, Volume, label_ids, read_labels, read_volume
@@ -701,18 +701,12 @@ def task_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what is segmented, and on which volumes, in data that does not say so itself."""
     add = parser.add_argument
     add("--labels", type=Path, metavar="FILE", help="names of labels that have none, `id name` a line")
-    add("--organs", type=_organs, metavar="A,B", help="which of TotalSegmentator's masks; where two overlap, the later "
+    add("--organs", type=listed, metavar="A,B", help="which of TotalSegmentator's masks; where two overlap, the later "
         "in this list has the voxel (default: all, sorted)")
     add("--val", type=number(above=0, most=0.9), help="share of the patients to validate on, drawn once (default "
         f"{tasks.HELD_OUT:g})")
     add("--val-cases", type=Path, metavar="FILE", help="the volumes to validate on instead, an id a line")
     add("--patient-regex", metavar="REGEX", help="what of a volume's id is the patient, whose volumes stay together")
-
-
-def _organs(text: str) -> tuple[str, ...]:
-    if not (named := tuple(part.strip() for part in text.split(",") if part.strip())):
-        raise argparse.ArgumentTypeError(f"{text!r}: give names with commas between them")
-    return named
 
 
 @command
