@@ -61,10 +61,11 @@ def small_phantom(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Two seconds of every run, for tests that look at other things."""
-    monkeypatch.setattr(figures, "attempt", lambda *_: False)
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """They take a second or two of every run: drawn where a test is marked `pictures`."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(figures, "attempt", lambda *_: False)
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ def opened(tmp_path, content, name="mine.pth", arch="resnet18"):
 FULL = resnet().state_dict()
 OWN = {k: v for k, v in FULL.items() if not k.startswith("fc.")}
 OTHER = {k: v for k, v in resnet(1).state_dict().items() if not k.startswith("fc.")}
+FEATURES = features(resnet())
 PROJECTOR = {"projector.0.weight": torch.ones(3, 3), "predictor.3.bias": torch.ones(3)}
 # kind: (content, what is told to have been stripped, what to have been left out)
 ACCEPTED = {
@@ -101,7 +102,7 @@ ACCEPTED = {
 def test_files_of_anyone_give_torchvisions_features(tmp_path, capsys, kind):
     content, stripped, left = ACCEPTED[kind]
     net = opened(tmp_path, content)
-    assert torch.equal(features(net), features(resnet()))
+    assert torch.equal(features(net), FEATURES)
     told = capsys.readouterr().out.splitlines()
     count = 100 if kind == "without counters" else WEIGHTS
     rule = " (the teacher, not the student)" * (kind == "dino")
@@ -162,7 +163,7 @@ def test_a_file_with_more_than_tensors_is_told_how_to_save_them_alone(tmp_path, 
     command = re.search(r"python -c .*(?=\)$)", str(caught.value))[0]
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
     net = backbones.build_backbone(str(tmp_path / "it's mine.weights.pth"), "resnet18")
-    assert torch.equal(features(net), features(resnet()))
+    assert torch.equal(features(net), FEATURES)
 
 
 def test_a_file_has_one_checksum_whatever_the_seed(tmp_path):
@@ -209,7 +210,7 @@ def test_files_of_one_row_are_not_mixed():
     assert rows(result("moco", a, 0, step=9), result("moco-seed1", b, 0, 1, step=9)) == {"MoCo v2": [10, 10]}
 
 
-def test_a_file_has_its_row_in_both_tables_of_a_phantom(small_phantom, tmp_path, capsys, refusal, no_pictures):
+def test_a_file_has_its_row_in_both_tables_of_a_phantom(small_phantom, tmp_path, capsys, refusal):
     torch.save({"state_dict": under("encoder_q.", FULL)}, tmp_path / "theirs.pth")
     common = [str(a) for a in ("--data", small_phantom / "BTCV", "--store", small_phantom.parent / "seg", "--out",
                                tmp_path / "runs")]
@@ -236,7 +237,7 @@ def test_a_file_has_its_row_in_both_tables_of_a_phantom(small_phantom, tmp_path,
     assert [line.split(",")[0] for line in lines] == ["random", "theirs"]
 
 
-def test_a_pre_training_starts_from_anyones_file(small_phantom, tmp_path, no_pictures):
+def test_a_pre_training_starts_from_anyones_file(small_phantom, tmp_path):
     torch.save({"teacher": under("backbone.", numbered(OWN)), "student": OTHER}, tmp_path / "x.pth")
     args = train_ssl.parse([str(a) for a in ("--init", tmp_path / "x.pth", "--arch", "resnet18", "--out", tmp_path)])
     train_ssl.settle(args, True)

@@ -214,7 +214,7 @@ def test_help_is_text(ends, name):
 
 
 @pytest.mark.parametrize("config", [None, "[", "{}"])
-def test_a_run_without_its_settings_is_refused_and_keeps_no_other_from_being_used(world, ends, config, no_pictures):
+def test_a_run_without_its_settings_is_refused_and_keeps_no_other_from_being_used(world, ends, config):
     state = runs.load(world.out / "phantom-moco/checkpoint.pt")
     for name in ("phantom-moco-zca", "seg/b"):
         world.run(name, None, state)
@@ -278,7 +278,7 @@ def test_an_address_where_no_one_listens_is_one_line(monkeypatch):
 # ------------------------------------------------------------------------------------------------------ backbones
 
 
-def test_one_way_from_a_name_to_a_backbone(world, ends, no_pictures):
+def test_one_way_from_a_name_to_a_backbone(world, ends):
     folder = world.out / "phantom-moco"
     names = ["moco", "phantom-moco", folder, folder / "checkpoint.pt", Path("runs/phantom-moco/checkpoint.pt")]
     for name in names:
@@ -298,7 +298,7 @@ class Evil:
         return (os.system, ("touch ran",))
 
 
-def test_imagenet_weights_are_those_of_their_hash_and_run_no_code(world, ends, monkeypatch, no_pictures):
+def test_imagenet_weights_are_those_of_their_hash_and_run_no_code(world, ends, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(world.root))
     cached = world.root / "hub/checkpoints/resnet18-f37072fd.pth"
     cached.parent.mkdir(parents=True)
@@ -373,7 +373,7 @@ def test_btcv_without_labels_is_listed(tmp_path, ends):
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that cannot be read, by root either")
-def test_one_unreadable_file_may_be_left_out(tmp_path, ends, no_pictures):
+def test_one_unreadable_file_may_be_left_out(tmp_path, ends):
     for i in range(3):
         write(tmp_path / f"A/scan{i}.nii.gz", i)
     (tmp_path / "A/scan7.nii.gz").symlink_to("/proc/self/mem")
@@ -390,7 +390,7 @@ def test_one_unreadable_file_may_be_left_out(tmp_path, ends, no_pictures):
     assert ends("prepare", [*argv, "--skip-bad"])[0] == 0
 
 
-def test_names_of_any_bytes(world, ends, no_pictures):
+def test_names_of_any_bytes(world, ends):
     odd = os.fsdecode(b"scan\xff\n\x1b[1m")
     write(world.root / f"A/{odd}.nii.gz", 0)
     write(world.root / "A/good.nii.gz", 1)
@@ -419,6 +419,7 @@ def test_names_of_any_bytes(world, ends, no_pictures):
 # ---------------------------------------------------------------------------------- pictures, streams and signals
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("error", [ZeroDivisionError("bug"), MemoryError(), ValueError("a\nb"), OSError(28, "full")])
 def test_a_picture_that_cannot_be_drawn_ends_nothing(world, ends, monkeypatch, error):
     def draw(path, *rest):
@@ -431,6 +432,7 @@ def test_a_picture_that_cannot_be_drawn_ends_nothing(world, ends, monkeypatch, e
     assert "spectrum.csv: " in out and "spectrum.png" not in out and (world.out / "spectrum.csv").exists()
 
 
+@pytest.mark.pictures
 def test_half_a_picture_is_not_left(tmp_path, monkeypatch, capsys):
     import matplotlib.figure
 

@@ -11,6 +11,8 @@ from ct.tasks import ORGANS
 from ct.volumes import BadInput
 from engine import figures, report
 
+pytestmark = pytest.mark.pictures
+
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):

@@ -38,8 +38,10 @@ def test_a_layout_changes_no_number(msd, small_phantom, tmp_path):
         shutil.copy(path, splits / path.name.replace("btcv", "task60_phantom"))
     found = []
     for data, out, suffix in ((msd, tmp_path / "a", "-task60_phantom"), (small_phantom / "BTCV", tmp_path / "b", "")):
-        train_seg.main(flags(data, out, "--split", "25", "--draw", 1))
-        folders = [out / "seg" / f"random-{p}-25-1{suffix}" for p in train_seg.PROTOCOLS]
+        protocols = ("linear-frozen", "deeplabv3plus") if suffix else ("deeplabv3plus", "linear-frozen")
+        for protocol in protocols:
+            train_seg.main(flags(data, out, "--split", "25", "--draw", 1, "--protocol", protocol))
+        folders = [out / "seg" / f"random-{p}-25-1{suffix}" for p in sorted(protocols)]
         results = [json.loads((f / "result.json").read_text()) for f in folders]
         found.append(([(f / "dice.csv").read_text() for f in folders],
                       [{k: v for k, v in r.items() if k.startswith(("mD", "per_", "hd95", "organs", "cases"))}
@@ -49,6 +51,7 @@ def test_a_layout_changes_no_number(msd, small_phantom, tmp_path):
     assert "labels" not in json.loads((tmp_path / "b/seg/random-linear-frozen-25-1/config.json").read_text())
 
 
+@pytest.mark.pictures
 def test_its_own_splits_tables_pictures_and_spectrum(msd, tmp_path, capsys):
     argv = flags(msd, tmp_path, "--split", "12.5", "--draw", 0, "--val", 0.1, "--protocol", "linear-frozen",
                  "--eval-every", 1)
@@ -115,7 +118,7 @@ def test_ids_are_those_of_the_files_again_in_predictions(two_organs, tmp_path, c
     np.testing.assert_array_equal(again, np.asarray(nib.load(written[0]).dataobj))
 
 
-def test_without_names_ids_are_found_and_other_choices_are_other_tables(two_organs, tmp_path, no_pictures, capsys):
+def test_without_names_ids_are_found_and_other_choices_are_other_tables(two_organs, tmp_path, capsys):
     argv = flags(two_organs, tmp_path, "--split", "100", "--protocol", "linear-frozen")
     train_seg.main(argv)
     assert json.loads((tmp_path / "seg/random-linear-frozen-100-0-own/config.json").read_text())["labels"] == {
@@ -127,6 +130,7 @@ def test_without_names_ids_are_found_and_other_choices_are_other_tables(two_orga
     assert told.count("label 3, label 200. Mean Dice") == told.count("spleen, liver. Mean Dice") == 1
 
 
+@pytest.mark.pictures
 def test_one_organ_and_104(msd, tmp_path):
     """The names of a dataset.json decide how many classes there are, however many of them occur."""
     for count in (1, 104):

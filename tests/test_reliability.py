@@ -38,7 +38,7 @@ def flags(small_phantom, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
-def test_numbers_that_are_not_finite_end_a_run(flags, tmp_path, monkeypatch, no_pictures, what):
+def test_numbers_that_are_not_finite_end_a_run(flags, tmp_path, monkeypatch, what):
     """At step 5 or 6, with the checkpoint of step 4 behind it: named are the step, its slices and the checkpoint."""
     real = train_ssl.Trainer.step
 

@@ -49,6 +49,7 @@ def flags(small_phantom, pretrained):
     return make
 
 
+@pytest.mark.pictures
 def test_three_protocols_leave_results_and_are_skipped_when_done(flags, small_phantom, pretrained, capsys):
     train_seg.main(flags("--split", "12.5", "--draw", 1, "--iterations", 2))
     first = capsys.readouterr().out
@@ -69,6 +70,7 @@ def test_three_protocols_leave_results_and_are_skipped_when_done(flags, small_ph
     assert len((pretrained / "results.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.pictures
 def test_frozen_means_frozen(flags, pretrained):
     train_seg.main(flags("--split", "25", "--draw", 0, "--iterations", 3, "--protocol", "linear-frozen"))
     state = torch.load(pretrained / "seg/phantom-moco-local-zca-linear-frozen-25-0/checkpoint.pt", weights_only=True)
@@ -125,6 +127,7 @@ def test_backbones_with_another_stem_or_nothing_useful_are_refused(pretrained, f
     assert "other.pth" in line and why in line and not (pretrained / "seg/other-linear-frozen-25-0").exists()
 
 
+@pytest.mark.pictures
 def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
     """Stopped by a signal after iteration 2 of 4, dropout and all."""
     def args(out):
@@ -151,8 +154,7 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
     assert x["organs"] == y["organs"] == curve[-1]["organs"]
 
 
-def test_a_checkpoint_is_written_before_the_validation_and_a_stop_is_seen_between_volumes(flags, tmp_path, monkeypatch,
-                                                                                           no_pictures):
+def test_a_checkpoint_is_written_before_the_validation_and_a_stop_is_seen_between_volumes(flags, tmp_path, monkeypatch):
     def args(out):
         return [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
                        "--iterations", 4), "--out", str(out)]
@@ -187,7 +189,7 @@ def test_dropout_differs_between_ranks_and_between_iterations():
     assert not torch.equal(mask(3, 0), mask(3, 1)) and not torch.equal(mask(3, 1), mask(4, 1))
 
 
-def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags, tmp_path, monkeypatch, no_pictures):
+def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags, tmp_path, monkeypatch):
     args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
                    "--iterations", 3), "--out", str(tmp_path)]
     monkeypatch.setattr(train_seg, "CHECKPOINT", 2)
@@ -202,7 +204,7 @@ def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags,
 
 
 @pytest.mark.parametrize("name,file", [("append", "results.jsonl"), ("write_text", "result.json")])
-def test_a_run_that_counts_as_done_is_in_the_tables(flags, tmp_path, monkeypatch, name, file, no_pictures):
+def test_a_run_that_counts_as_done_is_in_the_tables(flags, tmp_path, monkeypatch, name, file):
     """Ended between the two files of a result: the next start leaves both, and they agree."""
     args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
                    "--iterations", 2), "--out", str(tmp_path)]
@@ -230,6 +232,7 @@ def test_a_frozen_backbone_that_changes_is_no_result(flags, tmp_path, monkeypatc
     assert not (tmp_path / "results.jsonl").exists()
 
 
+@pytest.mark.pictures
 def test_without_matplotlib_everything_else_goes_on(flags, pretrained, tmp_path, monkeypatch, capsys):
     for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
@@ -303,6 +306,7 @@ def result(split, draw, mds, backbone="moco", data="BTCV", slices=3779, **more):
             "protocol": "linear-finetune", "mDS": mds, "organs": [mds] * 12 + [None], **more}
 
 
+@pytest.mark.pictures
 def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
     trained = {"step": 184, "horizon": 184, "gap": 0.3, "view_px": 64, "slice_px": 192}
     rows = [result("12.5", d, m) for d, m in enumerate((0.40, 0.46, 0.43))]
@@ -344,7 +348,7 @@ def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
     assert [told[k] for k in ("paper mDS", "mDS", "sd", "n")] == ["", "20.00", "14.14", "2"]
 
 
-def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_path, monkeypatch, no_pictures):
+def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_path, monkeypatch):
     """Features computed once are those of every iteration: the same losses as with the backbone run each time."""
     args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
                    "--iterations", 4), "--whole-slices"]
@@ -367,7 +371,7 @@ def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_
     assert [r["loss"] for r in once] == pytest.approx([r["loss"] for r in each], abs=1e-5) and len(once) == 4
 
 
-def test_a_backbone_made_anew_is_another_run(flags, small_phantom, tmp_path, refusal, no_pictures, capsys):
+def test_a_backbone_made_anew_is_another_run(flags, small_phantom, tmp_path, refusal, capsys):
     data, store = small_phantom / "AbdomenCT-1K", small_phantom.parent / "store"
 
     def pretrain(*more):
@@ -389,7 +393,7 @@ def test_a_backbone_made_anew_is_another_run(flags, small_phantom, tmp_path, ref
     train_seg.main([*args, "--overwrite"])
 
 
-def test_a_corrected_label_is_another_run(small_phantom, tmp_path, refusal, no_pictures, capsys):
+def test_a_corrected_label_is_another_run(small_phantom, tmp_path, refusal, capsys):
     """Of a case that the run has not seen, it is not; and what is refused names the case."""
     data = tmp_path / "BTCV"
     shutil.copytree(small_phantom / "BTCV", data)
@@ -421,6 +425,7 @@ def test_a_corrected_label_is_another_run(small_phantom, tmp_path, refusal, no_p
     assert set(result["store"]) == used
 
 
+@pytest.mark.pictures
 def test_spectrum_command(flags, pretrained, small_phantom, capsys):
     svd_spectrum.main(["--data", str(small_phantom / "BTCV"), "--store", str(small_phantom.parent / "seg"), "--out",
                        str(pretrained), "--image-size", "64"])

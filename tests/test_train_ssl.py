@@ -54,6 +54,7 @@ def flat(value, name=""):
         yield name, value
 
 
+@pytest.mark.pictures
 def test_a_run_leaves_its_files_and_a_torchvision_backbone(flags, tmp_path, capsys):
     train_ssl.main(flags(tmp_path, "--local", "--zca", "--steps", 2))
     printed = capsys.readouterr().out
@@ -79,7 +80,7 @@ def without_looks(records):
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys, no_pictures, aligned):
+def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys, aligned):
     name = "phantom-moco-local-zca" + "-aligned" * aligned
     common = ["--local", "--zca", *["--geometric"] * aligned]
     for more in (["--steps", 2], ["--steps", 3], ["--steps", 4]):
@@ -96,7 +97,7 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys, no_pict
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_one_process_with_two_groups_equals_two_processes(flags, tmp_path, no_pictures, aligned):
+def test_one_process_with_two_groups_equals_two_processes(flags, tmp_path, aligned):
     """Every loss and every tensor of backbone.pth, buffers included, in float32 on gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     method = ["--local", "--zca", *["--geometric"] * aligned, "--steps", 3]
@@ -187,13 +188,12 @@ def test_bad_flags_end_in_one_line(flags, tmp_path, refusal):
     assert "r34.pth: not a backbone of architecture resnet18" in line("--init", tmp_path / "r34.pth")
 
 
-def test_another_config_is_refused_with_the_difference(flags, tmp_path, refusal, no_pictures):
+def test_another_config_is_refused_with_the_difference(flags, tmp_path, refusal):
     train_ssl.main(flags(tmp_path, "--steps", 1))
     assert "lr: 0.01 there, 0.02 here" in refusal(train_ssl.main, flags(tmp_path, "--steps", 1, "--lr", 0.02))
 
 
-def test_other_patients_under_the_same_names_are_another_run(flags, small_phantom, tmp_path, refusal, monkeypatch,
-                                                              no_pictures):
+def test_other_patients_under_the_same_names_are_another_run(flags, small_phantom, tmp_path, refusal, monkeypatch):
     """Dataset001/imagesTr and Dataset002/imagesTr, of as many slices: two stores, and no run goes on with the other's.
 
     One given as `.` has its name all the same.
@@ -227,7 +227,7 @@ def test_bad_volumes_stop_the_run_before_it_starts(tmp_path, flags, refusal):
     assert "scan.nii.gz: not a NIfTI file" in line and not (tmp_path / "out").exists()
 
 
-def test_one_group_warns_and_a_long_queue_is_noted(flags, tmp_path, capsys, no_pictures):
+def test_one_group_warns_and_a_long_queue_is_noted(flags, tmp_path, capsys):
     with pytest.warns(UserWarning, match="one group only"):
         train_ssl.main(flags(tmp_path, "--bn-group", 8, "--steps", 1, "--queue", 80))
     assert "the queue of 80 keys holds" in capsys.readouterr().err
@@ -339,7 +339,7 @@ def test_a_model_that_only_drifts_brings_the_warning(flags, tmp_path, small_phan
     assert (told["instance_accuracy"] > 2 * told["instance_chance"]) is apart
 
 
-def test_rows_start_from_a_run_of_out(flags, tmp_path, refusal, capsys, no_pictures):
+def test_rows_start_from_a_run_of_out(flags, tmp_path, refusal, capsys):
     train_ssl.main(flags(tmp_path, "--no-geometric", "--name", "start", "--steps", 2))
     train_ssl.main([*flags(tmp_path, "--steps", 1, "--lr", 1e-9), "--init", "start"])
     start, row = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("start", "phantom-moco"))
@@ -355,7 +355,7 @@ def test_rows_start_from_a_run_of_out(flags, tmp_path, refusal, capsys, no_pictu
     assert "init_checksum" in refusal(train_ssl.main, [*flags(tmp_path, "--steps", 2, "--lr", 1e-9), "--init", "start"])
 
 
-def test_the_phantoms_start_is_trained_first_and_once(flags, tmp_path, monkeypatch, capsys, no_pictures):
+def test_the_phantoms_start_is_trained_first_and_once(flags, tmp_path, monkeypatch, capsys):
     small = dict(image_size=32, batch_size=8, bn_group=4, queue=32, epochs=1)
     monkeypatch.setattr(train_ssl, "PHANTOM", train_ssl.PHANTOM | small)
     monkeypatch.setattr(train_ssl, "START", train_ssl.START | dict(epochs=1))
@@ -405,7 +405,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(flags, tmp_path, request, more, amp):
             p.grad = torch.zeros_like(p)
 
 
-def test_compiling_changes_no_number(flags, tmp_path, monkeypatch, no_pictures):
+def test_compiling_changes_no_number(flags, tmp_path, monkeypatch):
     """All that --compile changes but the compiler: gradients that stay in place. The compiler itself takes minutes."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compiled.append(type(self).__name__))
@@ -416,7 +416,7 @@ def test_compiling_changes_no_number(flags, tmp_path, monkeypatch, no_pictures):
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
-def test_checkpoints_come_by_the_clock_and_at_the_end(flags, tmp_path, monkeypatch, no_pictures):
+def test_checkpoints_come_by_the_clock_and_at_the_end(flags, tmp_path, monkeypatch):
     """A clock that goes seven minutes a step, of which an epoch has two."""
     clock, saved = [0.0], []
     monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -441,7 +441,7 @@ def deterministic():
     torch.backends.cudnn.allow_tf32 = True
 
 
-def test_deterministic_algorithms_serve_every_step(flags, tmp_path, no_pictures, deterministic):
+def test_deterministic_algorithms_serve_every_step(flags, tmp_path, deterministic):
     """On a CPU they change nothing; an operation without one would raise."""
     for method in (["--local", "--zca", "--geometric"], ["--local", "--zca"]):
         name = "phantom-moco-local-zca" + "-aligned" * ("--geometric" in method)
@@ -455,7 +455,7 @@ def test_deterministic_algorithms_serve_every_step(flags, tmp_path, no_pictures,
 
 
 @pytest.mark.gpu
-def test_a_gpu_continues_exactly_with_deterministic_algorithms(flags, tmp_path, no_pictures, deterministic):
+def test_a_gpu_continues_exactly_with_deterministic_algorithms(flags, tmp_path, deterministic):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     for out, steps in (("a", (2, 4)), ("b", (4,))):
@@ -474,7 +474,7 @@ def test_a_gpu_trains(flags, tmp_path, more):
     assert [r["step"] for r in runs.read_log(tmp_path / "phantom-moco-local-zca/log.jsonl")] == [1, 2, 3]
 
 
-def test_real_ct_trains(real_ct, tmp_path, no_pictures):
+def test_real_ct_trains(real_ct, tmp_path):
     train_ssl.main(["--data", str(real_ct / "AbdomenCT-1K"), "--store", str(tmp_path / "s"), "--out", str(tmp_path),
                     "--arch", "resnet18", "--init", "random", "--image-size", "64", "--batch-size", "8", "--bn-group",
                     "4", "--queue", "64", "--steps", "2", "--local", "--zca"])
