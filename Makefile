@@ -40,7 +40,7 @@ paper: setup
 	@BIN=$(BIN) tools/paper.sh
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The long forms of the reliability tests: kills, fuzzing, full disk, signals, two nodes, soak. About an hour.
 stress: setup

@@ -1,6 +1,9 @@
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the other core is for stress.py
@@ -14,32 +17,48 @@ from ct import phantom  # noqa: E402
 from engine import figures  # noqa: E402
 
 STRESS = pytest.StashKey()
+TABLE = "STRESS_TABLE"  # the variable that names the file in which stress.py's table will be
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "stress_table" in getattr(item, "fixturenames", ()))  # these come last
 
 
+def _start_stress(config) -> None:
+    """The short forms of stress.py take minutes: they run beside the other tests."""
+    folder = tempfile.mkdtemp(prefix="stress-")
+    os.environ[TABLE] = f"{folder}/table"
+    command = ["sh", "-c", 'cd "$0" && "$@" > out 2> err; mv out table', folder, sys.executable,
+               Path(__file__).parent / "stress.py", "--short", "--kills", "6", "--files", "300", "--only", "files",
+               "kills", "signals", "processes", "disk", "restarts", "rejoin"]
+    config.stash[STRESS] = subprocess.Popen(command, start_new_session=True)
+
+
+def pytest_sessionstart(session):
+    if getattr(session.config.option, "numprocesses", None) and TABLE not in os.environ:  # before its workers start
+        _start_stress(session.config)
+
+
 def pytest_collection_finish(session):
-    """The short forms of stress.py take minutes and one core: they run beside the other tests."""
     needed = any("stress_table" in getattr(item, "fixturenames", ()) for item in session.items)
-    if needed and not session.config.option.collectonly:
-        session.config.stash[STRESS] = subprocess.Popen(
-            [sys.executable, Path(__file__).parent / "stress.py", "--short", "--kills", "6", "--files", "300", "--only",
-             "files", "kills", "signals", "processes", "disk", "restarts", "rejoin"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    if needed and TABLE not in os.environ and not session.config.option.collectonly:
+        _start_stress(session.config)
 
 
 def pytest_sessionfinish(session):
-    stress = session.config.stash.get(STRESS, None)
-    if stress and stress.poll() is None:  # the tests were stopped, or failed before they asked for its table
-        os.killpg(stress.pid, 9)
+    if stress := session.config.stash.get(STRESS, None):
+        if stress.poll() is None:  # the tests were stopped, or failed before they asked for its table
+            os.killpg(stress.pid, 9)
+        shutil.rmtree(Path(os.environ.pop(TABLE)).parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def stress_table(request) -> tuple[list[str], str]:
+def stress_table() -> tuple[list[str], str]:
     """(lines of the table that stress.py prints, its stderr) for its short forms: 3 kills a script, 300 files."""
-    out, err = request.config.stash[STRESS].communicate()  # it notices itself what hangs
+    table = Path(os.environ[TABLE])
+    while not table.exists():  # it notices itself what hangs
+        time.sleep(0.2)
+    out, err = table.read_text(), table.with_name("err").read_text()
     assert "| what | tried | how it ended |" in out, err
     return out.splitlines(), err
 

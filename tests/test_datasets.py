@@ -4,11 +4,9 @@ import copy
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import pickle
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -513,16 +511,19 @@ def test_no_more_files_stay_open_than_the_limit_has_room_for(tmp_path):
     for i in range(40):
         write(tmp_path / "A" / f"scan{i:02d}.nii", ct(i, (20, 16, 3)))
     store = datasets.prepare(tmp_path / "A", tmp_path / "s", "pretrain", size=20)
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        for hard, kept in ((200, 40), (60, 30)):
-            found = pool.apply(_read_under_limits, (tmp_path / "A", tmp_path / "s", hard))
-            assert found == [(fill(store).astype(int).sum(), kept)] * 2
-
-
-def _read_under_limits(data, folder, hard):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
-    store = datasets.prepare(data, folder, "pretrain", size=20)
-    return [(store.batch(np.arange(120)).astype(int).sum(), len(store.files)) for _ in range(2)]
+    script = """if True:
+        import resource, sys, numpy as np, datasets
+        from pathlib import Path
+        for hard in (200, 30):
+            store = None  # and with it what it holds open
+            resource.setrlimit(resource.RLIMIT_NOFILE, (30, hard))
+            store = datasets.prepare(Path(sys.argv[1]), Path(sys.argv[2]), "pretrain", size=20)
+            for _ in range(2):
+                print(store.batch(np.arange(120)).astype(int).sum(), len(store.files))"""
+    ran = subprocess.run([sys.executable, "-c", script, tmp_path / "A", tmp_path / "s"], text=True,
+                         capture_output=True, cwd=Path(datasets.__file__).parent)
+    total = str(fill(store).astype(int).sum())
+    assert ran.stdout.split() == [total, "40"] * 2 + [total, "15"] * 2, ran.stderr
 
 
 def test_a_volume_prepared_again_is_read_as_it_was(abdomen, tmp_path):

@@ -39,9 +39,19 @@ def paper_to_code() -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def flags(module: str) -> set[str]:
-    """The long flags of a script's parser, with those that processes.Parser.common gives to all."""
+    """The long flags of a script's parser, with those that processes.Parser.common and prepare.task_flags give it."""
+    found = flags_in(tree(module))
+    used = {n.attr for n in ast.walk(tree(module)) if isinstance(n, ast.Attribute)}
+    if module == "datasets":  # forwards the commands
+        found |= flags("ct/prepare")
+    if "task_flags" in used:
+        found |= flags_in(find("ct/prepare", "task_flags"))
+    return found | flags("engine/processes") if "common" in used and module != "engine/processes" else found
+
+
+def flags_in(node: ast.AST) -> set[str]:
     found = set()
-    for call in ast.walk(tree(module)):
+    for call in ast.walk(node):
         if not (isinstance(call, ast.Call) and getattr(call.func, "id", getattr(call.func, "attr", "")) in
                 ("add", "add_argument")):
             continue
@@ -50,10 +60,7 @@ def flags(module: str) -> set[str]:
                 found.add(argument.value)
                 if any(k.arg == "action" and "BooleanOptionalAction" in ast.unparse(k.value) for k in call.keywords):
                     found.add(argument.value.replace("--", "--no-", 1))
-    shares = any(isinstance(n, ast.Attribute) and n.attr == "common" for n in ast.walk(tree(module)))
-    if module == "datasets":  # forwards the commands
-        found |= flags("ct/prepare")
-    return found | flags("engine/processes") if shares and module != "engine/processes" else found
+    return found
 
 
 def mentioned(text: str) -> set[str]:
