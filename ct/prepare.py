@@ -597,7 +597,7 @@ def audit(data: Path, kind: str, workers: int | None, store: Path, draw: Callabl
     picked = good[:: -(-len(good) // SHEET) or 1]
     _contact_sheet(draw, store / f"audit-{kind}.png", [r["middle"] for r in picked],
                    [f"{r['id']} slice {r['slices'] // 2}" for r in picked],
-                   [r["labels"] for r in picked] if task else None)
+                   [r["labels"] for r in picked] if task else None, task)
     return _tell_skipped(good, skipped + bad)
 
 
@@ -608,8 +608,8 @@ def _inspect(volume: dict, task: Task | None) -> dict:
 
 
 def _contact_sheet(draw: Callable | None, path: Path, slices: list[np.ndarray], titles: list[str],
-                   labels: list[np.ndarray] | None) -> None:
-    if slices and draw and draw(path, slices, titles, labels):
+                   labels: list[np.ndarray] | None, task: Task | None) -> None:
+    if slices and draw and draw(path, slices, titles, labels, task.organs if task else ()):
         print(f"{path}: {len(slices)} slices to look at")
 
 
@@ -711,7 +711,7 @@ def task_flags(parser: argparse.ArgumentParser) -> None:
 
 @command
 def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
-    """The commands. draw(path, slices, titles, labels) -> bool: what draws a contact sheet, if anything."""
+    """The commands. draw(path, slices, titles, labels, names) -> bool: what draws a contact sheet, if anything."""
     parser = Parser(description="Prepare or audit a folder of CT volumes.")
     parser.add_argument("command", choices=("prepare", "audit"))
     parser.add_argument("--data", type=Path, required=True, help="folder of the CT volumes")
@@ -742,7 +742,8 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
         picked = [places[i] for i in np.linspace(0, len(places) - 1, min(SHEET, len(places))).astype(int)]
         slices, labels = ([np.load(array(store, name, label), mmap_mode="r")[z] for name, z in picked]
                           if not label or kind == "segment" else None for label in (False, True))
-        _contact_sheet(draw, store / "contact_sheet.png", slices, [f"{n} slice {z}" for n, z in picked], labels)
+        _contact_sheet(draw, store / "contact_sheet.png", slices, [f"{n} slice {z}" for n, z in picked], labels,
+                       task_of(store, index))
         skipped = _tell_skipped(index["volumes"], index["skipped"])
         if task := task_of(store, index):
             told = tasks.draw_splits(task, [v["id"] for v in index["volumes"]], args.val, args.val_cases,

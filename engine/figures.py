@@ -6,7 +6,7 @@ Colours are few and always doubled by a line style, a marker or a label, so that
 import colorsys
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -179,22 +179,43 @@ def _curve(axes, steps: np.ndarray, values: np.ndarray, label: str, style: dict)
 
 
 def contact_sheet(path: Path, slices: Sequence[np.ndarray], titles: Sequence[str],
-                  labels: Sequence[np.ndarray] | None = None) -> None:
+                  labels: Sequence[np.ndarray] | None = None, names: Sequence[str] = ()) -> None:
     """Slices (H, W) uint8 of any sizes, each under its title, in the order given: what a store holds, at a glance.
 
-    labels (H, W) uint8, where there are any: the organs in their colours, so that a mirrored label is seen.
+    labels (H, W) uint8, where there are any: the organs in their colours, so that a mirrored label is seen; names: of
+    the labels 0, 1, ...
     """
     plt = pyplot()
     columns = min(8, max(1, len(slices)))
-    rows = -(-len(slices) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.52 * rows), squeeze=False,
-                                layout="constrained")
+    rows, width = -(-len(slices) // columns), 1.35 * columns
+    legend, below = _legend(np.unique(np.concatenate([np.unique(x) for x in labels])) if labels else (), names, width)
+    figure, grid = plt.subplots(rows, columns, figsize=(width, 1.52 * rows + below * bool(legend["handles"])),
+                                squeeze=False, layout="constrained")
     for axes, image, title, organs in zip(grid.flat, slices, titles, labels or [None] * len(slices), strict=False):
         axes.imshow(_coloured(image, organs))
         axes.set_title(title, fontsize=6, loc="center", pad=2)
     for axes in grid.flat:
         axes.axis("off")
+    if legend["handles"]:
+        figure.legend(**legend)
     _save(plt, figure, path)
+
+
+def _legend(seen: Iterable[int], names: Sequence[str], width: float) -> tuple[dict, float]:
+    """What names the organs `seen` below a figure of `width` inches, and the inches that it takes.
+
+    Of many organs in smaller print; as many columns, each as wide as its longest name, as there is room.
+    """
+    from matplotlib.patches import Patch
+
+    seen = sorted({int(c) for c in seen if 0 < c < len(names)})
+    print_size = 8 if len(seen) <= 28 else 6.5
+    widths = {n: sum(max(map(len, c), default=0) + 6.5 for c in np.array_split([names[c] for c in seen], n))
+              for n in range(1, 8)}
+    columns = max((n for n, taken in widths.items() if taken * print_size < 112.3 * width), default=1)
+    handles = [Patch(color=organ_colours()[c], label=names[c]) for c in seen]
+    return ({"handles": handles, "fontsize": print_size, "loc": "outside lower center", "ncols": columns,
+             "handlelength": 1, "handleheight": 1}, max(0.75, 0.42 + 0.0205 * print_size * -(-len(seen) // columns)))
 
 
 # ------------------------------------------------------------------------------------------------- segmentation
@@ -207,16 +228,8 @@ def overlays(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.nd
     rows: (caption, image, truth, prediction), the latter three (H, W) uint8; names: of the labels 0, 1, ...
     """
     plt = pyplot()
-    from matplotlib.patches import Patch
-
     lines = -(-len(rows) // 2)
-    seen = sorted({int(c) for _, _, truth, prediction in rows for c in np.union1d(truth, prediction)} - {0, 255})
-    # the legend: of many organs in smaller print; as many columns, each as wide as its longest name, as there is room
-    print_size = 8 if len(seen) <= 28 else 6.5
-    widths = {n: sum(max(map(len, c), default=0) + 6.5 for c in np.array_split([names[c] for c in seen], n))
-              for n in range(1, 8)}
-    columns = max((n for n, width in widths.items() if width * print_size < 1190), default=1)
-    below = max(0.75, 0.42 + 0.0205 * print_size * -(-len(seen) // columns))
+    legend, below = _legend((c for _, _, *maps in rows for c in np.union1d(*maps)), names, 10.6)
     figure, grid = plt.subplots(lines, 7, figsize=(10.6, 1.83 * lines + below), squeeze=False, layout="constrained",
                                 width_ratios=[1, 1, 1, 0.06, 1, 1, 1])  # a gap between the two of a line
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.02, wspace=0, hspace=0.01)
@@ -227,8 +240,7 @@ def overlays(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.nd
         for axes, labels, name in zip(three, (None, truth, prediction), (caption, "truth", "prediction"), strict=True):
             axes.imshow(_coloured(image, labels)[box])
             axes.set_title(name, fontsize=7, pad=2)
-    figure.legend(handles=[Patch(color=organ_colours()[c], label=names[c]) for c in seen], fontsize=print_size,
-                  loc="outside lower center", ncols=columns, handlelength=1, handleheight=1)
+    figure.legend(**legend)
     figure.suptitle(title + "\n", fontsize=9, x=0.01, ha="left")
     _save(plt, figure, path)
 

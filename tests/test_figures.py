@@ -130,6 +130,9 @@ def test_contact_sheet_shows_labels(drawn):
     label[4:16, 4:16] = 6
     tinted = drawn(figures.contact_sheet, [image], ["a"], [label])
     assert np.ptp(grey.astype(int), axis=2).max() == 0 and np.ptp(tinted.astype(int), axis=2).max() > 20
+    drawn.texts.clear()
+    drawn(figures.contact_sheet, [image], ["a"], [label], [f"organ {i}" for i in range(9)])
+    assert "organ 6" in drawn.texts and "organ 5" not in drawn.texts
 
 
 def test_validation_and_report(drawn):
