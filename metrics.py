@@ -256,6 +256,13 @@ def effective_rank(values: np.ndarray) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
+def rankme(vectors: np.ndarray) -> float:
+    """The same of the singular values of the vectors (n, d) themselves, neither centred nor squared (Garrido et al.,
+    RankMe, ICML 2023): what others mean by it. Of one backbone the two are different numbers.
+    """
+    return effective_rank(np.linalg.svd(vectors.astype(np.float64), compute_uv=False))
+
+
 # --------------------------------------------------------------------------------------------------------- tables
 
 

@@ -5,7 +5,8 @@
     python svd_spectrum.py --positions              every position of the feature map a vector of its own
 
 Features: the backbone's last map (stride 32) in evaluation mode, whitening folded, averaged over its positions
-unless --positions. Effective rank: exp of the entropy of l / sum(l), l the eigenvalues of the centred covariance.
+unless --positions. Effective rank: exp of the entropy of l / sum(l), l the eigenvalues of the centred covariance;
+spectrum.csv has RankMe beside it, which takes the singular values of the features themselves.
 n vectors cannot span more than n - 1 dimensions: the 762 slices of BTCV's validation set end a pooled spectrum of
 2048 values at 761.
 """
@@ -74,18 +75,19 @@ def main(argv: list[str] | None = None) -> None:
         backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
         vectors = features(backbone.net, squares, args.image_size, args.positions, device)
         values = metrics.singular_values(vectors)
-        runs.append((backbone.name, values, metrics.effective_rank(values)))
-        tqdm.write(f"{name}: effective rank {runs[-1][2]:.2f} of {vectors.shape[1]}, {len(vectors):,} vectors of "
-                   f"{len(slices)} slices" + f" (unfinished: {backbone.unfinished})" * bool(backbone.unfinished))
+        runs.append((backbone.name, values, metrics.effective_rank(values), metrics.rankme(vectors)))
+        tqdm.write(f"{name}: effective rank {runs[-1][2]:.2f} of {vectors.shape[1]}, RankMe {runs[-1][3]:.2f}, "
+                   f"{len(vectors):,} vectors of {len(slices)} slices"
+                   + f" (unfinished: {backbone.unfinished})" * bool(backbone.unfinished))
     what = f"{len(vectors):,} vectors ({'positions of' if args.positions else 'one for each of'} {len(slices)} slices)"
     where = "the phantom's validation slices" if phantom else f"{store.name}, validation slices"
     path = args.out / ("spectrum-positions" if args.positions else "spectrum")
     args.out.mkdir(parents=True, exist_ok=True)
-    header = ["backbone", "data", "vectors", "effective_rank", *range(1, 1 + max(len(r[1]) for r in runs))]
+    header = ["backbone", "data", "vectors", "effective_rank", "rankme", *range(1, 1 + max(len(r[1]) for r in runs))]
     report.write_csv(path.with_suffix(".csv"), [header, *(
-        [name, "phantom" if phantom else store.name, len(vectors), f"{rank:.4f}", *(f"{v:.6e}" for v in values)]
-        for name, values, rank in runs)])
-    labelled = [(report.label(name, phantom), *rest) for name, *rest in runs]
+        [name, "phantom" if phantom else store.name, len(vectors), f"{rank:.4f}", f"{rankme:.4f}",
+         *(f"{v:.6e}" for v in values)] for name, values, rank, rankme in runs)])
+    labelled = [(report.label(name, phantom), values, rank) for name, values, rank, _ in runs]
     drawn = figures.attempt(figures.spectrum, path.with_suffix(".png"), labelled, f"{where}; {what}")
     print(f"{', '.join(str(path.with_suffix(x)) for x in ['.png'] * drawn + ['.csv'])}: {what}")
 

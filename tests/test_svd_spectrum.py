@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from metrics import effective_rank, singular_values
+from metrics import effective_rank, rankme, singular_values
 from svd_spectrum import features
 
 
@@ -24,6 +24,14 @@ def test_singular_values_are_those_of_the_covariance_matrix():
     np.testing.assert_allclose(singular_values(x), expected, rtol=1e-9)
     few = singular_values(x[:4])
     assert len(few) == 6 and (few[3:] < 1e-12).all()  # 4 vectors span 3 dimensions at most
+
+
+def test_rankme_is_of_the_vectors_themselves():
+    x = np.random.default_rng(0).normal(size=(40, 6)) + 3  # its mean counts
+    share = np.sqrt(np.linalg.eigvalsh(x.T @ x))
+    share = share / share.sum()
+    assert math.isclose(rankme(x.astype(np.float32)), math.exp(-sum(p * math.log(p) for p in share)), rel_tol=1e-5)
+    assert math.isclose(rankme(np.eye(5)), 5) and not math.isclose(rankme(x), effective_rank(singular_values(x)))
 
 
 def test_features_are_torchvisions_pooled_features():

@@ -432,7 +432,7 @@ def test_spectrum_command(flags, pretrained, small_phantom, capsys):
     assert "effective rank" in capsys.readouterr().out
     assert (pretrained / "spectrum.png").stat().st_size > 10_000
     header, row = (pretrained / "spectrum.csv").read_text().splitlines()
-    assert row.split(",")[:2] == ["phantom-moco-local-zca", "phantom"] and len(row.split(",")) == 4 + 512
+    assert row.split(",")[:2] == ["phantom-moco-local-zca", "phantom"] and len(row.split(",")) == 5 + 512
 
 
 def test_bad_input_ends_in_one_line(flags, pretrained, tmp_path, refusal, small_phantom):
