@@ -47,6 +47,11 @@ TIMES = {"images_per_s", "data_share", "wall_s"}
 train_seg.CHECKPOINT = 2
 
 
+# Seconds after which torchrun's agent kills those that are left of a group. Most end by themselves; gloo has been seen
+# to wait for a process that was killed while DistributedDataParallel was made.
+AGENT = 30
+
+
 class Failed(Exception):
     pass
 
@@ -219,8 +224,15 @@ class Started:
 
     def wait(self) -> list[int]:
         """Exit codes, negative for a signal."""
+        since = None  # one was killed
+
         def ended() -> bool:
+            nonlocal since
             self.running()
+            if -signal.SIGKILL in self.codes.values():
+                since = since or time.monotonic()
+                if time.monotonic() - since > AGENT:
+                    self.kill()
             return len(self.codes) == len(self.pids)
 
         try:
