@@ -506,7 +506,8 @@ def test_audit_tells_of_a_task_what_it_tells_of_btcv(msd, tmp_path, capsys):
         assert f" {c} {organ:26s} {sum((x == c).sum() for x in seen):14,d} voxels in {count} volumes" in out
     assert "one patient, it seems, spleen_3: spleen_3, spleen_3_venous\n" in out
     path, slices, titles, labels, names = drawn[0]
-    assert names[:3] == ("background", "spleen", "liver") and path.name == "audit-segment.png" and titles[0] == "spleen_10 slice 2"
+    assert names[:3] == ("background", "spleen", "liver")
+    assert path.name == "audit-segment.png" and titles[0] == "spleen_10 slice 2"
     np.testing.assert_array_equal(labels[0], label(2)[:, :, 2].T)
     prepare.main(["prepare", "--data", str(msd)])
     capsys.readouterr()
