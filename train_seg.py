@@ -43,7 +43,7 @@ PHANTOM = dict(arch="resnet18", crop_size=96, batch_size=16)
 PHANTOM_RECIPES = {"linear-frozen": dict(iterations=300, lr=0.2, whole_slices=True),
                    "linear-finetune": dict(iterations=100, lr=0.05, whole_slices=False),
                    "deeplabv3plus": dict(iterations=60, lr=0.05, whole_slices=False)}
-CHECKPOINT = 4000  # iterations between two points of the validation curve, a checkpoint before each
+EVAL_INTERVAL = 4000  # iterations between two points of the validation curve, a checkpoint before each
 FLUSH = 10  # iterations between two looks at the loss
 SHOWN = 6  # slices in overlays.png
 
@@ -70,8 +70,8 @@ def parse(argv: list[str] | None):
     add("--lr", type=number(above=0), help="learning rate (0.01) [0.2 of the frozen head, 0.05 of the others]")
     add("--whole-slices", action=argparse.BooleanOptionalAction, help="linear-frozen trains on whole slices instead "
         "of random crops: their features are computed once, which is fast and not the paper's (no) [yes]")
-    add("--eval-every", type=whole(1), default=CHECKPOINT, metavar="N", help="iterations between two points of the "
-        f"validation curve, which decides nothing ({CHECKPOINT})")
+    add("--eval-every", type=whole(1), default=EVAL_INTERVAL, metavar="N", help="iterations between two points of the "
+        f"validation curve, which decides nothing ({EVAL_INTERVAL})")
     add("--overwrite", action="store_true", help="start over what has been run")
     add("--save-predictions", action="store_true", help="keep those of the validation set as NIfTI, on its own grid")
     add("--report", action="store_true", help="print Tables 1 and 2 of what has been run; report.{md,csv,png} of --out")
@@ -221,7 +221,7 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
     # before the run folder: a backbone that does not fit leaves nothing behind
     backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom, args.row)
     seed = processes.seed_suffix(args.seed)  # a run of this seed has it in its name already
-    data = "" if store.task == tasks.BTCV else f"-{store.task.prefix}"
+    data = f"-{store.task.prefix}" * bool(store.task.recorded)
     title = f"{backbone.name.removesuffix(seed)}{seed}-{protocol}-{args.split}-{draw}{data}"
     folder = args.out / "seg" / title
     config = configure(args, backbone, protocol, draw, store, phantom)
@@ -253,7 +253,6 @@ def configure(args, backbone: backbones.Backbone, protocol: str, draw: int, stor
     """What decides a run's result, and what its model is: config.json."""
     task = store.task
     sums = [hashlib.sha256(task.file(*split).read_bytes()).hexdigest() for split in ((args.split, draw), ("val",))]
-    labels = {} if task == tasks.BTCV else {"labels": {str(i): organ for i, organ in task.labels.items()}}
     return {"backbone": backbone.name, "arch": backbone.pretraining["arch"], "pretraining": backbone.pretraining,
             "protocol": protocol, "split": args.split, "draw": draw,
             "whitening": "fold" if protocol == "linear-frozen" else args.whitening, "iterations": args.iterations,
@@ -262,7 +261,7 @@ def configure(args, backbone: backbones.Backbone, protocol: str, draw: int, stor
             "data": "phantom" if phantom else store.name, "slices": len(store),
             "cases": task.cases(args.split, draw),
             "store": store.contents({*task.cases(args.split, draw), *task.cases("val")}),
-            "split_sha256": sums[0], "validation_sha256": sums[1], **labels}
+            "split_sha256": sums[0], "validation_sha256": sums[1], **task.recorded}
 
 
 def fit(trainer: Trainer, run: runs.Run, first: int) -> None:
@@ -431,7 +430,7 @@ def main(argv: list[str] | None = None) -> None:
                 train(args, name, protocol, draw, store, phantom, ranks)
     if ranks.is_main:
         here = report.data_of({"data": "phantom" if phantom else store.name, "slices": len(store)})
-        print(report.markdown([c for c in report.cells_of(args.out) if c["data"].startswith(here)]))
+        print(report.markdown([c for c in report.cells_of(args.out) if (c["data"] + ",").startswith(f"{here},")]))
 
 
 if __name__ == "__main__":

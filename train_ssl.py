@@ -109,6 +109,7 @@ def start_of(args) -> str:
 
 
 def check_groups(args, world: int) -> None:
+    """Raise BadInput where the batch does not divide into groups on `world` processes; warn of a single group."""
     if args.batch_size % (world * args.bn_group):
         raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {world} processes x --bn-group "
                        f"{args.bn_group} = {world * args.bn_group}")
@@ -140,6 +141,7 @@ def advice(args, trained: int, horizon: int) -> list[str]:
 
 
 def build(args, phantom: bool = False) -> MoCo:
+    """The two encoders from --init, whitened with --zca; what was opened is noted in `args`. Raises BadInput."""
     args.init = backbones.resolve(args.init, args.out, phantom)
     opened = backbones.open_backbone(args.init, args.out, args.arch, args.seed, "fold", phantom)
     if (arch := opened.pretraining["arch"]) != args.arch:
@@ -193,7 +195,8 @@ class Trainer:
         slices = slices.to(self.device, non_blocking=True)
         view_q, view_k = augment.pair(slices, batches.views(t, processes.VIEW_Q), batches.views(t, processes.VIEW_K),
                                       args.image_size)
-        permutation, patches = self.to_device(batches.permutation(t), batches.patches(t))
+        permutation = augment.to_device(batches.permutation(t), self.device)
+        patches = augment.to_device(batches.patches(t), self.device) if args.local else None
         boxes_q, flip_q, boxes_k, flip_k, usable = batches.parts(t) if aligned else [None] * 5
 
         # keys (B, dim) and cells (B, 49, C), by the key encoder after its own small step
@@ -217,7 +220,7 @@ class Trainer:
             with self.statistics.group(), self.model.no_sync() if several else contextlib.nullcontext():
                 with processes.autocast(self.amp, self.device):
                     loss_global, loss_local = self.model(view_q[part], keys[part], cells[part] if args.local else None,
-                                                         patches[part], common)
+                                                         patches[part] if args.local else None, common)
                 loss = moco.total(loss_global, loss_local)
                 self.scaler.scale(loss / groups).backward()
             records.append(torch.stack([loss, loss_global, loss_local, *moco.signs]).detach())
@@ -236,7 +239,7 @@ class Trainer:
         moco.enqueue(keys)
         return torch.cat([torch.stack(records).mean(0), norm[None]])
 
-    def to_device(self, *arrays: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def to_device(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
         return tuple(augment.to_device(a, self.device) for a in arrays)
 
     def count_skipped(self, records: list[dict]) -> None:
@@ -334,6 +337,7 @@ def introduce(args, store, phantom, ranks, amp, first, last, trainer) -> None:
 
 
 def train(args, store, ranks, run, trainer, first, last) -> None:
+    """Steps `first` to `last`, with log, signs of collapse and checkpoints; a stop request saves and exits."""
     batches, journal = trainer.batches, monitor.Journal(args, store, run, trainer, ranks, first, last)
 
     def fetch(t: int) -> torch.Tensor:

@@ -38,6 +38,7 @@ class ZCAWhitening(nn.Module):
         return f"{self.weight.numel()}, group_size={self.group_size}, iterations={self.iterations}"
 
     def forward(self, x: Tensor) -> Tensor:
+        """Eq. 5 and the affine: (N, C, H, W) or (N, C) -> the same shape and type."""
         with torch.autocast(x.device.type, enabled=False):
             wide = x if x.dtype == torch.float64 else x.float()
             rows = wide.movedim(1, -1)  # (N, H, W, C): a view, and free of copies in channels_last

@@ -44,7 +44,7 @@ from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
 from ct import phantom_layouts
-from ct.command import Parser, command, whole
+from ct.command import Parser, command, cores, whole
 from ct.volumes import BadInput
 
 PURPOSE = 4001  # this module's entry in SeedSequence([seed, purpose, patient])
@@ -479,7 +479,7 @@ def write(folder: str | os.PathLike, seed: int = 0, labelled: int = 30, unlabell
         if layout:
             phantom_layouts.describe(layout, part, BTCV_IDS[:labelled])
         slices = 0
-        with ProcessPoolExecutor(min(workers or os.cpu_count(), len(jobs)), context, signal.signal,
+        with ProcessPoolExecutor(min(workers or cores(), len(jobs)), context, signal.signal,
                                  (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C: the parent answers it
             try:
                 futures = [pool.submit(_write_patient, *job) for job in jobs]

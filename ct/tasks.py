@@ -47,6 +47,11 @@ class Task:
         """The id of each class in label files."""
         return tuple(self.labels)
 
+    @property
+    def recorded(self) -> dict:
+        """What a run's settings say of it: {"labels": {id: name}}; of BTCV, which is known, nothing."""
+        return {} if self == BTCV else {"labels": {str(i): organ for i, organ in self.labels.items()}}
+
     def file(self, split: str, draw: int = 0) -> Path:
         """Where the ids of a split are: '12.5' and '25' (draws 0 to 2), '100', or 'val'."""
         name = {"100": "train", "val": "val"}.get(split, f"{split}_{draw}")

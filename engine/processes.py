@@ -58,7 +58,7 @@ class Parser(ct_command.Parser):
         add("--deterministic", action="store_true", help="on a GPU: deterministic algorithms and no TF32, slower; "
             "there nothing else continues exactly (a CPU does)")
         add("--checkpoint-minutes", type=number(0), default=10.0, help="time after which a checkpoint is due, at the "
-            "next tenth step (default 10); one is always kept at the end and on SIGTERM and Ctrl-C")
+            "next tenth step (default %(default)g); one is always kept at the end and on SIGTERM and Ctrl-C")
         add("--workers", type=whole(0), help="threads that read slices, and processes that prepare them (default: the "
             f"cores there are, to read divided by the processes on this machine and at most {READERS})")
         add("--window", type=number(), nargs=2, default=(-175.0, 250.0), metavar=("LOW", "HIGH"), help="HU window")

@@ -226,6 +226,8 @@ def cells_of(out: Path) -> list[dict]:
 
 
 def write_report(out: Path) -> None:
+    """report.md, report.csv and report.png of all results in `out`, printed too. Raises BadInput when there are none.
+    """
     cells = cells_of(out)
     text = markdown(cells)
     runs.write_text(out / "report.md", text)

@@ -44,7 +44,7 @@ HANG = 600  # s without what is waited for: a hang. Nothing here depends on how 
 TIMES = {"images_per_s", "data_share", "wall_s"}
 
 
-train_seg.CHECKPOINT = 2
+train_seg.EVAL_INTERVAL = 2
 
 
 # Seconds after which torchrun's agent kills those that are left of a group. Most end by themselves; gloo has been seen

@@ -134,7 +134,7 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
         return [*flags("--split", "25", "--draw", 1, "--protocol", "linear-finetune", "--backbone", "random",
                        "--iterations", 4), "--out", str(out)]
 
-    monkeypatch.setattr(train_seg, "CHECKPOINT", 2)
+    monkeypatch.setattr(train_seg, "EVAL_INTERVAL", 2)
     train_seg.main(args(tmp_path / "b"))
     real, asked = processes.Processes.any, []
     monkeypatch.setattr(processes.Processes, "any", lambda self, flag: asked.append(1) or len(asked) == 2
@@ -159,7 +159,7 @@ def test_a_checkpoint_is_written_before_the_validation_and_a_stop_is_seen_betwee
         return [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
                        "--iterations", 4), "--out", str(out)]
 
-    monkeypatch.setattr(train_seg, "CHECKPOINT", 2)
+    monkeypatch.setattr(train_seg, "EVAL_INTERVAL", 2)
     train_seg.main(args(tmp_path / "b"))
     real, seen = train_seg.Trainer.predictions, []
 
@@ -192,7 +192,7 @@ def test_dropout_differs_between_ranks_and_between_iterations():
 def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags, tmp_path, monkeypatch):
     args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
                    "--iterations", 3), "--out", str(tmp_path)]
-    monkeypatch.setattr(train_seg, "CHECKPOINT", 2)
+    monkeypatch.setattr(train_seg, "EVAL_INTERVAL", 2)
     with monkeypatch.context() as m, pytest.raises(RuntimeError):
         m.setattr(metrics, "per_case", lambda *a: (_ for _ in ()).throw(RuntimeError))
         train_seg.main(args)

@@ -62,6 +62,7 @@ class Setting:
         self.steps, self.stored = 20, 20 * self.batch  # from a store of so many slices
 
     def trainer(self, *flags: str, amp: str | None = None, queue: int | None = None) -> train_ssl.Trainer:
+        """A pre-training of this setting from random weights, with these flags of train_ssl.py."""
         args = train_ssl.parse(["--arch", self.arch, "--init", "random", "--image-size", str(self.size), "--batch-size",
                                 str(self.batch), "--bn-group", str(self.group), "--queue", str(queue or self.queue),
                                 *flags])
@@ -70,8 +71,9 @@ class Setting:
         return train_ssl.Trainer(args, train_ssl.build(args), batches, self.ranks, amp or self.amp)
 
     def slices(self) -> torch.Tensor:
-        slices = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (self.batch, SIDE, SIDE), np.uint8))
-        return slices.pin_memory() if self.device.type == "cuda" else slices
+        """A batch of noise (B, 512, 512) uint8, from which a copy to the device need not be waited for."""
+        slices = np.random.default_rng(0).integers(0, 256, (self.batch, SIDE, SIDE), np.uint8)
+        return augment.pinned(torch.from_numpy(slices), self.device)
 
     def bare(self, trainer: train_ssl.Trainer, amp: str | None = None) -> Callable:
         """Query forward and backward plus key forward of the trainer's encoders, group by group, and nothing else."""

@@ -40,6 +40,7 @@ def run(script: str, *more: object) -> None:
 
 
 def study(args, seed: int) -> None:
+    """Pre-train the start and every row with this seed, then measure their ranks and heads; what is done is skipped."""
     suffix = processes.seed_suffix(seed)
     pretrain = ["--data", args.ssl, "--store", args.out / "stores" / "ssl", "--out", args.out, "--seed", seed,
                 *flags(PRETRAINING)]
