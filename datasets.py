@@ -17,13 +17,17 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import augment
+import crops
+import resize
 from ct import prepare as preparation
+from ct import tasks
 from ct.prepare import HEADER, array, sizes_agree
 from ct.tasks import BTCV
 from ct.volumes import BadInput
@@ -36,6 +40,19 @@ HELD_OUT = 128  # slices (an eighth of a small data set) on which the signs of c
 def prepare(*args, **kw) -> "Store":
     """`ct.prepare.prepare`, and the store that it makes or completes, opened."""
     return Store(*preparation.prepare(*args, **kw))
+
+
+def open_labelled(args, data: Path) -> tuple["Store", processes.Processes, list[str]]:
+    """A store of labelled volumes with its splits drawn, this process among the others, and what is to be said of it.
+
+    args: the flags of `processes.Parser.common` and `task_flags`. Raises BadInput.
+    """
+    store = prepare(data, args.store or preparation.default_store(data), "segment", tuple(args.window),
+                    workers=args.workers, names=args.labels, organs=args.organs)
+    ranks = processes.start(args.deterministic)
+    drawn = processes.on_main(ranks.is_main, lambda: tasks.draw_splits(
+        store.task, [v["id"] for v in store.volumes], args.val, args.val_cases, args.patient_regex))
+    return store, ranks, preparation.remarks(store.volumes, store.skipped, store.task) + drawn
 
 
 def room_for(files: int) -> int:
@@ -173,11 +190,11 @@ class Batches:
     """
 
     def __init__(self, args, slices: int, ranks: processes.Processes):
-        drawn = processes.rng(args.seed, processes.SIGNS).permutation(slices)
+        drawn = processes.rng(args.seed, processes.HELD_OUT).permutation(slices)
         self.held_out, self.trained = np.split(drawn, [min(HELD_OUT, max(2, slices // 8))])
-        self.args, self.steps_per_epoch = args, len(self.trained) // args.batch_size
-        share = args.batch_size // ranks.world
-        self.local = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        self.args, self.device, self.steps_per_epoch = args, ranks.device, len(self.trained) // args.batch_size
+        share = args.batch_size // ranks.world_size
+        self.rank_slice = slice(ranks.rank * share, (ranks.rank + 1) * share)
         self.epoch, self.order = -1, None
 
     def indices(self, t: int) -> np.ndarray:
@@ -188,24 +205,49 @@ class Batches:
         self.epoch, self.order = epoch, order
         return order[position * self.args.batch_size :][: self.args.batch_size]
 
-    def views(self, t: int, purpose: int) -> dict[str, np.ndarray]:
+    def views(self, t: int, purpose: int) -> augment.Params:
+        """What was drawn for this process's views: `purpose` says of which encoder."""
         drawn = augment.draw(processes.rng(self.args.seed, purpose, t), self.args.batch_size, self.args.geometric)
-        return {k: v[self.local] for k, v in drawn.items()}
+        return {k: v[self.rank_slice] for k, v in drawn.items()}
 
-    def parts(self, t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What both views of the global batch show: boxes and flips of the queries, of the keys, and usable pairs."""
+    def common_parts(self, t: int) -> "CommonParts":
+        """What both views of each pair of the global batch show, for Eq. 2 with geometry."""
         query, key = (augment.draw(processes.rng(self.args.seed, purpose, t), self.args.batch_size)
                       for purpose in (processes.VIEW_Q, processes.VIEW_K))
-        boxes_q, boxes_k, usable = augment.common_parts(query, key, self.args.size)
-        return boxes_q, query["flip"], boxes_k, key["flip"], usable
+        boxes_q, boxes_k, pairs = augment.common_parts(query, key, self.args.size)
+        return CommonParts(boxes_q, query["flip"], boxes_k, key["flip"], pairs, self.rank_slice.start, self.device)
 
     def permutation(self, t: int) -> torch.Tensor:
+        """The order (N,) in which the global batch's keys are encoded: Shuffling BN."""
         return torch.from_numpy(processes.rng(self.args.seed, processes.SHUFFLE, t).permutation(self.args.batch_size))
 
-    def patches(self, t: int) -> torch.Tensor:
-        """(B, K): K of the 49 cells per image, without replacement."""
+    def patch_idx(self, t: int) -> torch.Tensor:
+        """(B, K) int64: K of the 49 cells per image, without replacement."""
         draw = processes.rng(self.args.seed, processes.PATCHES, t).random((self.args.batch_size, CELLS**2))
-        return torch.from_numpy(draw.argsort(1)[self.local, : self.args.patches].copy())
+        return torch.from_numpy(draw.argsort(1)[self.rank_slice, : self.args.patches].copy())
+
+
+@dataclass(frozen=True)
+class CommonParts:
+    """What both views of each pair of the global batch (N) show, as `augment.common_parts` gives it, and each flip."""
+
+    boxes_q: np.ndarray  # (N, 4)
+    flip_q: np.ndarray  # (N,)
+    boxes_k: np.ndarray
+    flip_k: np.ndarray
+    pairs: np.ndarray  # (M,): those that share enough
+    start: int  # of this process's share of the global batch
+    device: torch.device
+
+    def of_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Boxes (N, 4) and flips (N,) on the device, for `MoCo.keys`."""
+        return resize.to_device(self.boxes_k, self.device), resize.to_device(self.flip_k, self.device)
+
+    def of_queries(self, group: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Boxes (g, 4), flips (g,) and usable pairs (m,) of a group of this process's images, for `MoCo.forward`."""
+        here = slice(self.start + group.start, self.start + group.stop)  # in the global batch
+        pairs = self.pairs[(self.pairs >= here.start) & (self.pairs < here.stop)] - here.start
+        return tuple(resize.to_device(x, self.device) for x in (self.boxes_q[here], self.flip_q[here], pairs))
 
 
 class Crops:
@@ -216,8 +258,8 @@ class Crops:
 
     def __init__(self, args, store: Store, slices: np.ndarray, ranks: processes.Processes):
         self.args, self.store, self.slices, self.device = args, store, slices, ranks.device
-        share = args.batch_size // ranks.world
-        self.local = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        share = args.batch_size // ranks.world_size
+        self.rank_slice = slice(ranks.rank * share, (ranks.rank + 1) * share)
         self.order = functools.lru_cache(2)(self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -230,25 +272,25 @@ class Crops:
 
     def fetch(self, t: int) -> list:
         """What iteration t reads for this process: pairs of slice and labels; slice numbers where features are kept."""
-        indices = self.indices(t)[self.local]
+        indices = self.indices(t)[self.rank_slice]
         return indices if self.args.whole_slices else self.pairs(indices)
 
     def pairs(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Slices by their numbers and their labels, each (H, W) uint8, on the CPU."""
-        return [tuple(augment.pinned(torch.from_numpy(self.store.slice(i, label)), self.device)
+        return [tuple(resize.pinned(torch.from_numpy(self.store.slice(i, label)), self.device)
                       for label in (False, True)) for i in indices]
 
     def apply(self, t: int, pairs: list) -> tuple[torch.Tensor, torch.Tensor]:
-        drawn = augment.draw_crops(processes.rng(self.args.seed, processes.CROPS, t), self.args.batch_size)
-        return self._crop({k: v[self.local] for k, v in drawn.items()}, pairs)
+        drawn = crops.draw_crops(processes.rng(self.args.seed, processes.CROPS, t), self.args.batch_size)
+        return self._crop({k: v[self.rank_slice] for k, v in drawn.items()}, pairs)
 
     def whole(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Slices by their numbers, whole, and their labels at the size of a crop."""
-        return self._crop(augment.undrawn_crops(len(indices)), self.pairs(indices))
+        return self._crop(crops.undrawn_crops(len(indices)), self.pairs(indices))
 
     def _crop(self, drawn: augment.Params, pairs: list) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = zip(*pairs, strict=True)
-        return augment.apply_crops([i.to(self.device, non_blocking=True) for i in images],
+        return crops.apply_crops([i.to(self.device, non_blocking=True) for i in images],
                                    [x.to(self.device, non_blocking=True) for x in labels], drawn, self.args.crop_size)
 
 

@@ -24,9 +24,10 @@ def pool_cells(features: Tensor) -> Tensor:
     if min(height, width) < 1:
         raise ValueError(f"a feature map of {tuple(features.shape[2:])} has no {CELLS} x {CELLS} cells; "
                          "use larger images")
-    cropped = features[..., : height * CELLS, : width * CELLS]
+    cropped = features[..., : height * CELLS, : width * CELLS]  # (B, C, 7 height, 7 width)
     with torch.autocast(features.device.type, enabled=False):
-        return F.avg_pool2d(cropped.float(), (height, width)).flatten(2).mT
+        pooled = F.avg_pool2d(cropped.float(), (height, width))  # (B, C, 7, 7)
+        return pooled.flatten(2).mT  # (B, 49, C)
 
 
 def pool_boxes(features: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
@@ -41,12 +42,12 @@ def pool_boxes(features: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
     height, width = features.shape[2:]
     with torch.autocast(features.device.type, enabled=False):
         top, left, tall, wide = boxes.to(features.device, torch.float32).unbind(1)
-        rows, columns = _sampling(top, tall, height), _sampling(left, wide, width)
+        rows, columns = _sampling(top, tall, height), _sampling(left, wide, width)  # (B, 7, H), (B, 7, W)
         mirrored = flip.to(features.device)[:, None, None]
         columns = torch.where(mirrored, columns.flip(2), columns)
         maps = features.float().movedim(1, -1)  # (B, H, W, C): a view, and free of copies in channels_last
-        lines = rows @ maps.flatten(2)  # (B, 7, W x C)
-        return (columns[:, None] @ lines.unflatten(2, (width, -1))).flatten(1, 2)  # (B, 7, 7, C)
+        lines = (rows @ maps.flatten(2)).unflatten(2, (width, -1))  # (B, 7, W x C) -> (B, 7, W, C)
+        return (columns[:, None] @ lines).flatten(1, 2)  # (B, 7, 7, C) -> (B, 49, C)
 
 
 def _sampling(start: Tensor, length: Tensor, side: int) -> Tensor:
@@ -65,11 +66,11 @@ def _sampling(start: Tensor, length: Tensor, side: int) -> Tensor:
     return (near * used).sum(2) / count[:, None, None]
 
 
-def take_patches(cells: Tensor, patches: Tensor) -> Tensor:
-    """The cells (B, 49, C) at the indices `patches` (B, K) int64: (B, K, C). Raises ValueError for K > 49."""
-    if patches.shape[1] > CELLS**2:
-        raise ValueError(f"{patches.shape[1]} patches asked of {CELLS**2} non-overlapping cells")
-    return cells.gather(1, patches[..., None].expand(-1, -1, cells.shape[2]))
+def take_patches(cells: Tensor, patch_idx: Tensor) -> Tensor:
+    """The cells (B, 49, C) at the indices patch_idx (B, K) int64: (B, K, C). Raises ValueError for K > 49."""
+    if patch_idx.shape[1] > CELLS**2:
+        raise ValueError(f"{patch_idx.shape[1]} patches asked of {CELLS**2} non-overlapping cells")
+    return cells.gather(1, patch_idx[..., None].expand(-1, -1, cells.shape[2]))  # (B, K, 1) -> (B, K, C)
 
 
 def local_info_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
@@ -82,6 +83,6 @@ def local_info_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
         raise ValueError(f"patches {tuple(query.shape)} and {tuple(key.shape)}: expected equal (B, K <= 49, C)")
     with torch.autocast(query.device.type, enabled=False):
         query, key = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=2) for x in (query, key))
-        logits = query @ key.mT / temperature  # (B, K, K): row i against every location j
-        locations = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
-        return F.cross_entropy(logits.flatten(0, 1), locations.flatten())  # Eq. 2
+        logits = query @ key.mT / temperature  # (B, K, K): location i of one view against every location j of the other
+        labels = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)  # (B, K): i against i
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())  # Eq. 2: (B x K, K) against (B x K,)

@@ -1,4 +1,4 @@
-"""Every Dice from one table of counts, surface distances, the effective rank, and Tables 1 and 2.
+"""Every Dice from one table of counts, the effective rank, and the means of Tables 1 and 2.
 
 The table is int64 (slices, classes, 3): of each slice and class the pixels of the intersection, of the
 prediction and of the truth; class 0 is background. "Mean Dice" differs between toolboxes by as much as the
@@ -7,18 +7,13 @@ differ in the unit (the whole set, or a volume), in whether background is averag
 absent from a volume's truth is worth. All Dice lie in [0, 1]; NaN is "undefined".
 """
 
-import math
 import statistics
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
-from scipy.spatial import KDTree
 
 IGNORE = 255  # the label of pixels that count nowhere
-HD95 = ("hd95_mm", "hd95_transunet_voxels", "hd95_monai_mm")  # see hd95_organs
-CASE_COLUMNS = ("case", "organ id", "organ", "intersection", "prediction", "truth", "dice", *HD95)
-LEAST_GAP = 0.02  # cosine of two views of a slice less that of two slices; below it nothing is told apart
+LEAST_GAP = 0.02  # cosine of two views of a slice less that of two slices; below it no slice is told from another
 
 # -------------------------------------------------------------------------------------------------------- counts
 
@@ -34,12 +29,12 @@ def counts(prediction: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarra
     for name, labels in (("prediction", prediction), ("truth", truth)):
         if labels.dtype.kind not in "iu":
             raise ValueError(f"{name} has labels of type {labels.dtype}; expected integers")
-    kept = truth != IGNORE
-    prediction, truth = prediction[kept].astype(np.int64), truth[kept].astype(np.int64)
+    counted = truth != IGNORE
+    prediction, truth = prediction[counted].astype(np.int64), truth[counted].astype(np.int64)  # (pixels,)
     for name, labels in (("prediction", prediction), ("truth", truth)):
         if labels.size and not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(f"{name} has labels {labels.min()}..{labels.max()}; expected 0..{classes - 1}")
-    confusion = np.bincount(truth * classes + prediction, minlength=classes**2).reshape(classes, classes)
+    confusion = np.bincount(truth * classes + prediction, minlength=classes**2).reshape(classes, classes)  # (T, P)
     return np.stack([confusion.diagonal(), confusion.sum(0), confusion.sum(1)])
 
 
@@ -62,7 +57,7 @@ def volume_counts(table: np.ndarray, volumes: Sequence) -> np.ndarray:
     """
     if len(volumes) != len(table):
         raise ValueError(f"{len(volumes)} volume ids for a table of {len(table)} slices")
-    ids, index = np.unique(np.asarray(volumes), return_inverse=True)
+    ids, index = np.unique(np.asarray(volumes), return_inverse=True)  # (V,), (slices,)
     summed = np.zeros((len(ids), *table.shape[1:]), np.int64)
     np.add.at(summed, index, table)
     return summed
@@ -91,7 +86,7 @@ def monai(table: np.ndarray, volumes: Sequence) -> tuple[np.ndarray, float]:
     """
     intersection, prediction, truth = np.moveaxis(volume_counts(table, volumes), -1, 0)
     scores = np.where(truth > 0, dice(intersection, prediction, truth), np.nan)  # (V, classes)
-    return _nan_mean(scores, 0), float(_nan_mean(_nan_mean(scores[:, 1:], 1)))
+    return nan_mean(scores, 0), float(nan_mean(nan_mean(scores[:, 1:], 1)))
 
 
 def nnunet(table: np.ndarray, volumes: Sequence) -> tuple[np.ndarray, float]:
@@ -100,8 +95,8 @@ def nnunet(table: np.ndarray, volumes: Sequence) -> tuple[np.ndarray, float]:
     So 0 if one of them is. Returns the nan-means over volumes (classes,) and their mean over the organs, from
     which an organ that is NaN in every volume is dropped; nnU-Net's own `foreground_mean` is then NaN.
     """
-    per_class = _nan_mean(dice(*np.moveaxis(volume_counts(table, volumes), -1, 0)), 0)
-    return per_class, float(_nan_mean(per_class[1:]))
+    per_class = nan_mean(dice(*np.moveaxis(volume_counts(table, volumes), -1, 0)), 0)
+    return per_class, float(nan_mean(per_class[1:]))
 
 
 def swinunetr(table: np.ndarray, volumes: Sequence) -> tuple[np.ndarray, float]:
@@ -140,101 +135,10 @@ def summarise(table: np.ndarray, volumes: Sequence) -> dict[str, float | list[fl
         raise ValueError("a table without slices has no Dice")
     pooled = pooled_dice(table)
     organs = np.where(table[:, 1:, 2].sum(0) > 0, pooled[1:], np.nan)
-    means = {"mDS": _nan_mean(organs), "mDice_with_background": _nan_mean(pooled)}
+    means = {"mDS": nan_mean(organs), "mDice_with_background": nan_mean(pooled)}
     means |= {f"per_volume_{convention.__name__}": convention(table, volumes)[1]
               for convention in (monai, nnunet, swinunetr, transunet)}
-    return {**{name: _plain(mean) for name, mean in means.items()}, "organs": [_plain(d) for d in organs]}
-
-
-def spread(table: np.ndarray, number: int) -> list[tuple[int, float]]:
-    """Rows of the table to look at, with their mean Dice over organs: worst, best, and evenly spaced ranks between.
-
-    Of the slices that truly hold at least half as many organs as the fullest one, so that a slice with the tip of
-    one organ is not "the worst"; fewer than `number` where there are fewer.
-    """
-    organs = (table[:, 1:, 2] > 0).sum(1)
-    score = _nan_mean(dice(*np.moveaxis(table[:, 1:], -1, 0)), 1)
-    full = np.flatnonzero((organs > 0) & (2 * organs >= organs.max()))
-    ranked = full[np.argsort(score[full], kind="stable")]
-    places = np.unique(np.linspace(0, len(ranked) - 1, number).round().astype(int)) if len(ranked) else []
-    return [(int(ranked[i]), float(score[ranked[i]])) for i in places]
-
-
-# ------------------------------------------------------------------------------------------------------ distances
-
-
-def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> list[np.ndarray]:
-    """Distances of all surface voxels of one mask (Z, Y, X) to the other's surface: from the prediction, and back.
-
-    A surface is a mask minus its erosion by the 6-neighbourhood, outside the array being background. In the unit of
-    spacing (z, y, x); a lone NaN each when either mask is empty. Raises ValueError for differing shapes.
-    """
-    masks = np.asarray(prediction, bool), np.asarray(truth, bool)
-    if masks[0].shape != masks[1].shape:
-        raise ValueError(f"prediction {masks[0].shape} and truth {masks[1].shape} differ in shape")
-    if not (masks[0].any() and masks[1].any()):
-        return [np.array([math.nan])] * 2
-    surfaces = [np.argwhere(mask & ~ndimage.binary_erosion(mask)) * np.asarray(spacing) for mask in masks]
-    return [KDTree(other).query(surface)[0] for surface, other in (surfaces, surfaces[::-1])]
-
-
-def hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
-    """95th percentile of the surface distance, in mm, of two masks (Z, Y, X), spacing (z, y, x) in mm.
-
-    MedPy's definition: the percentile is that of both directions' distances together, not the larger of two.
-    NaN when either mask is empty. Raises ValueError for differing shapes.
-    """
-    return float(np.percentile(np.concatenate(surface_distances(prediction, truth, spacing)), 95))
-
-
-def hd95_organs(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float], classes: int) -> np.ndarray:
-    """Of the organs 1..classes-1 of one volume's labels (Z, H, W), spacing (z, y, x) in mm: (organs, 3), see HD95.
-
-    `hd95_mm`: `hd95`. `hd95_transunet_voxels`: TransUNet's `calculate_metric_percase`, copied by many, which calls
-    MedPy without spacing; an organ missing in truth or prediction is worth 0, the best there is (!).
-    `hd95_monai_mm`: MONAI's `compute_hausdorff_distance`, the larger of the two directions' percentiles.
-    """
-    found = np.tile([math.nan, 0.0, math.nan], (classes - 1, 1))
-    boxes = (ndimage.find_objects(labels, classes - 1) for labels in (prediction, truth))
-    for c, both in enumerate(zip(*boxes, strict=True), 1):
-        if None not in both:  # nothing outside of the two boxes is on a surface
-            box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(*both, strict=True))
-            masks = prediction[box] == c, truth[box] == c
-            directed = surface_distances(*masks, spacing)
-            found[c - 1] = (np.percentile(np.concatenate(directed), 95), hd95(*masks, (1, 1, 1)),
-                            max(np.percentile(d, 95) for d in directed))
-    return found
-
-
-def summarise_hd95(distances: np.ndarray) -> dict[str, float | list | None]:
-    """`hd95_organs` of each volume, (V, organs, 3) -> every convention's mean, and how many volumes `hd95_mm` is of.
-
-    `hd95_mm`: the mean over organs of `hd95_mm_organs`. An organ that is not predicted at all has no surface: its
-    volume is left out, so a distance is to be read together with `hd95_volumes` and with the Dice. MONAI leaves it
-    out, too, and means over the organs of each volume first; TransUNet leaves nothing out.
-    """
-    ours, transunet, monai = np.moveaxis(np.asarray(distances, float), -1, 0)
-    organs = _nan_mean(ours, 0)
-    means = (_nan_mean(organs), transunet.mean(), _nan_mean(_nan_mean(monai, 1)))
-    return {**{name: _plain(mean) for name, mean in zip(HD95, means, strict=True)},
-            "hd95_mm_organs": [_plain(d) for d in organs], "hd95_volumes": (~np.isnan(ours)).sum(0).tolist()}
-
-
-def per_case(table: np.ndarray, volumes: Sequence, distances: dict[object, np.ndarray],
-             labels: dict[int, str]) -> list[list]:
-    """A row of CASE_COLUMNS for each volume and class, from which every convention can be computed again.
-
-    labels: {id: name} of the classes, in their order; distances: volume id -> `hd95_organs`. Background (id 0) is
-    listed for its counts; undefined values are "".
-    """
-    rows = []
-    for volume, counted in zip(np.unique(np.asarray(volumes)).tolist(), volume_counts(table, volumes), strict=True):
-        scores, surfaces = dice(*counted.T), [[math.nan] * len(HD95), *distances[volume]]
-        for c, (label, name) in enumerate(labels.items()):
-            told = ((scores[c], 6), *((x, 3) for x in surfaces[c]))
-            rows.append([volume, label, name, *counted[c].tolist(),
-                         *("" if math.isnan(x) else f"{x:.{digits}f}" for x, digits in told)])
-    return rows
+    return {**{name: plain(mean) for name, mean in means.items()}, "organs": [plain(d) for d in organs]}
 
 
 # ------------------------------------------------------------------------------------------------------- spectrum
@@ -274,13 +178,14 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def _nan_mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+def nan_mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     """numpy's nanmean, silent where every value is NaN (the result is NaN there)."""
-    kept = ~np.isnan(values)
-    number = np.asarray(kept.sum(axis))
-    total = np.where(kept, values, 0).sum(axis)
+    defined = ~np.isnan(values)
+    number = np.asarray(defined.sum(axis))
+    total = np.where(defined, values, 0).sum(axis)
     return np.divide(total, number, out=np.full(number.shape, np.nan), where=number > 0)
 
 
-def _plain(value: float) -> float | None:
+def plain(value: float) -> float | None:
+    """A number for a log; None for NaN."""
     return None if np.isnan(value) else float(value)

@@ -5,8 +5,6 @@ of DeepLabv3+ fine-tuned. Their layers follow the toolbox the paper used, mmsegm
 `deeplabv3plus_r50-d8` ("mmseg" below), and, for the linear head, VICRegL's segmentation protocol.
 """
 
-import hashlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,20 +46,20 @@ def _resize(x: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def _conv(inputs: int, outputs: int, kernel: int, dilation: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution, BN, ReLU at stride 1 and equal size; He's initialisation by fan-out, as in mmseg."""
+def conv_module(inputs: int, outputs: int, kernel: int, dilation: int = 1, groups: int = 1) -> nn.Sequential:
+    """mmseg's ConvModule: convolution, BN, ReLU at stride 1 and equal size; He's initialisation by fan-out."""
     conv = nn.Conv2d(inputs, outputs, kernel, padding=dilation * (kernel // 2), dilation=dilation,
                      groups=groups, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
-def _separable(inputs: int, outputs: int, dilation: int = 1) -> nn.Sequential:
-    """Depthwise 3x3, then pointwise 1x1, each followed by BN and ReLU."""
-    return nn.Sequential(_conv(inputs, inputs, 3, dilation, groups=inputs), _conv(inputs, outputs, 1))
+def separable_conv_module(inputs: int, outputs: int, dilation: int = 1) -> nn.Sequential:
+    """mmseg's DepthwiseSeparableConvModule: depthwise 3x3, then pointwise 1x1, each with BN and ReLU."""
+    return nn.Sequential(conv_module(inputs, inputs, 3, dilation, groups=inputs), conv_module(inputs, outputs, 1))
 
 
-def _classifier(channels: int, classes: int) -> nn.Sequential:
+def conv_seg(channels: int, classes: int) -> nn.Sequential:
     """Dropout of channels and a 1x1 convolution, N(0, 0.01) and zero: the end of every mmseg head."""
     conv = nn.Conv2d(channels, classes, 1)
     nn.init.normal_(conv.weight, std=0.01)
@@ -73,45 +71,49 @@ class LinearHead(nn.Sequential):
     """BN, dropout, 1x1 convolution on layer4: (N, C, h, w) -> (N, classes, h, w). As in VICRegL."""
 
     def __init__(self, channels: int, classes: int):
-        super().__init__(nn.BatchNorm2d(channels), *_classifier(channels, classes))
+        super().__init__(nn.BatchNorm2d(channels), *conv_seg(channels, classes))
 
 
 class FCNHead(nn.Sequential):
     """mmseg's auxiliary head on layer3: (N, C, h, w) -> (N, classes, h, w); 3x3 to C / 4, then 1x1."""
 
     def __init__(self, channels: int, classes: int):
-        super().__init__(*_conv(channels, channels // 4, 3), *_classifier(channels // 4, classes))
+        super().__init__(*conv_module(channels, channels // 4, 3), *conv_seg(channels // 4, classes))
 
 
 class DeepLabV3PlusHead(nn.Module):
-    """mmseg's depthwise-separable ASPP head: layer4 (N, C, h, w), layer1 (N, L, H, W) -> (N, classes, H, W).
+    """mmseg's DepthwiseSeparableASPPHead: layer4 (N, C, h, w), layer1 (N, L, H, W) -> (N, classes, H, W).
 
-    The pooled branch normalises one value per image and channel, so a training batch needs two images:
-    with one, PyTorch's BN raises ValueError.
+    Its parts have mmseg's names. The pooled branch normalises one value per image and channel, so a training batch
+    needs two images: with one, PyTorch's BN raises ValueError.
     """
 
     def __init__(self, channels: int, low_channels: int, classes: int):
         super().__init__()
-        self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), _conv(channels, WIDTH, 1))
-        self.pyramid = nn.ModuleList(_conv(channels, WIDTH, 1) if rate == 1 else
-                                     _separable(channels, WIDTH, rate) for rate in RATES)
-        self.fuse = _conv((1 + len(RATES)) * WIDTH, WIDTH, 3)
-        self.low = _conv(low_channels, LOW_WIDTH, 1)
-        self.decoder = nn.Sequential(_separable(WIDTH + LOW_WIDTH, WIDTH), _separable(WIDTH, WIDTH))
-        self.classifier = _classifier(WIDTH, classes)
+        self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_module(channels, WIDTH, 1))
+        self.aspp_modules = nn.ModuleList(conv_module(channels, WIDTH, 1) if rate == 1 else
+                                          separable_conv_module(channels, WIDTH, rate) for rate in RATES)
+        self.bottleneck = conv_module((1 + len(RATES)) * WIDTH, WIDTH, 3)
+        self.c1_bottleneck = conv_module(low_channels, LOW_WIDTH, 1)
+        self.sep_bottleneck = nn.Sequential(separable_conv_module(WIDTH + LOW_WIDTH, WIDTH),
+                                            separable_conv_module(WIDTH, WIDTH))
+        self.conv_seg = conv_seg(WIDTH, classes)
 
     def forward(self, high: Tensor, low: Tensor) -> Tensor:
-        pooled = _resize(self.image_pool(high), high.shape[2:])
-        high = self.fuse(torch.cat([pooled, *(branch(high) for branch in self.pyramid)], 1))
-        low = self.low(low)
-        return self.classifier(self.decoder(torch.cat([_resize(high, low.shape[2:]), low], 1)))
+        """layer4 (N, C, h, w) and layer1 (N, L, H, W) -> logits (N, classes, H, W)."""
+        pooled = _resize(self.image_pool(high), high.shape[2:])  # (N, WIDTH, 1, 1) -> (N, WIDTH, h, w)
+        pyramid = torch.cat([pooled, *(branch(high) for branch in self.aspp_modules)], 1)  # (N, 5 WIDTH, h, w)
+        high = self.bottleneck(pyramid)  # (N, WIDTH, h, w)
+        low = self.c1_bottleneck(low)  # (N, LOW_WIDTH, H, W)
+        joined = torch.cat([_resize(high, low.shape[2:]), low], 1)  # (N, WIDTH + LOW_WIDTH, H, W)
+        return self.conv_seg(self.sep_bottleneck(joined))  # (N, classes, H, W)
 
 
 class Segmenter(nn.Module):
     """A ResNet of torchvision, dilated here, under one of PROTOCOLS. 14 classes: background and 13 organs.
 
     What to train is what requires gradients. "linear-frozen" means what it does in mmseg: the backbone's
-    parameters require none, and it stays in evaluation mode whatever `train` is told, so its BN uses the
+    parameters require none, and it stays in evaluation mode whatever `train` is given, so its BN uses the
     running statistics of pre-training. Raises ValueError for another protocol or a dilated backbone.
     """
 
@@ -121,12 +123,14 @@ class Segmenter(nn.Module):
             raise ValueError(f"protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
         self.frozen = protocol == "linear-frozen"
         self.backbone = dilate(backbone).requires_grad_(not self.frozen)
-        self.backbone.fc = nn.Identity()  # unused: its weights would only be decayed
+        self.backbone.fc = nn.Identity()  # unused: weight decay alone would move it
         low, _, middle, high = (getattr(stage[-1], "conv3", stage[-1].conv2).out_channels for stage in
                                 (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4))
-        decoder = protocol == "deeplabv3plus"
-        self.head = DeepLabV3PlusHead(high, low, classes) if decoder else LinearHead(high, classes)
-        self.auxiliary = FCNHead(middle, classes) if decoder else None
+        if protocol == "deeplabv3plus":
+            self.decode_head = DeepLabV3PlusHead(high, low, classes)
+            self.auxiliary_head = FCNHead(middle, classes)
+        else:
+            self.decode_head, self.auxiliary_head = LinearHead(high, classes), None
         self.train()
 
     def train(self, mode: bool = True) -> "Segmenter":
@@ -139,11 +143,11 @@ class Segmenter(nn.Module):
         """Images (N, 3, H, W) -> the outputs of layer1 at stride 4 and of layer2 to layer4 at stride 8."""
         net = self.backbone
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
-            layer1 = net.layer1(x)
-            layer2 = net.layer2(layer1)
-            layer3 = net.layer3(layer2)
-            return layer1, layer2, layer3, net.layer4(layer3)
+            stem = net.maxpool(net.relu(net.bn1(net.conv1(images))))  # (N, 64, H/4, W/4)
+            layer1 = net.layer1(stem)  # (N, L, H/4, W/4)
+            layer2 = net.layer2(layer1)  # (N, 2 L, H/8, W/8)
+            layer3 = net.layer3(layer2)  # (N, 4 L, H/8, W/8): dilated, not strided
+            return layer1, layer2, layer3, net.layer4(layer3)  # (N, 8 L, H/8, W/8)
 
     def forward(self, images: Tensor | tuple[Tensor, ...], labels: Tensor | None = None) -> Tensor:
         """Images (N, 3, H, W) -> logits (N, classes, H, W), float32 also under autocast.
@@ -161,8 +165,8 @@ class Segmenter(nn.Module):
         """
         features = self.features(images) if isinstance(images, Tensor) else images
         loss = _cross_entropy(_resize(self.coarse(features), labels.shape[1:]), labels)
-        if self.auxiliary is not None:
-            auxiliary = _resize(self.auxiliary(features[2]).float(), labels.shape[1:])
+        if self.auxiliary_head is not None:
+            auxiliary = _resize(self.auxiliary_head(features[2]).float(), labels.shape[1:])  # (N, classes, H, W)
             loss = loss + AUX_WEIGHT * _cross_entropy(auxiliary, labels)
         return loss
 
@@ -172,7 +176,8 @@ class Segmenter(nn.Module):
         (N, classes, h, w) at stride 8, of DeepLabv3+ at stride 4: of many classes a small part of what `forward` gives.
         """
         layer1, _, _, layer4 = features
-        return (self.head(layer4) if self.auxiliary is None else self.head(layer4, layer1)).float()
+        logits = self.decode_head(layer4) if self.auxiliary_head is None else self.decode_head(layer4, layer1)
+        return logits.float()
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -189,12 +194,3 @@ def loss_bytes(protocol: str, batch: int, classes: int, side: int) -> int:
     In float32 each head's log-probabilities, which wait for backward, and of one head at a time two gradients as large.
     """
     return 4 * batch * classes * side**2 * (4 if protocol == "deeplabv3plus" else 3)
-
-
-def checksum(module: nn.Module) -> str:
-    """blake2b of the names and bytes of all parameters and buffers, 32 hex digits: equal if nothing has changed."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

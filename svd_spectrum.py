@@ -11,85 +11,64 @@ n vectors cannot span more than n - 1 dimensions: the 762 slices of BTCV's valid
 2048 values at 761.
 """
 
+import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import augment
 import datasets
 import metrics
-from ct import intake, prepare, tasks
+import resize
+from ct import intake, prepare
 from ct.command import whole
 from ct.volumes import BadInput
 from engine import backbones, figures, processes, report
+
+PAPER, PHANTOM = dict(arch="resnet50", image_size=224), dict(arch="resnet18", image_size=64)
+
+
+class Row(NamedTuple):
+    """A backbone's line of spectrum.csv and curve of Fig. 1."""
+
+    name: str
+    label: str  # in the figure
+    vectors: int
+    values: np.ndarray  # singular values of the covariance, descending
+    rank: float
+    rankme: float
 
 
 @torch.no_grad()
 def features(backbone: nn.Module, slices: torch.Tensor, size: int, positions: bool, device: torch.device,
              amp: str = "off") -> np.ndarray:
     """Slices (N, S, S) uint8 -> last feature maps' vectors (N, C), or (N x positions, C), float32."""
-    stages = nn.Sequential(*list(backbone.children())[:-2]).to(device).eval()
+    stages = nn.Sequential(*list(backbone.children())[:-2]).to(device).eval()  # without avgpool and fc
     vectors = []
     for part in slices.split(32):
         with processes.autocast(amp, device):
-            maps = stages(augment.whole(part.to(device), size)).float()
+            maps = stages(resize.whole(part.to(device), size)).float()  # (B, C, S/32, S/32)
         vectors.append(maps.movedim(1, -1).flatten(0, 2) if positions else maps.mean((2, 3)))
     return torch.cat(vectors).cpu().numpy()
 
 
-@processes.command
-def main(argv: list[str] | None = None) -> None:
-    parser = processes.Parser(prog="svd_spectrum.py", description=__doc__.split("\n\n")[0])
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; what it leaves to the data is None."""
+    parser = processes.Parser(prog="svd_spectrum.py", description=__doc__.split("\n\n")[0],
+                              epilog="Defaults are the paper's; in brackets those of the built-in phantom.")
     parser.common("BTCV")
     prepare.task_flags(parser)
+    add = parser.with_defaults(PAPER, PHANTOM)
     parser.add_argument("backbones", nargs="*", help="runs of --out or their folders, files, imagenet or random "
                         "(default: all runs)")
-    parser.add_argument("--backbone", action="append", default=[], help="one more, by the name it has in train_seg.py")
-    parser.add_argument("--positions", action="store_true", help="every position of the last map, not their mean")
-    parser.add_argument("--image-size", type=whole(1), help="pixels of a slice's side (224) [64 on the phantom]")
-    parser.add_argument("--arch", help="of imagenet, random and files (resnet50) [resnet18]")
-    args = parser.parse_args(argv)
-    data, phantom = intake.locate(args.data, "BTCV")
-    args.image_size = args.image_size or (64 if phantom else 224)
-    args.arch = args.arch or ("resnet18" if phantom else "resnet50")
-    backbones.architecture(args.arch)
-    names = [backbones.resolve(n, args.out, phantom) for n in
-             args.backbones + args.backbone or runs_in(args.out, phantom)]
-    store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
-                             workers=args.workers, names=args.labels, organs=args.organs)
-    device = processes.start(args.deterministic).device
-    if phantom:
-        processes.announce_phantom()
-    drawn = tasks.draw_splits(store.task, [v["id"] for v in store.volumes], args.val, args.val_cases,
-                              args.patient_regex)
-    for line in prepare.remarks(store.volumes, store.skipped, store.task) + drawn:
-        print(line)
-    slices = store.of(store.task.cases("val"))
-    squares = torch.from_numpy(np.concatenate([prepare.square(store.slice(int(i))[None], max(args.image_size, 32))
-                                               for i in tqdm(slices, "slices", disable=None, leave=False)]))
-    runs = []
-    for name in tqdm(names, "features", unit="run", disable=None, leave=False):
-        backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
-        vectors = features(backbone.net, squares, args.image_size, args.positions, device)
-        values = metrics.singular_values(vectors)
-        runs.append((backbone.name, values, metrics.effective_rank(values), metrics.rankme(vectors)))
-        tqdm.write(f"{name}: effective rank {runs[-1][2]:.2f} of {vectors.shape[1]}, RankMe {runs[-1][3]:.2f}, "
-                   f"{len(vectors):,} vectors of {len(slices)} slices"
-                   + f" (unfinished: {backbone.unfinished})" * bool(backbone.unfinished))
-    what = f"{len(vectors):,} vectors ({'positions of' if args.positions else 'one for each of'} {len(slices)} slices)"
-    where = "the phantom's validation slices" if phantom else f"{store.name}, validation slices"
-    path = args.out / ("spectrum-positions" if args.positions else "spectrum")
-    args.out.mkdir(parents=True, exist_ok=True)
-    header = ["backbone", "data", "vectors", "effective_rank", "rankme", *range(1, 1 + max(len(r[1]) for r in runs))]
-    report.write_csv(path.with_suffix(".csv"), [header, *(
-        [name, "phantom" if phantom else store.name, len(vectors), f"{rank:.4f}", f"{rankme:.4f}",
-         *(f"{v:.6e}" for v in values)] for name, values, rank, rankme in runs)])
-    labelled = [(report.label(name, phantom), values, rank) for name, values, rank, _ in runs]
-    drawn = figures.attempt(figures.spectrum, path.with_suffix(".png"), labelled, f"{where}; {what}")
-    print(f"{', '.join(str(path.with_suffix(x)) for x in ['.png'] * drawn + ['.csv'])}: {what}")
+    add("--backbone", action="append", default=[], help="one more, by the name it has in train_seg.py")
+    add("--positions", action="store_true", help="every position of the last map, not their mean")
+    add("--image-size", type=whole(1), help="pixels of a slice's side")
+    add("--arch", help="of imagenet, random and files")
+    return parser.parse_args(argv)
 
 
 def runs_in(out: Path, phantom: bool) -> list[str]:
@@ -99,6 +78,60 @@ def runs_in(out: Path, phantom: bool) -> list[str]:
     if not names:
         raise BadInput(f"{out}: no pre-training run there; torchrun train_ssl.py --local --zca makes one")
     return sorted(names, key=lambda n: (len(n), n))
+
+
+def squares(store: datasets.Store, size: int) -> torch.Tensor:
+    """The validation slices (N, size, size) uint8, padded to square with air."""
+    numbers = tqdm(store.of(store.task.cases("val")), "slices", disable=None, leave=False)
+    return torch.from_numpy(np.concatenate([prepare.square(store.slice(int(i))[None], size) for i in numbers]))
+
+
+def write(path: Path, data: str, title: str, rows: list[Row]) -> list[Path]:
+    """PATH.csv with all numbers and PATH.png, Fig. 1; returns those that were written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    longest = max(len(row.values) for row in rows)
+    table = [["backbone", "data", "vectors", "effective_rank", "rankme", *range(1, 1 + longest)]]
+    table += [[row.name, data, row.vectors, f"{row.rank:.4f}", f"{row.rankme:.4f}", *(f"{v:.6e}" for v in row.values)]
+              for row in rows]
+    report.write_csv(path.with_suffix(".csv"), table)
+    curves = [(row.label, row.values, row.rank) for row in rows]
+    if figures.attempt(figures.spectrum, path.with_suffix(".png"), curves, title):
+        return [path.with_suffix(".png"), path.with_suffix(".csv")]
+    return [path.with_suffix(".csv")]
+
+
+@processes.command
+def main(argv: list[str] | None = None) -> None:
+    """The spectrum and the ranks of each backbone's features of the validation slices."""
+    args = parse(argv)
+    data, phantom = intake.locate(args.data, "BTCV")
+    for key, value in (PHANTOM if phantom else PAPER).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    backbones.architecture(args.arch)
+    names = [backbones.resolve(n, args.out, phantom) for n in
+             args.backbones + args.backbone or runs_in(args.out, phantom)]
+    store, ranks, remarks = datasets.open_labelled(args, data)
+    if phantom:
+        processes.announce_phantom()
+    print(*remarks, sep="\n", end="\n" if remarks else "")
+    slices, rows = squares(store, max(args.image_size, 32)), []
+    for name in tqdm(names, "features", unit="run", disable=None, leave=False):
+        backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
+        vectors = features(backbone.net, slices, args.image_size, args.positions, ranks.device)
+        values = metrics.singular_values(vectors)
+        row = Row(backbone.name, report.label(backbone.name, phantom), len(vectors), values,
+                  metrics.effective_rank(values), metrics.rankme(vectors))
+        unfinished = f" (unfinished: {backbone.unfinished})" if backbone.unfinished else ""
+        tqdm.write(f"{name}: effective rank {row.rank:.2f} of {vectors.shape[1]}, RankMe {row.rankme:.2f}, "
+                   f"{row.vectors:,} vectors of {len(slices)} slices{unfinished}")
+        rows.append(row)
+    kind = "positions of" if args.positions else "one for each of"
+    what = f"{rows[0].vectors:,} vectors ({kind} {len(slices)} slices)"
+    where = "the phantom's validation slices" if phantom else f"{store.name}, validation slices"
+    path = args.out / ("spectrum-positions" if args.positions else "spectrum")
+    written = write(path, "phantom" if phantom else store.name, f"{where}; {what}", rows)
+    print(f"{', '.join(map(str, written))}: {what}")
 
 
 if __name__ == "__main__":

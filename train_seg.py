@@ -18,23 +18,25 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import datasets
-import metrics
-from ct import intake, prepare, tasks, volumes
+from ct import intake, prepare
 from ct.command import number, whole
 from ct.volumes import BadInput
-from engine import backbones, figures, predict, processes, report, runs
+from engine import backbones, evaluate, predict, processes, report, runs
 from engine.report import DRAWS
-from segment import PROTOCOLS, Segmenter, checksum, loss_bytes
+from segment import PROTOCOLS, Segmenter, loss_bytes
+
+EVAL_INTERVAL = 4000  # iterations between two points of the validation curve, a checkpoint before each
+LOG_INTERVAL = 10  # iterations between two looks at the loss
+
+# ------------------------------------------------------------------------------------------------------ settings
 
 MOMENTUM, WEIGHT_DECAY, LR_END, POWER = 0.9, 5e-4, 1e-4, 0.9  # mmsegmentation's schedule_40k
 PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, lr=0.01, whole_slices=False)
@@ -43,17 +45,17 @@ PHANTOM = dict(arch="resnet18", crop_size=96, batch_size=16)
 PHANTOM_RECIPES = {"linear-frozen": dict(iterations=300, lr=0.2, whole_slices=True),
                    "linear-finetune": dict(iterations=100, lr=0.05, whole_slices=False),
                    "deeplabv3plus": dict(iterations=60, lr=0.05, whole_slices=False)}
-EVAL_INTERVAL = 4000  # iterations between two points of the validation curve, a checkpoint before each
-FLUSH = 10  # iterations between two looks at the loss
-SHOWN = 6  # slices in overlays.png
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; what it leaves to the data or the protocol is None until `resolve_defaults` and `recipe`."""
     parser = processes.Parser(prog="train_seg.py", description=__doc__.split("\n\n")[0],
-                            epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
+                              epilog="Defaults are the paper's; in brackets the preset of the built-in phantom "
+                              f"({'/'.join(PROTOCOLS)}).")
     parser.common("BTCV")
     prepare.task_flags(parser)
-    add = parser.add_argument
+    by_protocol = {key: "/".join(f"{PHANTOM_RECIPES[p][key]}" for p in PROTOCOLS) for key in ("iterations", "lr")}
+    add = parser.with_defaults(PAPER, PHANTOM | by_protocol)
     add("--split", help="percent of the training volumes: 12.5, 25 or 100")
     add("--draw", type=whole(0), help="one of the random choices of volumes, 0 to 2 (default: all)")
     add("--protocol", choices=PROTOCOLS, help="default: all three")
@@ -62,16 +64,15 @@ def parse(argv: list[str] | None):
     add("--row", help="of --backbone FILE: what it is called in the tables (the file's name)")
     add("--whitening", choices=("bn", "fold"), default="bn",
         help="a whitened run, fine-tuned: plain BN as in the paper, or folded; frozen is always folded")
-    add("--arch", help="of --backbone imagenet, random or FILE (resnet50) [resnet18]")
-    add("--iterations", type=whole(1), help="(40000) [300 frozen, 100 fine-tuned, 60 of DeepLabv3+]")
-    add("--crop-size", type=whole(32), help="pixels of a training crop's side, and of a slice's when evaluated (512) "
-        "[96]")
-    add("--batch-size", type=whole(2), help="crops an iteration, over all processes (16) [16]")
-    add("--lr", type=number(above=0), help="learning rate (0.01) [0.2 of the frozen head, 0.05 of the others]")
+    add("--arch", help="of --backbone imagenet, random or FILE")
+    add("--iterations", type=whole(1), help="of training")
+    add("--crop-size", type=whole(32), help="pixels of a training crop's side, and of a slice's when evaluated")
+    add("--batch-size", type=whole(2), help="crops an iteration, over all processes")
+    add("--lr", type=number(above=0), help="learning rate")
     add("--whole-slices", action=argparse.BooleanOptionalAction, help="linear-frozen trains on whole slices instead "
-        "of random crops: their features are computed once, which is fast and not the paper's (no) [yes]")
+        "of random crops: their features are computed once, which is fast and not the paper's; the phantom's preset")
     add("--eval-every", type=whole(1), default=EVAL_INTERVAL, metavar="N", help="iterations between two points of the "
-        f"validation curve, which decides nothing ({EVAL_INTERVAL})")
+        "validation curve, which decides nothing")
     add("--overwrite", action="store_true", help="start over what has been run")
     add("--save-predictions", action="store_true", help="keep those of the validation set as NIfTI, on its own grid")
     add("--report", action="store_true", help="print Tables 1 and 2 of what has been run; report.{md,csv,png} of --out")
@@ -82,8 +83,8 @@ def parse(argv: list[str] | None):
     return parser.parse_args(argv)
 
 
-def settle(args, phantom: bool) -> None:
-    """Fill the defaults that all runs share, and refuse what cannot work; see `recipe` for the rest."""
+def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
+    """Fill the defaults that all runs share, and refuse what cannot work (BadInput); see `recipe` for the rest."""
     for key, value in (PHANTOM if phantom else PAPER).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -99,12 +100,18 @@ def settle(args, phantom: bool) -> None:
     args.protocols = PROTOCOLS if args.protocol is None else (args.protocol,)
 
 
-def recipe(args, protocol: str) -> argparse.Namespace:
+def recipe(args: argparse.Namespace, protocol: str) -> argparse.Namespace:
     """The settings of one run: `args` with what the phantom's preset has for its protocol."""
-    chosen = {k: v for k, v in vars(args).items() if v is not None}
-    run = argparse.Namespace(**(vars(args) | (PHANTOM_RECIPES[protocol] if args.phantom else {}) | chosen))
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    preset = PHANTOM_RECIPES[protocol] if args.phantom else {}
+    run = argparse.Namespace(**(vars(args) | preset | given))
     run.whole_slices = run.whole_slices and protocol == "linear-frozen"  # no other has features that stay
     return run
+
+
+def lr(t: int, args: argparse.Namespace) -> float:
+    """Polynomial decay from args.lr to LR_END over args.iterations (mmsegmentation's PolyLR)."""
+    return (args.lr - LR_END) * (1 - t / args.iterations) ** POWER + LR_END
 
 
 # ----------------------------------------------------------------------------------------------------- backbones
@@ -112,7 +119,7 @@ def recipe(args, protocol: str) -> argparse.Namespace:
 
 def choose_backbones(args, phantom: bool) -> list[str]:
     """The names behind --backbone: runs of --out, files, imagenet or random. Raises BadInput for none."""
-    prefix, seed = "phantom-" * phantom, processes.seed_suffix(args.seed)
+    prefix, seed = "phantom-" if phantom else "", processes.seed_suffix(args.seed)
     if args.backbone != "all":
         return [backbones.resolve(args.backbone or f"moco-local-zca{seed}", args.out, phantom)]
     rows = [r for r in report.ROWS | report.BEYOND if r not in ("imagenet", "random")]
@@ -134,12 +141,7 @@ def tell_unfinished(args, names: list[str], phantom: bool, ranks: processes.Proc
                 print(f"note: {backbone.name}: {backbone.unfinished}; it is measured as it is and marked in the tables")
 
 
-# ------------------------------------------------------------------------------------------------------ training
-
-
-def lr(t: int, args) -> float:
-    """Polynomial decay from args.lr to LR_END over args.iterations (mmsegmentation's PolyLR)."""
-    return (args.lr - LR_END) * (1 - t / args.iterations) ** POWER + LR_END
+# ------------------------------------------------------------------------------------------------- one iteration
 
 
 class Trainer:
@@ -150,26 +152,32 @@ class Trainer:
         self.ranks, self.device = ranks, ranks.device
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.net: nn.Module = model
-        if ranks.world > 1:
+        if ranks.world_size > 1:
             self.net = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model))
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
-        self.backbone = checksum(model.backbone)  # before training
-        self.kept = self.features_once() if args.whole_slices else None
+        self.backbone = backbones.checksum(model.backbone)  # before training
+        self.cached = self.features_once() if args.whole_slices else None
         self.started = time.time()
 
     def step(self, t: int, pairs: list) -> torch.Tensor:
         """One optimizer step on this process's slices and labels -> its loss, a scalar on the device."""
         processes.seed_torch(self.args.seed, processes.DROPOUT, t, self.ranks.rank)
-        if self.kept:
-            images, labels = [torch.stack([self.kept[i][part] for i in pairs]) for part in (0, 1)]
-            images = (None, None, None, images)
+
+        # images (B, 3, S, S), or layer4's features of whole slices (B, C, S/8, S/8); labels (B, S, S)
+        if self.cached:
+            layer4, labels = (torch.stack([self.cached[i][part] for i in pairs]) for part in (0, 1))
+            images = (None, None, None, layer4)
         else:
             images, labels = self.crops.apply(t, pairs)
+
+        # loss and gradients
         with processes.autocast(self.amp, self.device):
             loss = self.net(images, labels)
         self.scaler.scale(loss).backward()
+
+        # update
         for group in self.optimizer.param_groups:
             group["lr"] = lr(t, self.args)
         self.scaler.step(self.optimizer)
@@ -180,7 +188,7 @@ class Trainer:
     @torch.no_grad()
     def features_once(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """{slice number: (layer4's output (C, h, w), labels)} of the split. Raises BadInput where they are too many."""
-        numbers, kept = [int(i) for i in self.crops.slices], {}
+        numbers, cached = [int(i) for i in self.crops.slices], {}
         for part in (numbers[i : i + 32] for i in range(0, len(numbers), 32)):
             images, labels = self.crops.whole(part)
             with processes.autocast(self.amp, self.device):
@@ -189,40 +197,74 @@ class Trainer:
             if needed > processes.memory(self.device) / 2:
                 raise BadInput(f"--whole-slices: the features of {len(numbers):,} slices at {self.args.crop_size} px "
                                f"take {needed / 1e9:,.0f} GB; lower --crop-size or give --no-whole-slices")
-            kept |= zip(part, zip(features, labels, strict=True), strict=True)
-        return kept
-
-    def predictions(self) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
-        """Of each validation volume: its record in the store, truth and prediction, (Z, H, W) uint8."""
-        records = {v["id"]: v for v in self.store.volumes}
-        for case in tqdm(self.store.task.cases("val"), "evaluating", unit="volume", disable=None, leave=False):
-            levels, truth = (np.stack([self.store.slice(int(i), label) for i in self.store.of([case])])
-                             for label in (False, True))
-            yield records[case], truth, predict.volume(self.model, levels, self.args.crop_size, self.amp, self.device)
+            cached |= zip(part, zip(features, labels, strict=True), strict=True)
+        return cached
 
     def state(self, done: int) -> dict:
+        """What checkpoint.pt holds after `done` iterations."""
         return {"step": done, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "amp": self.amp, "threads": torch.get_num_threads(),
                 "backbone": self.backbone, "wall_s": time.time() - self.started}
 
     def load(self, state: dict) -> int:
-        self.model.load_state_dict(state["model"])
+        """Go on from a checkpoint; returns its step."""
+        runs.load_weights(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.backbone, self.started = state["backbone"], time.time() - state["wall_s"]
         return state["step"]
 
 
-def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phantom: bool,
-          ranks: processes.Processes) -> None:
+# ------------------------------------------------------------------------------------------------------- the loop
+
+
+def train(trainer: Trainer, run: runs.Run, first: int) -> None:
+    """Iterations `first` to the last, with log, checkpoints and validation curve; a stop request saves and exits."""
+    args, crops, ranks, title = trainer.args, trainer.crops, trainer.ranks, run.folder.name
+    bar = tqdm(desc=title, total=args.iterations, initial=first, unit="it", disable=None if ranks.is_main else True)
+    pending, started = [], time.perf_counter()
+    with processes.StopRequest() as stop:
+        if 0 < first < args.iterations and first % args.eval_every == 0:  # stopped between checkpoint and validation?
+            processes.on_main(ranks.is_main, functools.partial(evaluate.validate, trainer, run, first, stop))
+        for t, pairs in datasets.prefetch(crops.fetch, range(first, args.iterations), args.workers):
+            pending.append(trainer.step(t, pairs))
+            stopping, done = ranks.any(stop.signal != 0), t + 1
+            due = done % args.eval_every == 0 or done == args.iterations
+            if logging := len(pending) == LOG_INTERVAL or due or stopping:
+                losses = processes.mean_over_processes(torch.stack(pending), ranks).tolist()  # waits for the device
+                records = [{"step": step, "loss": loss, "lr": lr(step - 1, args)}
+                           for step, loss in enumerate(losses, done - len(losses) + 1)]
+                runs.refuse_non_finite(records, lambda step: [trainer.store.where(*trainer.store.place(i))
+                                                              for i in crops.indices(step - 1)], run)
+                run.log(records)
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+                bar.update(len(losses))
+                pending = []
+            if ranks.is_main and done == first + LOG_INTERVAL < args.iterations:
+                left = (time.perf_counter() - started) / LOG_INTERVAL * (args.iterations - done)
+                tqdm.write(f"{title}: about {processes.duration(left)} to go")
+            # before the validation, which may take longer than a scheduler waits
+            if due or stopping or (logging and ranks.any(run.overdue(args.checkpoint_minutes))):
+                run.checkpoint(trainer.state(done))
+            if due and done < args.iterations and not stopping:
+                processes.on_main(ranks.is_main, functools.partial(evaluate.validate, trainer, run, done, stop))
+                stopping = ranks.any(stop.signal != 0)
+            if stopping and done < args.iterations:
+                raise SystemExit(stop.exit_code)
+    bar.close()
+
+
+def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store: datasets.Store, phantom: bool,
+            ranks: processes.Processes) -> None:
     """One run: one backbone, protocol, split and draw, from the start or its checkpoint to its result."""
     args = recipe(args, protocol)
     whitening = "fold" if protocol == "linear-frozen" else args.whitening
     # before the run folder: a backbone that does not fit leaves nothing behind
     backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom, args.row)
     seed = processes.seed_suffix(args.seed)  # a run of this seed has it in its name already
-    data = f"-{store.task.prefix}" * bool(store.task.recorded)
-    title = f"{backbone.name.removesuffix(seed)}{seed}-{protocol}-{args.split}-{draw}{data}"
+    title = f"{backbone.name.removesuffix(seed)}{seed}-{protocol}-{args.split}-{draw}"
+    if store.task.recorded:  # not BTCV's organs
+        title += f"-{store.task.prefix}"
     folder = args.out / "seg" / title
     config = configure(args, backbone, protocol, draw, store, phantom)
     run = runs.Run(folder, config, args.overwrite, ranks.is_main)
@@ -232,7 +274,7 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
             result = runs.read_json(folder / "result.json", "mDS", remedy="delete it, and this run is measured again")
             print(f"{title}: done before, mDS {100 * result['mDS']:.2f} %")
             if args.save_predictions:
-                predict.files(dict(validation_files(store).values()), folder, args.amp, ranks.device)
+                predict.files(dict(evaluate.validation_files(store).values()), folder, args.amp, ranks.device)
         return
     saved = run.resume()
     amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
@@ -242,10 +284,10 @@ def train(args, name: str, protocol: str, draw: int, store: datasets.Store, phan
     first = trainer.load(saved) if saved else 0
     curve = folder / "validation.jsonl"
     if ranks.is_main and curve.exists():  # as the log: cut back to the checkpoint
-        kept = [r for r in runs.read_log(curve) if r["step"] <= min(first, args.iterations - 1)]
-        runs.write_text(curve, "".join(json.dumps(r) + "\n" for r in kept))
-    fit(trainer, run, first)
-    processes.on_main(ranks.is_main, lambda: finish(trainer, run, config))
+        records = [r for r in runs.read_log(curve) if r["step"] <= min(first, args.iterations - 1)]
+        runs.write_text(curve, "".join(json.dumps(r) + "\n" for r in records))
+    train(trainer, run, first)
+    processes.on_main(ranks.is_main, lambda: evaluate.finish(trainer, run, config))
 
 
 def configure(args, backbone: backbones.Backbone, protocol: str, draw: int, store: datasets.Store,
@@ -264,124 +306,25 @@ def configure(args, backbone: backbones.Backbone, protocol: str, draw: int, stor
             "split_sha256": sums[0], "validation_sha256": sums[1], **task.recorded}
 
 
-def fit(trainer: Trainer, run: runs.Run, first: int) -> None:
-    """Iterations `first` to the last, with log, checkpoints and validation curve; a stop request saves and exits."""
-    args, crops, ranks, title = trainer.args, trainer.crops, trainer.ranks, run.folder.name
-    bar = tqdm(desc=title, total=args.iterations, initial=first, unit="it", disable=None if ranks.is_main else True)
-    pending, started = [], time.perf_counter()
-    with processes.StopRequest() as stop:
-        if 0 < first < args.iterations and first % args.eval_every == 0:  # stopped between checkpoint and validation?
-            processes.on_main(ranks.is_main, functools.partial(validate, trainer, run, first, stop))
-        for t, pairs in datasets.prefetch(crops.fetch, range(first, args.iterations), args.workers):
-            pending.append(trainer.step(t, pairs))
-            done = t + 1
-            stopping, due = ranks.any(stop.signal != 0), done % args.eval_every == 0 or done == args.iterations
-            if looking := len(pending) == FLUSH or due or stopping:
-                values = processes.mean_over_processes(torch.stack(pending), ranks).tolist()
-                records = [{"step": done - len(values) + i + 1, "loss": v, "lr": lr(done - len(values) + i, args)}
-                           for i, v in enumerate(values)]
-                runs.refuse_non_finite(records, lambda step: [trainer.store.where(*trainer.store.place(i))
-                                                                 for i in crops.indices(step - 1)], run)
-                run.log(records)
-                bar.set_postfix_str(f"loss {values[-1]:.3f}")
-                bar.update(len(values))
-                pending = []
-            if ranks.is_main and done == first + FLUSH < args.iterations:
-                left = (time.perf_counter() - started) / FLUSH * (args.iterations - done)
-                tqdm.write(f"{title}: about {processes.duration(left)} to go")
-            # before the validation, which may take longer than a scheduler waits
-            if due or stopping or (looking and ranks.any(run.overdue(args.checkpoint_minutes))):
-                run.checkpoint(trainer.state(done))
-            if due and done < args.iterations and not stopping:
-                processes.on_main(ranks.is_main, functools.partial(validate, trainer, run, done, stop))
-                stopping = ranks.any(stop.signal != 0)
-            if stopping and done < args.iterations:
-                raise SystemExit(stop.exit_code)
-    bar.close()
-
-
-def validate(trainer: Trainer, run: runs.Run, done: int, stop: processes.StopRequest) -> None:
-    """A point of the validation curve, where it is not there yet: recorded and drawn, it decides nothing.
-
-    A stop request ends it between two volumes, without a point; the next start makes it.
-    """
-    curve = run.folder / "validation.jsonl"
-    if curve.exists() and any(r["step"] == done for r in runs.read_log(curve)):
-        return
-    told = {}
-    for record, truth, labels in trainer.predictions():
-        told[record["id"]] = metrics.count_slices(labels, truth, len(trainer.store.task.organs))
-        if stop.signal:
-            return
-    mds = note(run, done, *metrics.join(told))["mDS"]
-    tqdm.write(f"{run.folder.name}: iteration {done:,}/{trainer.args.iterations:,}, validation mDS {100 * mds:.2f} %")
-
-
-def note(run: runs.Run, done: int, table: np.ndarray, ids: np.ndarray) -> dict:
-    """Append every convention's mean of a table to validation.jsonl; returns them."""
-    summary = metrics.summarise(table, ids)
-    runs.append(run.folder / "validation.jsonl", [{"step": done, **summary}])
-    return summary
-
-
-def finish(trainer: Trainer, run: runs.Run, config: dict) -> None:
-    """Evaluate the last iteration's model: result.json, a line of results.jsonl, dice.csv, predictions, pictures."""
-    args, folder, title, task = trainer.args, run.folder, run.folder.name, trainer.store.task
-    after = checksum(trainer.model.backbone)
-    if trainer.model.frozen and after != trainer.backbone:
-        raise RuntimeError(f"{title}: the frozen backbone changed during training (checksum {trainer.backbone} before, "
-                           f"{after} after); its result would not be what it says")
-    told, distances, predicted = {}, {}, {}
-    for record, truth, labels in trainer.predictions():
-        case = record["id"]
-        told[case], predicted[case] = metrics.count_slices(labels, truth, len(task.organs)), labels
-        distances[case] = metrics.hd95_organs(labels, truth, record["spacing"], len(task.organs))
-    table, ids = metrics.join(told)
-    result = {**config, **note(run, args.iterations, table, ids), **metrics.summarise_hd95(list(distances.values())),
-              "backbone_before": trainer.backbone, "backbone_after": after,
-              "wall_s": round(time.time() - trainer.started, 1), "amp": trainer.amp,
-              "processes": trainer.ranks.world, "hardware": processes.hardware(), "commit": processes.commit(),
-              "date": time.strftime("%Y-%m-%d")}
-    report.write_csv(folder / "dice.csv", [metrics.CASE_COLUMNS, *metrics.per_case(table, ids, distances, task.labels)])
-    runs.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
-    runs.write_text(folder / "result.json", json.dumps(result) + "\n")
-    occur = sum(dice is not None for dice in result["organs"])
-    counted = f"{occur} organ{'s' * (occur != 1)}, pooled over the validation set"
-    print(f"{title}: mDS {100 * result['mDS']:.2f} % ({counted}), with background "
-          f"{100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
-    if args.save_predictions:
-        for case, (name, path) in validation_files(trainer.store).items():
-            predict.write(folder / "predictions", name, predicted[case], volumes.read_volume(path), task)
-    pictures(trainer.store, folder, title + ", on the generated phantom" * (config["data"] == "phantom"), table, ids,
-         predicted)
-
-
-def pictures(store: datasets.Store, folder: Path, title: str, table: np.ndarray, ids: np.ndarray,
-         predicted: dict[str, np.ndarray]) -> None:
-    """overlays.png of a run and, of one that was evaluated on its way, validation.png."""
-    rows, shown = [], metrics.spread(table, SHOWN)
-    for i, (row, score) in enumerate(shown):
-        case, z = str(ids[row]), row - int(np.argmax(ids == ids[row]))
-        place = int(store.of([case])[z])
-        rank = "worst: " if i == 0 else "best: " if i == len(shown) - 1 else ""
-        rows.append((f"{rank}{case} slice {z}, Dice {100 * score:.0f} %", store.slice(place),
-                     store.slice(place, label=True), predicted[case][z]))
-    curve = runs.read_log(folder / "validation.jsonl")
-    if len(curve) > 1:
-        figures.attempt(figures.validation, folder / "validation.png", curve, title)
-    figures.attempt(figures.overlays, folder / "overlays.png", rows,
-                    f"{title}: validation slices, from the worst to the best mean Dice of their organs",
-                    store.task.organs)
-
-
-def validation_files(store: datasets.Store) -> dict[str, tuple[str, Path]]:
-    """{id: (name of its prediction, file)} of each validation volume."""
-    files = {v["id"]: Path(v["source"]["image"]["file"]) for v in store.volumes}
-    return {case: (predict.name_of(files[case], case), files[case]) for case in store.task.cases("val")}
+def introduce(args: argparse.Namespace, titles: list[str], store: datasets.Store, phantom: bool,
+              ranks: processes.Processes) -> None:
+    """Say what will be run, on what, and the memory that its classes take."""
+    if phantom:
+        processes.announce_phantom()
+    iterations = dict.fromkeys(f"{recipe(args, p).iterations:,}" for p in args.protocols)
+    print(f"{len(titles) * len(args.protocols) * len(args.draws)} run(s): {', '.join(titles)} x "
+          f"{', '.join(args.protocols)} x {len(args.draws)} draw(s) of {args.split} %, {'/'.join(iterations)} "
+          f"iterations of {args.batch_size} crops of {args.crop_size} px each, in {args.out / 'seg'}; "
+          f"{processes.hardware()}")
+    organs, crops = len(store.task.organs) - 1, args.batch_size // ranks.world_size
+    needed = max(loss_bytes(p, crops, organs + 1, args.crop_size) for p in args.protocols)
+    print(f"{organs} {'organ' if organs == 1 else 'organs'}: logits and loss take {needed / 1e9:.1f} GB of the "
+          "device's memory")
 
 
 @processes.command
 def main(argv: list[str] | None = None) -> None:
+    """The report, predictions, or all runs that the flags name and their table."""
     args = parse(argv)
     if args.report:
         return report.write_report(args.out)
@@ -392,42 +335,26 @@ def main(argv: list[str] | None = None) -> None:
         folder, device = predict.find_run(args.run, args.out), processes.start(args.deterministic).device
         return predict.files(paths, folder, args.amp, device, args.predict_out, skipped)
     data, phantom = intake.locate(args.data, "BTCV")
-    settle(args, phantom)
+    resolve_defaults(args, phantom)
     backbones.architecture(args.arch)
     names = choose_backbones(args, phantom)
     titles = [backbones.title_of(name, args.row) for name in names]
-    store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
-                             workers=args.workers, names=args.labels, organs=args.organs)
-    ranks = processes.start(args.deterministic)
-    drawn = processes.on_main(ranks.is_main, lambda: tasks.draw_splits(
-        store.task, [v["id"] for v in store.volumes], args.val, args.val_cases, args.patient_regex))
+    store, ranks, remarks = datasets.open_labelled(args, data)
     for split in [(args.split, d) for d in args.draws] + [("val",)]:
         store.of(store.task.cases(*split))
-    if ranks.world > 1 and ranks.device.type == "cpu":
+    if ranks.world_size > 1 and ranks.device.type == "cpu":
         raise BadInput("segmentation on several processes needs GPUs (synchronised batch statistics); "
                        "run python train_seg.py as one process")
-    if args.batch_size % ranks.world:
-        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {ranks.world} processes")
+    if args.batch_size % ranks.world_size:
+        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {ranks.world_size} processes")
     if ranks.is_main:
-        if phantom:
-            processes.announce_phantom()
-        print(f"{len(names) * len(args.protocols) * len(args.draws)} run(s): "
-              f"{', '.join(titles)} x "
-              f"{', '.join(args.protocols)} x {len(args.draws)} draw(s) of {args.split} %, "
-              f"{'/'.join(dict.fromkeys(f'{recipe(args, p).iterations:,}' for p in args.protocols))} "
-              f"iterations of {args.batch_size} crops of {args.crop_size} px each, in {args.out / 'seg'}; "
-              f"{processes.hardware()}")
-        needed = max(loss_bytes(p, args.batch_size // ranks.world, len(store.task.organs), args.crop_size)
-                     for p in args.protocols)
-        count = len(store.task.organs) - 1
-        print(f"{count} organ{'s' * (count > 1)}: logits and loss take {needed / 1e9:.1f} GB of the device's memory")
-        for line in prepare.remarks(store.volumes, store.skipped, store.task) + drawn:
-            print(line)
+        introduce(args, titles, store, phantom, ranks)
+        print(*remarks, sep="\n", end="\n" if remarks else "")
     tell_unfinished(args, names, phantom, ranks)
     for name in names:
         for draw in args.draws:
             for protocol in args.protocols:
-                train(args, name, protocol, draw, store, phantom, ranks)
+                measure(args, name, protocol, draw, store, phantom, ranks)
     if ranks.is_main:
         here = report.data_of({"data": "phantom" if phantom else store.name, "slices": len(store)})
         print(report.markdown([c for c in report.cells_of(args.out) if (c["data"] + ",").startswith(f"{here},")]))

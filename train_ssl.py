@@ -19,75 +19,81 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import augment
 import datasets
+import resize
 from ct import intake, prepare
 from ct.command import number, whole
 from ct.volumes import BadInput
 from engine import backbones, figures, monitor, processes, runs
+from group_statistics import GroupStatistics
 from local_loss import CELLS
-from moco import GroupStatistics, MoCo
+from moco import MoCo
 from whitening import whiten_last_norm
 
 # The step ends with buffers that are equal everywhere: DDP need not send rank 0's before each forward.
 NO_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(
     DistributedDataParallel.__init__).parameters else "broadcast_buffers"  # deprecated since torch 2.13
+FEW = 20_000  # slices: below, the paper's settings are looked at for what cannot work
+
+# ------------------------------------------------------------------------------------------------------ settings
+
 MOMENTUM, WEIGHT_DECAY, DIM = 0.9, 1e-4, 128  # mmselfsup's mocov2_resnet50_8xb32-coslr-200e
+LR = 0.03  # of a batch of 256; in proportion to the batch
 PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, bn_group=32, epochs=200, lr=None,
              queue=65536, ema=0.999, zca_group=64, size=prepare.SIZE)
-# The phantom's preset: see README, "Few slices, one small GPU". Its rows start from a run of START, the stand-in for
+# The phantom's preset: see docs/training.md, "Few slices". Its rows start from a run of START, the stand-in for
 # ImageNet weights: MoCo v2 without geometry, which learns from random weights where MoCo v2 with crops does not.
 PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=8, lr=0.01, queue=256, ema=0.99,
                zca_group=64, size=192)
 START = dict(init="random", local=False, zca=False, geometric=False, epochs=6, steps=None, overwrite=False)
-FEW = 20_000  # slices: below, the paper's settings are looked at for what cannot work
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; what it leaves to the data is None until `resolve_defaults`."""
     parser = processes.Parser(prog="train_ssl.py", description=__doc__.split("\n\n")[0],
-                            epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
+                              epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
     parser.common("AbdomenCT-1K")
-    add = parser.add_argument
+    add = parser.with_defaults(PAPER, PHANTOM)
     add("--local", action="store_true", help="local loss on the first stage's feature map, Eq. 2")
     add("--zca", action="store_true", help="ZCA whitening in place of the backbone's last BN, Eq. 5")
     add("--geometric", action=argparse.BooleanOptionalAction,
         help="crops and flips (default: unless --local; with it, Eq. 2 takes what both crops show: not the paper's)")
-    add("--arch", help="any torchvision resnet (resnet50) [resnet18]")
-    add("--init", help="imagenet, random, a RUN of --out or a FILE (imagenet) [phantom-start, which is trained first]")
+    add("--arch", help="any torchvision resnet")
+    add("--init", help="imagenet, random, a RUN of --out or a FILE; on the phantom its start, which is trained first")
     add("--name", help="of the run (default moco[-local][-zca][-nogeo|-aligned][-seedN])")
     add("--overwrite", action="store_true", help="start over where a run of this name exists")
-    add("--size", type=whole(1), help="pixels of a stored slice's side (512) [192]")
-    add("--image-size", type=whole(1), help="pixels of a view's side (224) [64]")
-    add("--batch-size", type=whole(1), help="slices a step, over all processes (256) [64]")
-    add("--bn-group", type=whole(1), help="slices that share batch statistics (32) [32]")
-    add("--epochs", type=whole(1), help="horizon of the schedule (200) [8]")
+    add("--size", type=whole(1), help="pixels of a stored slice's side")
+    add("--image-size", type=whole(1), help="pixels of a view's side")
+    add("--batch-size", type=whole(1), help="slices a step, over all processes")
+    add("--bn-group", type=whole(1), help="slices that share batch statistics, a ghost batch")
+    add("--epochs", type=whole(1), help="horizon of the schedule")
     add("--steps", type=whole(0), help="stop after so many optimizer steps in all (default: all epochs)")
-    add("--lr", type=number(above=0), help="learning rate as it is (0.03 x batch / 256) [0.01]")
-    add("--queue", type=whole(1), help="keys kept, a multiple of the batch (65536) [256]")
-    add("--ema", type=number(0, 1), help="momentum of the key encoder (0.999) [0.99]")
+    add("--lr", type=number(above=0), help=f"learning rate as it is ({LR} x batch / 256)")
+    add("--queue", type=whole(1), help="keys kept, a multiple of the batch")
+    add("--ema", type=number(0, 1), help="momentum of the key encoder")
     add("--temperature", type=number(above=0), default=0.2, help="of Eq. 1")
     add("--temperature-local", type=number(above=0), default=0.2, help="of Eq. 2")
     add("--lambda-local", type=number(0), default=1.0, help="weight of the local loss, Eq. 3")
     add("--patches", type=whole(1), default=20, help="K of Eq. 2")
-    add("--zca-group", type=whole(1), help="channels whitened together (64) [64]")
+    add("--zca-group", type=whole(1), help="channels whitened together")
     add("--zca-iterations", type=whole(1), default=5, help="T of Newton's iteration")
     add("--compile", action="store_true", help="torch.compile the encoders")
     return parser.parse_args(argv)
 
 
-def settle(args, phantom: bool) -> None:
-    """Fill the defaults of the paper or of the phantom, and refuse what cannot work."""
+def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
+    """Fill the defaults of the paper or of the phantom, and refuse what cannot work. Raises BadInput."""
     for key, value in (PHANTOM if phantom else PAPER).items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     if args.geometric is None:
         args.geometric = not args.local
-    args.lr = 0.03 * args.batch_size / 256 if args.lr is None else args.lr
+    args.lr = LR * args.batch_size / 256 if args.lr is None else args.lr
     if args.local and args.patches > CELLS**2:
         raise BadInput(f"--patches {args.patches}: a feature map has {CELLS**2} non-overlapping cells")
     if args.image_size < 32 or (args.local and args.image_size < 4 * CELLS):
@@ -95,34 +101,45 @@ def settle(args, phantom: bool) -> None:
     if args.queue % args.batch_size:
         raise BadInput(f"--queue {args.queue}: must be a multiple of --batch-size {args.batch_size}")
     args.init = args.init or start_of(args)
-    if args.name is None:
-        views = {(False, False): "-nogeo", (True, True): "-aligned"}.get((args.local, args.geometric), "")
-        args.name = "phantom-" * phantom + "moco" + "-local" * args.local + "-zca" * args.zca + views
-        args.name += processes.seed_suffix(args.seed)
+    args.name = name_of(args, phantom) if args.name is None else args.name
     if Path(args.name).name != args.name or args.name in ("", "..", "seg", "imagenet", "random"):
         raise BadInput(f"--name {args.name}: must be a new folder's name in --out, and none of seg, imagenet, random")
 
 
-def start_of(args) -> str:
+def start_of(args: argparse.Namespace) -> str:
     """The run from which the phantom's rows of this seed start."""
     return "phantom-start" + processes.seed_suffix(args.seed)
 
 
-def check_groups(args, world: int) -> None:
-    """Raise BadInput where the batch does not divide into groups on `world` processes; warn of a single group."""
-    if args.batch_size % (world * args.bn_group):
-        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {world} processes x --bn-group "
-                       f"{args.bn_group} = {world * args.bn_group}")
+def name_of(args: argparse.Namespace, phantom: bool) -> str:
+    """A run's name where none is given: Table 2's row, its suffix where its views are not the paper's, its seed."""
+    name = "phantom-moco" if phantom else "moco"
+    if args.local:
+        name += "-local"
+    if args.zca:
+        name += "-zca"
+    if args.local and args.geometric:
+        name += "-aligned"
+    if not (args.local or args.geometric):
+        name += "-nogeo"
+    return name + processes.seed_suffix(args.seed)
+
+
+def check_groups(args: argparse.Namespace, world_size: int) -> None:
+    """Raise BadInput where the batch does not divide into groups on `world_size` processes; warn of a single group."""
+    if args.batch_size % (world_size * args.bn_group):
+        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {world_size} processes x --bn-group "
+                       f"{args.bn_group} = {world_size * args.bn_group}")
     if args.batch_size == args.bn_group:
-        warnings.warn("one group only: shuffling keys then does nothing and the model can cheat through its batch "
+        warnings.warn("one group only: Shuffling BN then does nothing and the model can cheat through its batch "
                       "statistics; lower --bn-group or raise --batch-size", stacklevel=2)
 
 
-def advice(args, trained: int, horizon: int) -> list[str]:
+def advice(args: argparse.Namespace, trained: int, horizon: int) -> list[str]:
     """What cannot work with few slices to train on, as lines with the flags that can; [] where nothing is wrong.
 
     The paper's settings are for 215,325 slices; those that were seen to work on a few hundred or thousand stand in
-    README, "Few slices, one small GPU".
+    docs/training.md, "Few slices".
     """
     if trained >= FEW:
         return []
@@ -140,7 +157,10 @@ def advice(args, trained: int, horizon: int) -> list[str]:
     return wrong
 
 
-def build(args, phantom: bool = False) -> MoCo:
+# --------------------------------------------------------------------------------------------- model and one step
+
+
+def build(args: argparse.Namespace, phantom: bool = False) -> MoCo:
     """The two encoders from --init, whitened with --zca; what was opened is noted in `args`. Raises BadInput."""
     args.init = backbones.resolve(args.init, args.out, phantom)
     opened = backbones.open_backbone(args.init, args.out, args.arch, args.seed, "fold", phantom)
@@ -163,16 +183,19 @@ class Trainer:
     def __init__(self, args, moco: MoCo, batches: datasets.Batches, ranks: processes.Processes, amp: str):
         self.args, self.batches, self.device, self.amp = args, batches, ranks.device, amp
         self.moco = moco.to(self.device, memory_format=torch.channels_last)
-        if args.compile:  # on a GPU as CUDA graphs: a group of 32 is hundreds of kernels, whose launches cost most
+        if args.compile:  # on a GPU as CUDA graphs: a group of 32 is hundreds of kernel launches, which cost the most
             for encoder in (self.moco.encoder_q, self.moco.encoder_k):
                 encoder.compile(mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
         self.model: nn.Module = self.moco
-        if ranks.world > 1:
+        self.without_exchange = contextlib.nullcontext
+        if ranks.world_size > 1:
             self.model = DistributedDataParallel(self.moco, **{NO_BUFFERS: False})
+            self.without_exchange = self.model.no_sync
         self.statistics = GroupStatistics(self.moco.encoder_q)
         self.trained = [p for p in self.moco.parameters() if p.requires_grad]
-        for p in self.trained if args.compile else ():  # a graph's own memory is overwritten by its next replay:
-            p.grad = torch.zeros_like(p)  # gradients add up outside of it
+        if args.compile:  # a graph's own memory is overwritten by its next replay: gradients add up outside of it
+            for p in self.trained:
+                p.grad = torch.zeros_like(p)
         self.optimizer = torch.optim.SGD(self.trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.skipped = 0  # steps that fp16's scaler left out
@@ -180,55 +203,45 @@ class Trainer:
         self.horizon = args.epochs * batches.steps_per_epoch
 
     def lr(self, t: int) -> float:
+        """Cosine from --lr to 0 over the horizon, by the step."""
         return self.args.lr * 0.5 * (1 + math.cos(math.pi * t / self.horizon))
 
-    def step(self, t: int, slices: torch.Tensor) -> torch.Tensor:
-        """One optimizer step on this process's slices (B, H, W) uint8.
-
-        Returns its mean (L, L_global, L_local, queue's accuracy, cosine to the own key, to the queue) and the norm of
-        the step's gradient.
-        """
+    def step(self, t: int, slices: Tensor) -> Tensor:
+        """One optimizer step on this process's slices (B, H, W) uint8 -> its mean stats, (7,): monitor.STATS."""
         args, moco, batches = self.args, self.moco, self.batches
-        aligned = args.local and args.geometric
 
-        # views, one grey channel each (B, 1, S, S), and everything else that is drawn
+        # views: two of each slice, one grey channel (B, 1, S, S), and which of the 49 cells are its patches (B, K)
         slices = slices.to(self.device, non_blocking=True)
         view_q, view_k = augment.pair(slices, batches.views(t, processes.VIEW_Q), batches.views(t, processes.VIEW_K),
                                       args.image_size)
-        permutation = augment.to_device(batches.permutation(t), self.device)
-        patches = augment.to_device(batches.patches(t), self.device) if args.local else None
-        boxes_q, flip_q, boxes_k, flip_k, usable = batches.parts(t) if aligned else [None] * 5
+        permutation = resize.to_device(batches.permutation(t), self.device)  # (N,), of the global batch
+        patch_idx = resize.to_device(batches.patch_idx(t), self.device) if args.local else None
+        common = batches.common_parts(t) if args.local and args.geometric else None
 
-        # keys (B, dim) and cells (B, 49, C), by the key encoder after its own small step
+        # keys (B, dim) and their first-stage cells (B, 49, C), by the key encoder after its own small step
         moco.update_key_encoder()
         with processes.autocast(self.amp, self.device):
-            keys, cells = moco.keys(view_k, permutation, self.to_device(boxes_k, flip_k) if aligned else None)
+            keys, cells = moco.keys(view_k, permutation, common and common.of_keys())
 
-        # the query encoder group by group: gradients add up; DDP exchanges them once, with the last group
-        groups = len(slices) // args.bn_group
+        # query encoder, group by group: gradients add up, and processes exchange them once, with the last group
+        starts, stats = range(0, len(slices), args.bn_group), []
         self.statistics.begin()
-        records = []
-        for g in range(groups):
-            part = slice(g * args.bn_group, (g + 1) * args.bn_group)
-            several = self.model is not moco and g < groups - 1
-            common = None
-            if aligned:
-                first = batches.local.start + part.start  # of this group in the global batch
-                here = slice(first, first + args.bn_group)
-                pairs = usable[(usable >= here.start) & (usable < here.stop)] - first
-                common = self.to_device(boxes_q[here], flip_q[here], pairs)
-            with self.statistics.group(), self.model.no_sync() if several else contextlib.nullcontext():
+        for start in starts:
+            group = slice(start, start + args.bn_group)
+            exchange = contextlib.nullcontext if start == starts[-1] else self.without_exchange
+            with self.statistics.group(), exchange():
                 with processes.autocast(self.amp, self.device):
-                    loss_global, loss_local = self.model(view_q[part], keys[part], cells[part] if args.local else None,
-                                                         patches[part] if args.local else None, common)
-                loss = moco.total(loss_global, loss_local)
-                self.scaler.scale(loss / groups).backward()
-            records.append(torch.stack([loss, loss_global, loss_local, *moco.signs]).detach())
+                    loss_global, loss_local = self.model(view_q[group], keys[group], *(
+                        (cells[group], patch_idx[group]) if args.local else (None, None)),
+                        common and common.of_queries(group))
+                loss = moco.total(loss_global, loss_local)  # Eq. 3
+                self.scaler.scale(loss / len(starts)).backward()
+            stats.append(torch.stack([loss, loss_global, loss_local, *moco.query_stats]).detach())
         self.statistics.finish()
 
         # update
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(t)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self.lr(t)
         self.scaler.unscale_(self.optimizer)
         norm = runs.gradient_norm(self.trained)
         self.scaler.step(self.optimizer)
@@ -237,19 +250,19 @@ class Trainer:
 
         # enqueue
         moco.enqueue(keys)
-        return torch.cat([torch.stack(records).mean(0), norm[None]])
-
-    def to_device(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
-        return tuple(augment.to_device(a, self.device) for a in arrays)
+        return torch.cat([torch.stack(stats).mean(0), norm[None]])
 
     def count_skipped(self, records: list[dict]) -> None:
         """Under fp16 a gradient that is not finite ends no run: the scaler leaves its step out, counted here."""
-        for r in records if self.amp == "fp16" else ():
+        if self.amp != "fp16":
+            return
+        for r in records:
             if not math.isfinite(r["grad_norm"]):
                 self.skipped, r["grad_norm"] = self.skipped + 1, None
             r["skipped"] = self.skipped
 
     def state(self, step: int) -> dict:
+        """What checkpoint.pt holds after so many steps: all that continuing, and opening the backbone, need."""
         return {"step": step, "model": self.moco.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "skipped": self.skipped, "gap": self.gap, "amp": self.amp,
                 "threads": torch.get_num_threads(), "arch": self.args.arch, "horizon": self.horizon,
@@ -257,47 +270,58 @@ class Trainer:
                 "zca": [self.args.zca_group, self.args.zca_iterations] if self.args.zca else []}
 
     def load(self, state: dict) -> int:
-        self.moco.load_state_dict(state["model"])
+        """Go on from a checkpoint; returns its step."""
+        runs.load_weights(self.moco, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped, self.gap = state["skipped"], state["gap"]
         return state["step"]
 
 
-@processes.command
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    if args.steps == 0:
-        print("--steps 0: nothing to do")
-        return
-    data, phantom = intake.locate(args.data, "AbdomenCT-1K")
-    settle(args, phantom)
-    backbones.architecture(args.arch)  # what is refused is refused before the slices are prepared, which takes long
-    if args.init != start_of(args):
-        args.init = backbones.resolve(args.init, args.out, phantom)
-    store = datasets.prepare(data, args.store or prepare.default_store(data), "pretrain", tuple(args.window),
-                             args.size, args.workers)
-    ranks = processes.start(args.deterministic)
-    for line in prepare.remarks(store.volumes, store.skipped) if ranks.is_main else ():
-        print(line)
-    trained = (args.out / args.init / "backbone.pth").exists
-    if args.init == start_of(args) and not processes.on_main(ranks.is_main, trained):
-        settings = vars(args) | PHANTOM | START | dict(name=args.init, size=args.size)
-        pretrain(argparse.Namespace(**settings), store, data, phantom, ranks)
-    pretrain(args, store, data, phantom, ranks)
+# ------------------------------------------------------------------------------------------------------- the loop
 
 
-def pretrain(args, store: datasets.Store, data: Path, phantom: bool, ranks: processes.Processes) -> None:
-    """One run, from the start or its checkpoint to backbone.pth."""
-    check_groups(args, ranks.world)
+def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: processes.Processes, first: int, last: int
+          ) -> None:
+    """Steps `first` to `last`, with log, signs of collapse and checkpoints; a stop request saves and exits."""
+    args, batches = trainer.args, trainer.batches
+    logger = monitor.MetricLogger(trainer, store, run, ranks, first, last)
+
+    def fetch(t: int) -> Tensor:
+        """This process's slices of step t, (B, H, W) uint8."""
+        return resize.pinned(torch.from_numpy(store.batch(batches.indices(t)[batches.rank_slice])), ranks.device)
+
+    asked = time.perf_counter()
+    with processes.StopRequest() as stop:
+        for t, slices in datasets.prefetch(fetch, range(first, last), args.workers):
+            logger.waited += time.perf_counter() - asked
+            logger.pending.append(trainer.step(t, slices))
+            stopping, done = ranks.any(stop.signal != 0), t + 1
+            epoch_ends = done % batches.steps_per_epoch == 0 or done == last
+            if logging := len(logger.pending) == monitor.LOG_INTERVAL or epoch_ends or stopping:
+                logger.flush(done, epoch_ends or stopping, epoch_ends)
+            if stopping or done == last or (logging and ranks.any(run.overdue(args.checkpoint_minutes))):
+                run.checkpoint(trainer.state(done))
+            if stopping and done < last:
+                if ranks.is_main:
+                    print(f"stopped after step {done}; the same command continues", file=sys.stderr)
+                raise SystemExit(stop.exit_code)
+            asked = time.perf_counter()
+    logger.bar.close()
+
+
+def pretrain(args: argparse.Namespace, store: datasets.Store, data: Path, phantom: bool, ranks: processes.Processes
+             ) -> None:
+    """One run, from the start or its checkpoint to backbone.pth. Raises BadInput."""
+    check_groups(args, ranks.world_size)
     batches = datasets.Batches(args, len(store), ranks)
     if not batches.steps_per_epoch:
         raise BadInput(f"{data}: {len(store)} slices are fewer than one batch of {args.batch_size} besides "
                        f"{len(batches.held_out)} held-out ones; lower --batch-size")
-    kept = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
-            "checkpoint_minutes", "init_unfinished")  # out of the config
     moco = build(args, phantom)  # before the run folder: weights that do not fit leave nothing behind
-    config = {k: v for k, v in vars(args).items() if k not in kept}
+    not_in_config = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
+                     "checkpoint_minutes", "init_unfinished")
+    config = {k: v for k, v in vars(args).items() if k not in not_in_config}
     config |= {"data": "phantom" if phantom else store.name, "volumes": len(store.volumes), "slices": len(store),
                "store": store.contents()}
     run = runs.Run(args.out / args.name, config, args.overwrite, ranks.is_main)
@@ -308,9 +332,9 @@ def pretrain(args, store: datasets.Store, data: Path, phantom: bool, ranks: proc
     first = trainer.load(saved) if saved else 0
     last = trainer.horizon if args.steps is None else min(trainer.horizon, args.steps)
     if ranks.is_main:
-        introduce(args, store, phantom, ranks, amp, first, last, trainer)
+        introduce(trainer, store, phantom, ranks, first, last)
     if first < last:
-        train(args, store, ranks, run, trainer, first, last)
+        train(trainer, store, run, ranks, first, last)
     if ranks.is_main:
         runs.save(backbones.export(trainer.moco.encoder_q.backbone), run.folder / "backbone.pth")
         print(f"{run.folder / 'backbone.pth'}: the backbone, whitening folded, under torchvision's names")
@@ -318,49 +342,49 @@ def pretrain(args, store: datasets.Store, data: Path, phantom: bool, ranks: proc
                         math.log(1 + args.queue))
 
 
-def introduce(args, store, phantom, ranks, amp, first, last, trainer) -> None:
+def introduce(trainer: Trainer, store: datasets.Store, phantom: bool, ranks: processes.Processes, first: int, last: int
+              ) -> None:
     """Say what will be done, on what, and what it takes."""
+    args, trained = trainer.args, len(trainer.batches.trained)
     if phantom:
         processes.announce_phantom()
     megabytes = sum(p.numel() for p in trainer.moco.encoder_q.parameters()) * 4 * 3 * 2 / 1e6 + args.queue * DIM * 8e-6
     print(f"{args.name}: {args.arch} from {args.init} on {len(store):,} slices of {len(store.volumes):,} volumes "
           f"({store.folder}), {processes.hardware()}")
     print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
-          f"{ranks.world} process(es), precision {amp}, {args.image_size} px; about {megabytes:,.0f} MB in "
-          f"{args.out / args.name}; the time needed is told after {monitor.FLUSH} steps")
+          f"{ranks.world_size} process(es), precision {trainer.amp}, {args.image_size} px; about {megabytes:,.0f} MB "
+          f"in {args.out / args.name}; the time needed is told after {monitor.LOG_INTERVAL} steps")
     if args.init_unfinished:
         print(f"note: {args.init}: {args.init_unfinished}; this run starts from it as it is")
-    for line in advice(args, len(trainer.batches.trained), trainer.horizon):
-        print(f"note: {len(trainer.batches.trained):,} slices are few: {line}", file=sys.stderr)
+    for line in advice(args, trained, trainer.horizon):
+        print(f"note: {trained:,} slices are few: {line}", file=sys.stderr)
     if first:
         print("finished before; nothing left to train" if first >= last else f"continuing after step {first:,}")
 
 
-def train(args, store, ranks, run, trainer, first, last) -> None:
-    """Steps `first` to `last`, with log, signs of collapse and checkpoints; a stop request saves and exits."""
-    batches, journal = trainer.batches, monitor.Journal(args, store, run, trainer, ranks, first, last)
-
-    def fetch(t: int) -> torch.Tensor:
-        """This process's slices of step t, (B, H, W) uint8."""
-        return augment.pinned(torch.from_numpy(store.batch(batches.indices(t)[batches.local])), ranks.device)
-
-    asked = time.perf_counter()
-    with processes.StopRequest() as stop:
-        for t, slices in datasets.prefetch(fetch, range(first, last), args.workers):
-            journal.waited += time.perf_counter() - asked
-            journal.pending.append(trainer.step(t, slices))
-            stopping, done = ranks.any(stop.signal != 0), t + 1
-            epoch_ends = done % batches.steps_per_epoch == 0 or done == last
-            if looking := len(journal.pending) == monitor.FLUSH or epoch_ends or stopping:
-                journal.flush(done, epoch_ends or stopping, epoch_ends)
-            if stopping or done == last or (looking and ranks.any(run.overdue(args.checkpoint_minutes))):
-                run.checkpoint(trainer.state(done))
-            if stopping and done < last:
-                if ranks.is_main:
-                    print(f"stopped after step {done}; the same command continues", file=sys.stderr)
-                raise SystemExit(stop.exit_code)
-            asked = time.perf_counter()
-    journal.bar.close()
+@processes.command
+def main(argv: list[str] | None = None) -> None:
+    """Slices, then the run; on the phantom its start first, where that is missing."""
+    args = parse(argv)
+    if args.steps == 0:
+        print("--steps 0: nothing to do")
+        return
+    data, phantom = intake.locate(args.data, "AbdomenCT-1K")
+    resolve_defaults(args, phantom)
+    backbones.architecture(args.arch)  # what is refused is refused before the slices are prepared, which takes long
+    if args.init != start_of(args):
+        args.init = backbones.resolve(args.init, args.out, phantom)
+    store = datasets.prepare(data, args.store or prepare.default_store(data), "pretrain", tuple(args.window),
+                             args.size, args.workers)
+    ranks = processes.start(args.deterministic)
+    if ranks.is_main:
+        for line in prepare.remarks(store.volumes, store.skipped):
+            print(line)
+    trained = (args.out / args.init / "backbone.pth").exists
+    if args.init == start_of(args) and not processes.on_main(ranks.is_main, trained):
+        settings = vars(args) | PHANTOM | START | dict(name=args.init, size=args.size)
+        pretrain(argparse.Namespace(**settings), store, data, phantom, ranks)
+    pretrain(args, store, data, phantom, ranks)
 
 
 if __name__ == "__main__":

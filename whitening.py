@@ -39,39 +39,45 @@ class ZCAWhitening(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Eq. 5 and the affine: (N, C, H, W) or (N, C) -> the same shape and type."""
+        groups, size = self.running_mean.shape[:2]  # G, D
         with torch.autocast(x.device.type, enabled=False):
             wide = x if x.dtype == torch.float64 else x.float()
             rows = wide.movedim(1, -1)  # (N, H, W, C): a view, and free of copies in channels_last
-            positions = rows.reshape(-1, *self.running_mean.shape[:2]).permute(1, 2, 0)  # (G, D, m)
+            positions = rows.reshape(-1, groups, size).permute(1, 2, 0)  # (G, D, m), m = N x H x W
             if self.training:
-                mean = positions.mean(2, keepdim=True)  # mu of Eq. 5, (G, D, 1)
-                whitening = self.matrix(positions - mean)
-                with torch.no_grad():
-                    self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                    self.running_whitening.lerp_(whitening.to(self.running_mean.dtype), self.momentum)
+                mean = positions.mean(2, keepdim=True)  # mu of Eq. 5: (G, D, 1)
+                whitening = self.matrix(positions - mean)  # D L^(-1/2) D^T of Eq. 5: (G, D, D)
+                self._update(mean.detach(), whitening.detach())
             else:
                 mean, whitening = self.running_mean.to(wide.dtype), self.running_whitening.to(wide.dtype)
-            # Eq. 5 and the affine: weight * W (x - mu) + bias, as one product with the mean moved into the shift
-            scaled = self.weight.to(wide.dtype).view(*mean.shape) * whitening
-            shift = self.bias.to(wide.dtype).view(*mean.shape) - scaled @ mean
+            # Eq. 5 and the affine, weight * W (x - mu) + bias, as one product: the mean is moved into the shift
+            weight, bias = (p.to(wide.dtype).view(groups, size, 1) for p in (self.weight, self.bias))
+            scaled = weight * whitening  # (G, D, D)
+            shift = bias - scaled @ mean  # (G, D, 1)
             out = torch.baddbmm(shift.mT, positions.mT, scaled.mT)  # (G, m, D)
             return out.transpose(0, 1).reshape(rows.shape).movedim(-1, 1).to(x.dtype)
 
+    @torch.no_grad()
+    def _update(self, mean: Tensor, whitening: Tensor) -> None:
+        """running <- (1 - momentum) running + momentum of this batch, for the mean and for the whitening matrix."""
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype), self.momentum)
+
     def matrix(self, centred: Tensor) -> Tensor:
         """Sigma^(-1/2) of centred (G, D, m) after T Newton steps: (G, D, D)."""
-        positions = centred.shape[2]
+        positions = centred.shape[2]  # m
         if positions < 2 * self.group_size:
             warnings.warn(f"whitening {self.group_size} channels over {positions} positions: below twice the group "
                           "size the covariance is close to singular; use larger batches or a smaller --zca-group",
                           stacklevel=3)
         eye = torch.eye(self.group_size, dtype=centred.dtype, device=centred.device)
-        sigma = centred @ centred.mT / positions + self.eps * eye
-        trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        sigma = centred @ centred.mT / positions + self.eps * eye  # covariance: (G, D, D)
+        trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]  # (G, 1, 1)
         sigma = sigma / trace  # eigenvalues in (0, 1], where the iteration converges
-        p = eye.expand_as(sigma)
+        p = eye.expand_as(sigma)  # P_0 = I
         for _ in range(self.iterations):
-            p = 1.5 * p - 0.5 * (p @ p @ p) @ sigma
-        return p / trace.sqrt()
+            p = 1.5 * p - 0.5 * (p @ p @ p) @ sigma  # P_k = (3 P_{k-1} - P_{k-1}^3 S) / 2
+        return p / trace.sqrt()  # S^(-1/2) -> Sigma^(-1/2)
 
 
 def _last_norm(backbone: nn.Module) -> tuple[nn.Module, str, str]:

@@ -16,7 +16,6 @@ from ct.command import printable
 from ct.volumes import BadInput
 from engine.processes import INIT, seed_torch
 from engine.runs import load, read_config
-from segment import checksum
 from whitening import fold, to_batch_norm, whiten_last_norm
 
 CHECKPOINT = "checkpoint.pt"  # what makes a folder a run
@@ -294,6 +293,15 @@ def title_of(name: str, row: str | None = None) -> str:
     if row in (*BUILT_IN, "", "..") or Path(row).name != row or "|" in row or not row.isprintable():
         raise BadInput(f"--row {row}: must be fit to name a folder, and neither imagenet nor random")
     return row
+
+
+def checksum(module: nn.Module) -> str:
+    """blake2b of the names and bytes of all parameters and buffers, 32 hex digits: equal if nothing has changed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def export(backbone: nn.Module) -> dict[str, Tensor]:

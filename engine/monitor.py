@@ -1,4 +1,4 @@
-"""Is it learning, is it collapsing: the signs, the log and the bar of a pre-training."""
+"""Is it learning, is it collapsing: the monitor of collapse, the log and the bar of a pre-training."""
 
 import math
 import sys
@@ -10,18 +10,22 @@ from tqdm import tqdm
 
 import augment
 import metrics
+import resize
 from engine import processes, runs
 
-FLUSH = 10  # steps between two looks at the losses; each look waits for the device
+LOG_INTERVAL = 10  # steps between two looks at the losses; each look waits for the device
+# What `Trainer.step` returns of a step; the queue's accuracy, cosine to the own key and to the queue: MoCo.query_stats
+STATS = ("loss", "loss_global", "loss_local", "queue_accuracy", "similarity_positive", "similarity_negative",
+         "grad_norm")
 
 
-class Signs:
+class CollapseMonitor:
     """Is it collapsing? Looked at each epoch on the held-out slices; the training is not touched by it."""
 
     def __init__(self, trainer, store):
         self.trainer, args = trainer, trainer.args
         self.slices = torch.from_numpy(store.batch(trainer.batches.held_out))
-        self.views = [augment.draw(processes.rng(args.seed, processes.SIGNS, i), len(self.slices), args.geometric)
+        self.views = [augment.draw(processes.rng(args.seed, processes.HELD_OUT, i), len(self.slices), args.geometric)
                       for i in (1, 2)]
 
     @torch.no_grad()
@@ -39,11 +43,13 @@ class Signs:
             part = slice(start, start + args.bn_group)
             slices = self.slices[part].to(device)
             with processes.autocast(self.trainer.amp, device):
-                pooled = moco.encoder_q.features(augment.whole(slices, args.image_size))[1]
+                pooled = moco.encoder_q.features(resize.whole(slices, args.image_size))[1]
                 views = [augment.apply(slices, {k: v[part] for k, v in drawn.items()}, args.image_size)
                          for drawn in self.views]
-                outputs.append((pooled, moco.encoder_q.projector(pooled), moco.encoder_q(views[0])[1],
-                                moco.encoder_k(views[1])[1]))
+                # `forward`, not the call that --compile replaces: a look an epoch is not worth graphs of its own, whose
+                # outputs the next replay would overwrite
+                outputs.append((pooled, moco.encoder_q.projector(pooled), moco.encoder_q.forward(views[0])[1],
+                                moco.encoder_k.forward(views[1])[1]))
         moco.train()
         features, *embeddings = (torch.cat(x).float() for x in zip(*outputs, strict=True))
         embeddings, queries, keys = (F.normalize(x, dim=1) for x in embeddings)
@@ -59,67 +65,73 @@ class Signs:
                 "instance_accuracy": nearest.float().mean().item(), "instance_chance": 1 / count,
                 "queue_filled": min(1.0, step * args.batch_size / args.queue)}
 
-    def warning(self, signs: dict[str, float], step: int) -> str:
-        """What the signs mean where they are bad, else ''. Nothing is said before the queue was full for an epoch."""
+    def warning(self, found: dict[str, float], step: int) -> str:
+        """What a look found means where it is bad, else ''. Nothing is said before the queue was full for an epoch."""
         args, width = self.trainer.args, self.trainer.moco.encoder_q.projector[0].in_features
         if (step - self.trainer.batches.steps_per_epoch) * args.batch_size < args.queue:
             return ""
-        if signs["held_out_gap"] < metrics.LEAST_GAP:
+        if found["held_out_gap"] < metrics.LEAST_GAP:
             return (f"warning: the model does not tell slices apart (cosine of two views of a slice less that of two "
-                    f"slices: {signs['held_out_gap']:.3f}, instance accuracy {signs['instance_accuracy']:.3f}, chance "
-                    f"{signs['instance_chance']:.3f}). Its loss and the queue's accuracy come from the age of the "
+                    f"slices: {found['held_out_gap']:.3f}, instance accuracy {found['instance_accuracy']:.3f}, chance "
+                    f"{found['instance_chance']:.3f}). Its loss and the queue's accuracy come from the age of the "
                     "queue's keys, and its effective rank means nothing. Try a start that is not random (--init), a "
                     "shorter --queue, a lower --lr")
-        if signs["effective_rank"] < min(width, 10 * (len(self.slices) - 1)) / 100:
-            return (f"warning: slices are told apart (gap {signs['held_out_gap']:.2f}), but the {width} features have "
-                    f"an effective rank of {signs['effective_rank']:.1f}: few directions are used (dimensional "
+        if found["effective_rank"] < min(width, 10 * (len(self.slices) - 1)) / 100:
+            return (f"warning: slices are told apart (gap {found['held_out_gap']:.2f}), but the {width} features have "
+                    f"an effective rank of {found['effective_rank']:.1f}: few directions are used (dimensional "
                     "collapse, Fig. 1); see --local --zca")
         return ""
 
 
-class Journal:
-    """What the steps gave: kept on the device, then averaged over the processes, logged and shown, FLUSH at a time."""
+class MetricLogger:
+    """What the steps gave: kept on the device, then averaged over the processes, logged and shown."""
 
-    def __init__(self, args, store, run, trainer, ranks, first: int, last: int):
-        self.args, self.store, self.run, self.trainer, self.ranks = args, store, run, trainer, ranks
-        self.first, self.last, self.chance = first, last, math.log(1 + args.queue)
+    def __init__(self, trainer, store, run, ranks, first: int, last: int):
+        self.args, self.store, self.run, self.trainer, self.ranks = trainer.args, store, run, trainer, ranks
+        self.first, self.last, self.chance = first, last, math.log(1 + trainer.args.queue)
         self.bar = tqdm(total=last, initial=first, unit="step", disable=None if ranks.is_main else True)
-        self.signs = Signs(trainer, store) if ranks.is_main else None
+        self.collapse = CollapseMonitor(trainer, store) if ranks.is_main else None
         self.seen = ""  # in the last look
-        self.pending, self.waited, self.since = [], 0.0, time.perf_counter()
+        self.pending: list[torch.Tensor] = []  # (7,) a step: STATS
+        self.waited, self.since = 0.0, time.perf_counter()  # for slices; since the last flush
 
-    def flush(self, done: int, tell: bool, look: bool) -> None:
-        """Log what is pending up to step `done`; tell: also a line where there is no bar; look: for collapse."""
-        values = processes.mean_over_processes(torch.stack(self.pending), self.ranks).tolist()
-        now, trainer = time.perf_counter(), self.trainer
-        spent = now - self.since
-        rate = len(values) * self.args.batch_size / spent
-        records = [{"step": step, "loss": v[0], "loss_global": v[1], "loss_local": v[2], "queue_accuracy": v[3],
-                    "similarity_positive": v[4], "similarity_negative": v[5], "grad_norm": v[6],
-                    "lr": trainer.lr(step - 1), "images_per_s": round(rate, 2),
-                    "data_share": round(self.waited / spent, 4)}
-                   for step, v in enumerate(values, done - len(values) + 1)]
+    def flush(self, done: int, say: bool, look: bool) -> None:
+        """Log what is pending up to step `done`; say: also a line where there is no bar; look: for collapse."""
+        trainer, args = self.trainer, self.args
+        steps = range(done - len(self.pending), done)
+        stats = processes.mean_over_processes(torch.stack(self.pending), self.ranks).tolist()  # waits for the device
+        spent = time.perf_counter() - self.since
+        rate = len(steps) * args.batch_size / spent
+
+        # a record a step, the last one also with what a look found
+        records = [{"step": t + 1, **dict(zip(STATS, values, strict=True)), "lr": trainer.lr(t),
+                    "images_per_s": round(rate, 2), "data_share": round(self.waited / spent, 4)}
+                   for t, values in zip(steps, stats, strict=True)]
         trainer.count_skipped(records)
         runs.refuse_non_finite(records, lambda step: [self.store.where(*self.store.place(i))
-                                                         for i in trainer.batches.indices(step - 1)], self.run)
-        told, warning = records[-1], ""
-        if look and self.signs:
-            signs = self.signs.look(done)
-            warning = self.signs.warning(signs, done)
-            self.seen = (f", instance accuracy {signs['instance_accuracy']:.2f} (chance {signs['instance_chance']:.2f})"
-                         f", gap {signs['held_out_gap']:.2f}, effective rank {signs['effective_rank']:.1f}")
+                                                      for i in trainer.batches.indices(step - 1)], self.run)
+        record, warning = records[-1], ""
+        if look and self.collapse:
+            found = self.collapse.look(done)
+            warning = self.collapse.warning(found, done)
+            self.seen = (f", instance accuracy {found['instance_accuracy']:.2f} (chance {found['instance_chance']:.2f})"
+                         f", gap {found['held_out_gap']:.2f}, effective rank {found['effective_rank']:.1f}")
             if done % trainer.batches.steps_per_epoch == 0:  # where --steps ends, a longer run would not look
-                told |= signs
-        text = (f"loss {told['loss_global']:.2f} (chance {self.chance:.2f})"
-                + (f" local {told['loss_local']:.2f}" if self.args.local else "")
-                + f", {rate:.1f} images/s{self.seen}"
-                + (f", {trainer.skipped} steps skipped" if trainer.skipped else ""))
+                record |= found
         self.run.log(records)
+
+        # the same, shown
+        text = f"loss {record['loss_global']:.2f} (chance {self.chance:.2f})"
+        if args.local:
+            text += f" local {record['loss_local']:.2f}"
+        text += f", {rate:.1f} images/s{self.seen}"
+        if trainer.skipped:
+            text += f", {trainer.skipped} steps skipped"
         self.bar.set_postfix_str(text)
-        self.bar.update(len(values))
-        if self.ranks.is_main and self.first + FLUSH == done:
-            tqdm.write(f"about {processes.duration((self.last - done) * self.args.batch_size / rate)} to go")
-        if self.ranks.is_main and self.bar.disable and tell:
+        self.bar.update(len(steps))
+        if self.ranks.is_main and self.first + LOG_INTERVAL == done:
+            tqdm.write(f"about {processes.duration((self.last - done) * args.batch_size / rate)} to go")
+        if self.ranks.is_main and self.bar.disable and say:
             print(f"step {done}/{self.last}: {text}", flush=True)
         if warning:
             tqdm.write(warning, file=sys.stderr)

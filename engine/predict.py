@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import augment
+import resize
 from ct import intake, prepare, tasks, volumes
 from ct.volumes import BadInput
 from engine import backbones, processes, runs
@@ -33,7 +33,7 @@ def slices(model: Segmenter, images: torch.Tensor, side: int, amp: str) -> torch
 
     The label is the first of the greatest logits, as of argmax; they are resized a few classes at a time.
     """
-    whole = augment.whole(images, side).contiguous(memory_format=torch.channels_last)
+    whole = resize.whole(images, side).contiguous(memory_format=torch.channels_last)
     with processes.autocast(amp, images.device):
         coarse = model.coarse(model.features(whole))
     best = torch.full(images.shape, -torch.inf, device=images.device)
@@ -116,7 +116,7 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, 
     task = task_of(config)
     saved = runs.load(folder / "checkpoint.pt", device)
     model = Segmenter(backbones.architecture(config["arch"]), config["protocol"], len(task.organs))
-    model.load_state_dict(saved["model"])
+    runs.load_weights(model, saved["model"])
     model = model.to(device, memory_format=torch.channels_last)
     if amp == "auto":  # as in the run; what a CPU cannot do in half precision it does in full
         amp = "off" if saved["amp"] == "fp16" and device.type == "cpu" else saved["amp"]

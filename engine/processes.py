@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
@@ -30,7 +31,7 @@ from ct.command import cause, cores, folder, number, whole
 from ct.volumes import BadInput
 
 # Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
-INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, SIGNS = range(9)
+INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, HELD_OUT = range(9)
 
 
 PATIENCE = timedelta(minutes=30)  # with another process, before it counts as lost
@@ -62,6 +63,22 @@ class Parser(ct_command.Parser):
         add("--workers", type=whole(0), help="threads that read slices, and processes that prepare them (default: the "
             f"cores there are, to read divided by the processes on this machine and at most {READERS})")
         add("--window", type=number(), nargs=2, default=(-175.0, 250.0), metavar=("LOW", "HIGH"), help="HU window")
+
+
+    def with_defaults(self, paper: dict, phantom: dict) -> Callable:
+        """`add_argument`, whose help ends in the flag's default: `(the paper's) [the phantom's]`, or its own."""
+
+        def add(flag: str, help: str = "", **kw) -> None:
+            key = flag.removeprefix("--").replace("-", "_")
+            if paper.get(key) is not None:
+                help += f" ({paper[key]})"
+            elif kw.get("default") is not None:
+                help += " (%(default)s)"
+            if phantom.get(key) is not None:
+                help += f" [{phantom[key]}]"
+            self.add_argument(flag, help=help, **kw)
+
+        return add
 
 
 def command(main):
@@ -96,20 +113,21 @@ def launched() -> tuple[int, int, int]:
         if not value.isdecimal():
             raise BadInput(f"{name}={value!r} in the environment: no number; start with torchrun, or unset {name}")
         numbers[name] = int(value)
-    rank, world, local = numbers.values()
-    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world > 1 else ()
+    rank, world_size, local = numbers.values()
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
     if missing := [name for name in needed if not os.environ.get(name)]:
-        raise BadInput(f"WORLD_SIZE={world} in the environment without {', '.join(missing)}; start with torchrun, or "
-                       "unset WORLD_SIZE")
-    if rank >= world:
-        raise BadInput(f"RANK={rank} in the environment, but WORLD_SIZE={world}; start with torchrun, or unset both")
-    return rank, world, local
+        raise BadInput(f"WORLD_SIZE={world_size} in the environment without {', '.join(missing)}; start with torchrun, "
+                       "or unset WORLD_SIZE")
+    if rank >= world_size:
+        raise BadInput(f"RANK={rank} in the environment, but WORLD_SIZE={world_size}; start with torchrun, or unset "
+                       "both")
+    return rank, world_size, local
 
 
 @dataclass(frozen=True)
 class Processes:
     rank: int
-    world: int
+    world_size: int
     device: torch.device
 
     @property
@@ -118,7 +136,7 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """True on every process if it is true on one."""
-        if self.world == 1:
+        if self.world_size == 1:
             return flag
         votes = torch.tensor(float(flag))  # on the CPU: a GPU's steps in flight need not be waited for
         dist.all_reduce(votes)
@@ -137,7 +155,7 @@ def start(deterministic: bool = False) -> Processes:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on the GPU
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    _, world, local = launched()
+    _, world_size, local = launched()
     here = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # all of them find it, the one that tells it too
     if cuda and here > torch.cuda.device_count():
         raise BadInput(f"{here} processes on this machine for {torch.cuda.device_count()} GPUs; lower "
@@ -145,12 +163,12 @@ def start(deterministic: bool = False) -> Processes:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1:
+    if world_size > 1:
         try:
-            store, rank, world = next(rendezvous("env://"))
-            store = dist.PrefixStore(agree(store, rank, world), store)
+            store, rank, world_size = next(rendezvous("env://"))
+            store = dist.PrefixStore(agree(store, rank, world_size), store)
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE,
-                                    store=store, rank=rank, world_size=world)
+                                    store=store, rank=rank, world_size=world_size)
         except (ValueError, dist.DistError) as e:  # an address that is no address, a port in use, no one there
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise BadInput(f"the other processes cannot be joined at {where} ({str(e).splitlines()[0]})") from None
@@ -158,25 +176,25 @@ def start(deterministic: bool = False) -> Processes:
     return Processes(0, 1, device)
 
 
-def agree(store: dist.Store, rank: int, world: int, poll: float = 0.05) -> str:
+def agree(store: dist.Store, rank: int, world_size: int, poll: float = 0.05) -> str:
     """A token of this start, the same on all its processes and new: the prefix of all they write into the store.
 
     torchrun keeps its store through restarts, and in it what processes wrote that died since; its count of restarts
     is each machine's own. So a process leaves a fresh name, and takes the token only of a roster that has this name;
     rank 0 writes the roster anew until every process of it has taken its token, and then lets all go on.
     """
-    own, since, told = uuid.uuid4().hex, time.monotonic(), False
+    own, since, announced = uuid.uuid4().hex, time.monotonic(), False
     store.set(f"name/{rank}", own)
     roster: dict = {"names": []}
     while True:
-        missing = [r for r in range(world) if not store.check([f"name/{r}"])] if rank == 0 else []
+        missing = [r for r in range(world_size) if not store.check([f"name/{r}"])] if rank == 0 else []
         if rank == 0 and not missing:
-            names = [store.get(f"name/{r}").decode() for r in range(world)]
+            names = [store.get(f"name/{r}").decode() for r in range(world_size)]
             if names != roster["names"]:
                 roster = {"token": uuid.uuid4().hex, "names": names}
                 store.set(f"taken/{roster['token']}/0", "")
                 store.set("roster", json.dumps(roster))
-            missing = [r for r in range(world) if not store.check([f"taken/{roster['token']}/{r}"])]
+            missing = [r for r in range(world_size) if not store.check([f"taken/{roster['token']}/{r}"])]
             if not missing:
                 store.set(f"go/{roster['token']}", "")
                 return roster["token"]
@@ -186,9 +204,11 @@ def agree(store: dist.Store, rank: int, world: int, poll: float = 0.05) -> str:
                 store.set(f"taken/{roster['token']}/{rank}", "")
                 if store.check([f"go/{roster['token']}"]):
                     return roster["token"]
-        if not told and time.monotonic() - since > 10:
-            told = True
-            whom = f"processes {', '.join(map(str, missing))} of {world}" if rank == 0 else "process 0 and the others"
+        if not announced and time.monotonic() - since > 10:
+            announced = True
+            whom = "process 0 and the others"
+            if rank == 0:
+                whom = f"processes {', '.join(map(str, missing))} of {world_size}"
             print(f"process {rank}: waiting for {whom} to start", file=sys.stderr, flush=True)
         if time.monotonic() - since > PATIENCE.total_seconds():
             raise BadInput(f"process {rank} waited {PATIENCE} for the others to start; are the torchruns of all nodes "
@@ -220,9 +240,9 @@ def on_main(main: bool, work):
         except OSError as e:
             error = cause(e)
     if dist.is_available() and dist.is_initialized():
-        told = [(result, error)]
-        dist.broadcast_object_list(told)
-        result, error = told[0]
+        payload = [(result, error)]
+        dist.broadcast_object_list(payload)
+        result, error = payload[0]
     if error is not None:
         raised = BadInput(error)
         raised.relayed = True  # by now all know it: one line is enough
@@ -231,9 +251,9 @@ def on_main(main: bool, work):
 
 
 def mean_over_processes(values: Tensor, ranks: Processes) -> Tensor:
-    if ranks.world > 1:
+    if ranks.world_size > 1:
         dist.all_reduce(values)
-        values = values / ranks.world
+        values = values / ranks.world_size
     return values
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ct.tasks import ORGANS
 from ct.volumes import BadInput
 from engine import figures, runs
-from metrics import LEAST_GAP, _nan_mean, mean_std
+from metrics import LEAST_GAP, mean_std, nan_mean
 from segment import PROTOCOLS
 
 # Backbones and the rows they are: first what the paper has, in its order; the stand-ins for its ImageNet weights
@@ -78,7 +78,7 @@ def cells(results: Sequence[dict], protocols: Sequence[str]) -> list[dict]:
             printed = PRINTED.get((split, method), ("",) * 3) if data == "BTCV" else ("",) * 3
             for protocol, paper in zip(protocols, printed, strict=True):
                 found = groups.get((data, split, method, protocol), [])
-                organs = _nan_mean(np.array([r["organs"] for r in found], float), 0).tolist() if found else []
+                organs = nan_mean(np.array([r["organs"] for r in found], float), 0).tolist() if found else []
                 names = organs_of(found[0]) if found else ()
                 out.append({"table": table, "data": data, "split": split, "method": method, "protocol": protocol,
                             "paper": paper, "values": [100 * r["mDS"] for r in found],

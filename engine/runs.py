@@ -140,6 +140,27 @@ def load(path: Path, device: str | torch.device = "cpu"):
                        f"{shlex.quote(str(alone))})") from None
 
 
+# Names of parameters and buffers in checkpoints: today's, by what they were called before.
+RENAMED = {"pointer": "queue_ptr",  # of MoCo
+           "head": "decode_head", "auxiliary": "auxiliary_head",  # of Segmenter
+           "head.pyramid": "decode_head.aspp_modules", "head.fuse": "decode_head.bottleneck",  # of DeepLabV3PlusHead
+           "head.low": "decode_head.c1_bottleneck", "head.decoder": "decode_head.sep_bottleneck",
+           "head.classifier": "decode_head.conv_seg"}
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Fill a MoCo or a Segmenter from a checkpoint of any age. Raises RuntimeError where the names do not match."""
+
+    def today(name: str) -> str:
+        for depth in (2, 1):  # the longer name first
+            old = ".".join(name.split(".")[:depth])
+            if old in RENAMED:
+                return RENAMED[old] + name.removeprefix(old)
+        return name
+
+    module.load_state_dict({today(name): value for name, value in weights.items()})
+
+
 class Run:
     """One run folder: config.json, log.jsonl, checkpoint.pt and the one before it. Only the main process writes.
 

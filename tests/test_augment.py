@@ -10,10 +10,11 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 import augment
+import resize
 from local_loss import pool_boxes
 
 SIDE = 96
-RESAMPLERS = [augment.crops_one_by_one, augment.crops_by_products]
+RESAMPLERS = [resize.crops_one_by_one, resize.crops_by_products]
 BOXES = [  # top, left, height, width in pixels of a slice of SIDE
     (0, 0, 96, 96),  # the whole
     (10, 3, 50, 50),
@@ -51,7 +52,7 @@ def test_resamplers_equal_torchvision(resample, size):
 
 @pytest.mark.parametrize("resample", RESAMPLERS)
 def test_resamplers_equal_torchvision_at_full_size(resample):
-    batch, boxes = noise(4, 512), augment.pixel_boxes(augment.draw(np.random.default_rng(2), 4)["box"], 512)
+    batch, boxes = noise(4, 512), resize.pixel_boxes(augment.draw(np.random.default_rng(2), 4)["box"], 512)
     for crop, image, box in zip(resample(batch, boxes, 224), batch, boxes.tolist(), strict=True):
         expected = TF.resized_crop(image[None].float() / 255, *box, [224, 224], antialias=True)
         torch.testing.assert_close(crop[None], expected, atol=1e-4, rtol=0)
@@ -72,8 +73,8 @@ def test_resamplers_equal_pillows_within_a_grey_level(resample, size, smooth):
 
 def test_pixel_boxes_are_rounded_and_inside():
     box = np.array([[0.101, 0.249, 0.5049, 0.3051], [0.999, 0.999, 1e-3, 1e-3], [6e-3, 6e-3, 0.994, 0.994]])
-    assert augment.pixel_boxes(box, 100).tolist() == [[10, 25, 50, 31], [99, 99, 1, 1], [1, 1, 99, 99]]
-    boxes = augment.pixel_boxes(augment.draw(np.random.default_rng(0), 5000)["box"], 7)
+    assert resize.pixel_boxes(box, 100).tolist() == [[10, 25, 50, 31], [99, 99, 1, 1], [1, 1, 99, 99]]
+    boxes = resize.pixel_boxes(augment.draw(np.random.default_rng(0), 5000)["box"], 7)
     starts, lengths = boxes[:, :2], boxes[:, 2:]
     assert (starts >= 0).all() and (lengths >= 1).all() and (starts + lengths <= 7).all()
 
@@ -110,14 +111,14 @@ def test_normalise(shape):
     grey = torch.rand(shape)
     channels = grey.reshape(3, 1, 8, 9).repeat(1, 3, 1, 1)
     expected = TF.normalize(channels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    torch.testing.assert_close(augment.normalise(grey), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(resize.normalise(grey), expected, atol=1e-6, rtol=0)
 
 
 def test_views_equal_torchvisions_step_by_step():
     batch, params, size = noise(24), augment.draw(np.random.default_rng(3), 24), 40
     views = augment.apply(batch, params, size)
     assert views.shape == (24, 3, size, size) and views.dtype == torch.float32 and views.is_contiguous()
-    boxes = augment.pixel_boxes(params["box"], SIDE).tolist()
+    boxes = resize.pixel_boxes(params["box"], SIDE).tolist()
     for n, view in enumerate(views):
         image = TF.resized_crop(batch[n][None].float() / 255, *boxes[n], [size, size], antialias=True)
         steps = [(TF.adjust_brightness, params["brightness"][n]), (TF.adjust_contrast, params["contrast"][n])]
@@ -127,13 +128,13 @@ def test_views_equal_torchvisions_step_by_step():
             image = TF.gaussian_blur(image, [13, 13], [float(params["sigma"][n])] * 2)
         if params["flip"][n]:
             image = image.flip(2)
-        image = TF.normalize(image.repeat(3, 1, 1), augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+        image = TF.normalize(image.repeat(3, 1, 1), resize.IMAGENET_MEAN, resize.IMAGENET_STD)
         torch.testing.assert_close(view, image, atol=1e-3, rtol=0)  # 1e-4 before the division by 0.22
 
 
 def test_channels_are_equal_and_in_the_unit_interval_before_normalisation():
     views = augment.apply(noise(8), augment.draw(np.random.default_rng(0), 8), 32)
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (augment.IMAGENET_MEAN, augment.IMAGENET_STD))
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (resize.IMAGENET_MEAN, resize.IMAGENET_STD))
     grey = views * std + mean
     torch.testing.assert_close(grey, grey[:, :1].expand_as(grey), atol=1e-6, rtol=0)
     assert grey.min() >= -1e-6 and grey.max() <= 1 + 1e-6 and grey.std() > 0.05
@@ -146,7 +147,7 @@ def test_a_pair_is_the_two_views_before_normalisation(geometric):
     for view, drawn in zip(views, params, strict=True):
         assert view.shape == (16, 1, 40, 40) and view.dtype == torch.float32 and view.is_contiguous()
         assert view.min() >= 0 and view.max() <= 1
-        assert torch.equal(augment.normalise(view), augment.apply(batch, drawn, 40))
+        assert torch.equal(resize.normalise(view), augment.apply(batch, drawn, 40))
     assert not torch.equal(*views) and torch.equal(batch, noise(16))
     kept = views[1].clone()
     views[0].zero_()
@@ -154,7 +155,7 @@ def test_a_pair_is_the_two_views_before_normalisation(geometric):
 
 
 def test_a_pair_of_equal_crops_is_resampled_once(monkeypatch):
-    calls, plain = [], augment.crops_one_by_one
+    calls, plain = [], resize.crops_one_by_one
     monkeypatch.setattr(augment, "crops_one_by_one", lambda *args: calls.append(args) or plain(*args))
     for geometric, times in ((False, 1), (True, 2)):
         params = [augment.draw(np.random.default_rng(seed), 4, geometric) for seed in (3, 4)]
@@ -247,9 +248,9 @@ def test_a_slice_of_a_batch_gives_its_views():
     views = augment.apply(batch, params, 32)
     assert torch.equal(views, augment.apply(batch, params, 32))
     torch.testing.assert_close(augment.apply(batch[2:5], part(params, slice(2, 5)), 32), views[2:5])
-    boxes = augment.pixel_boxes(params["box"], SIDE)  # to the bit: groups in one process are those of several
-    assert torch.equal(augment.crops_one_by_one(batch[2:5], boxes[2:5], 32),
-                       augment.crops_one_by_one(batch, boxes, 32)[2:5])
+    boxes = resize.pixel_boxes(params["box"], SIDE)  # to the bit: groups in one process are those of several
+    assert torch.equal(resize.crops_one_by_one(batch[2:5], boxes[2:5], 32),
+                       resize.crops_one_by_one(batch, boxes, 32)[2:5])
     order = np.random.default_rng(0).permutation(8)
     torch.testing.assert_close(augment.apply(batch[order], part(params, order), 32), views[order])
 
@@ -290,8 +291,8 @@ def test_the_batch_is_left_as_it_was():
 def test_whole_slices_are_resized_as_by_torchvision(height, width, side, shape):
     slices = noise(3)[:, :height, :width]
     resized = TF.resize(slices[:, None].float() / 255, list(shape), antialias=True).expand(-1, 3, -1, -1)
-    expected = TF.normalize(resized, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-    torch.testing.assert_close(augment.whole(slices, side), expected, atol=1e-4, rtol=0)
+    expected = TF.normalize(resized, resize.IMAGENET_MEAN, resize.IMAGENET_STD)
+    torch.testing.assert_close(resize.whole(slices, side), expected, atol=1e-4, rtol=0)
 
 
 def test_autocast_changes_nothing():
@@ -349,7 +350,7 @@ def test_common_parts_show_the_same_places(side):
     assert 0 < len(usable) <= n
     cells, pixels = [], []
     for params, box in zip((query, key), boxes, strict=True):
-        top, left, height, width = (augment.pixel_boxes(params["box"], side) / side).T[..., None]
+        top, left, height, width = (resize.pixel_boxes(params["box"], side) / side).T[..., None]
         at = (np.arange(size // stride) + 0.5) * stride / size  # centres of the feature map's pixels in the view
         rows, columns = top + at * height, left + np.where(params["flip"][:, None], 1 - at, at) * width
         maps = np.stack(np.broadcast_arrays(rows[:, :, None], columns[:, None, :]), 1)
@@ -359,7 +360,7 @@ def test_common_parts_show_the_same_places(side):
     assert ((cells[0] - cells[1]).abs()[usable] < 0.5 * pixel).all()
     # and they are those of the intersection, computed by hand
     for i in usable:
-        ends = [augment.pixel_boxes(p["box"], side)[i] / side for p in (query, key)]
+        ends = [resize.pixel_boxes(p["box"], side)[i] / side for p in (query, key)]
         for axis in (0, 1):
             low, high = max(e[axis] for e in ends), min(e[axis] + e[axis + 2] for e in ends)
             assert high - low >= 0.1
@@ -368,7 +369,7 @@ def test_common_parts_show_the_same_places(side):
             seen = seen[:, 3] if axis == 0 else seen[3]
             assert np.abs(seen - expected).max() < 0.5 * float(pixel[list(usable).index(i), 0, axis])
     for i in set(range(n)) - set(usable.tolist()):
-        ends = [augment.pixel_boxes(p["box"], side)[i] / side for p in (query, key)]
+        ends = [resize.pixel_boxes(p["box"], side)[i] / side for p in (query, key)]
         overlap = [min(e[a] + e[a + 2] for e in ends) - max(e[a] for e in ends) for a in (0, 1)]
         assert min(overlap) < 0.1
 

@@ -240,7 +240,7 @@ def test_a_file_has_its_row_in_both_tables_of_a_phantom(small_phantom, tmp_path,
 def test_a_pre_training_starts_from_anyones_file(small_phantom, tmp_path):
     torch.save({"teacher": under("backbone.", numbered(OWN)), "student": OTHER}, tmp_path / "x.pth")
     args = train_ssl.parse([str(a) for a in ("--init", tmp_path / "x.pth", "--arch", "resnet18", "--out", tmp_path)])
-    train_ssl.settle(args, True)
+    train_ssl.resolve_defaults(args, True)
     assert torch.equal(features(train_ssl.build(args, True).encoder_q.backbone), features(resnet()))
 
 

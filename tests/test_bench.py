@@ -13,9 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import datasets
-import train_seg
 import train_ssl
-from engine import processes, runs
+from engine import backbones, processes, runs
 from tools import bench, measure, peers, stores
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:whitening")
@@ -68,7 +67,7 @@ def on_gpu(small, monkeypatch):
             return build(*args)
 
     monkeypatch.setattr(train_ssl, "build", built)
-    monkeypatch.setattr(train_seg, "checksum", lambda module: "")
+    monkeypatch.setattr(backbones, "checksum", lambda module: "")
     monkeypatch.setattr(nn.Module, "to", to_fake)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)

@@ -4,7 +4,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MATHEMATICS = {"moco", "local_loss", "whitening", "segment", "augment", "metrics"}
+MATHEMATICS = {"moco", "group_statistics", "local_loss", "whitening", "segment", "augment", "crops", "resize",
+               "metrics", "distances"}
 COMMANDS = {"train_ssl", "train_seg", "svd_spectrum"}
 ALLOWED = {"mathematics": {"mathematics"}, "ct": {"ct"}, "engine": {"engine", "ct", "mathematics"},
            "datasets": {"engine", "ct", "mathematics"}, "commands": {"datasets", "engine", "ct", "mathematics"},

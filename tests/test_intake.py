@@ -321,7 +321,7 @@ def test_commands_tell_what_is_odd_before_they_start(bright, monkeypatch, capsys
         raise BadInput("it would start here")
 
     monkeypatch.setattr(train_ssl, "pretrain", stop)
-    monkeypatch.setattr(train_seg, "train", stop)
+    monkeypatch.setattr(train_seg, "measure", stop)
     monkeypatch.setattr(svd_spectrum, "features", stop)
     main, more = {"train_ssl": (train_ssl.main, ["--data", bright / "AbdomenCT-1K"]),
                   "train_seg": (train_seg.main, ["--data", bright / "BTCV", "--split", "25", "--backbone", "random"]),

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import distances
 import metrics
+from engine import evaluate
 
 
 def loop_counts(prediction, truth, classes):
@@ -159,24 +161,24 @@ def test_join_keeps_rows_and_ids_together(toy):
 
 def test_per_case_rows_are_sorted_and_leave_the_undefined_empty(toy):
     nan = math.nan
-    distances = {v: np.array([[1.5 if v == "a" else nan, 0, 0.25], [2, 3, 4], [nan, 0, nan]]) for v in "abcd"}
-    rows = metrics.per_case(*toy, distances, dict(enumerate(("background", "x", "y", "z"))))
+    surfaces = {v: np.array([[1.5 if v == "a" else nan, 0, 0.25], [2, 3, 4], [nan, 0, nan]]) for v in "abcd"}
+    rows = evaluate.per_case(*toy, surfaces, dict(enumerate(("background", "x", "y", "z"))))
     assert [r[:3] for r in rows[:4]] == [["a", 0, "background"], ["a", 1, "x"], ["a", 2, "y"], ["a", 3, "z"]]
     assert rows[0][3:] == [11, 13, 12, "0.880000", "", "", ""]
     assert rows[1][3:] == [4, 4, 4, "1.000000", "1.500", "0.000", "0.250"]
     assert rows[3][3:] == [0, 0, 0, "", "", "0.000", ""] and len(rows) == 16
     assert rows[5][3:] == [0, 0, 2, "0.000000", "", "0.000", "0.250"]
-    assert [len(r) for r in rows] == [len(metrics.CASE_COLUMNS)] * 16
+    assert [len(r) for r in rows] == [len(evaluate.CASE_COLUMNS)] * 16
 
 
 def test_hd95_means_and_how_many_volumes_they_are_of():
     """Organs in the columns. MONAI: volumes (1 + 4) / 2 and (8 + 2) / 2. TransUNet: all six cells."""
     nan = math.nan
     ours, transunet, monai = ([[1.0, nan, nan], [3.0, 8.0, nan]], [[6, 0, 0], [3, 9, 0]], [[1, 4, nan], [8, nan, 2]])
-    told = metrics.summarise_hd95(np.stack([ours, transunet, monai], -1))
+    told = distances.summarise_hd95(np.stack([ours, transunet, monai], -1))
     assert told == {"hd95_mm": 5.0, "hd95_mm_organs": [2.0, 8.0, None], "hd95_volumes": [2, 1, 0],
                     "hd95_transunet_voxels": 3.0, "hd95_monai_mm": 3.75}
-    assert metrics.summarise_hd95([[[nan, 0, nan]]]) == {
+    assert distances.summarise_hd95([[[nan, 0, nan]]]) == {
         "hd95_mm": None, "hd95_mm_organs": [None], "hd95_volumes": [0], "hd95_transunet_voxels": 0,
         "hd95_monai_mm": None}
 
@@ -188,9 +190,9 @@ def test_slices_to_look_at_go_from_worst_to_best():
 
     table = np.array([row([4, 5, 5], [5, 5, 5]), row([0, 2, 5], [0, 0, 3]), row([2, 4, 4], [2, 4, 4]),
                       row([0, 9, 0], [0, 0, 0]), row([1, 1, 1], [0, 0, 0])])
-    assert metrics.spread(table, 9) == [(1, 0.0), (2, 0.5), (0, pytest.approx(0.9)), (4, 1.0)]
-    assert [i for i, _ in metrics.spread(table, 2)] == [1, 4]
-    assert metrics.spread(table[3:4], 3) == []
+    assert evaluate.spread(table, 9) == [(1, 0.0), (2, 0.5), (0, pytest.approx(0.9)), (4, 1.0)]
+    assert [i for i, _ in evaluate.spread(table, 2)] == [1, 4]
+    assert evaluate.spread(table[3:4], 3) == []
 
 
 def surface(mask, spacing):
@@ -209,24 +211,24 @@ def test_hd95_against_all_pairs():
     assert prediction[:, :, 0].any()
     pairs = np.linalg.norm(surface(prediction, spacing)[:, None] - surface(truth, spacing), axis=2)
     there, back = pairs.min(1), pairs.min(0)
-    distances = np.sort(np.concatenate([there, back]))
-    place = 0.95 * (len(distances) - 1)
+    joined = np.sort(np.concatenate([there, back]))
+    place = 0.95 * (len(joined) - 1)
     low = math.floor(place)
-    expected = distances[low] + (place - low) * (distances[low + 1] - distances[low])
-    assert metrics.hd95(prediction, truth, spacing) == pytest.approx(expected, rel=1e-12)
-    assert metrics.hd95(truth, prediction, spacing) == pytest.approx(expected, rel=1e-12)
+    expected = joined[low] + (place - low) * (joined[low + 1] - joined[low])
+    assert distances.hd95(prediction, truth, spacing) == pytest.approx(expected, rel=1e-12)
+    assert distances.hd95(truth, prediction, spacing) == pytest.approx(expected, rel=1e-12)
     assert abs(max(np.percentile(there, 95), np.percentile(back, 95)) - expected) > 0.01  # another definition
 
 
 def test_hd95_of_single_voxels_equal_masks_and_empty_masks():
     a, b, empty = np.zeros((3, 6, 4, 4), np.uint8)
     a[1, 2, 2] = b[4, 2, 2] = 1
-    assert metrics.hd95(a, b, (2.5, 1, 1)) == 7.5
-    assert metrics.hd95(a, a, (2.5, 1, 1)) == 0
+    assert distances.hd95(a, b, (2.5, 1, 1)) == 7.5
+    assert distances.hd95(a, a, (2.5, 1, 1)) == 0
     for pair in ((a, empty), (empty, a), (empty, empty)):
-        assert math.isnan(metrics.hd95(*pair, (1, 1, 1)))
+        assert math.isnan(distances.hd95(*pair, (1, 1, 1)))
     with pytest.raises(ValueError, match="shape"):
-        metrics.hd95(a, b[1:], (1, 1, 1))
+        distances.hd95(a, b[1:], (1, 1, 1))
 
 
 # Masks of 7 x 9 x 8 voxels that meet in all pairs: nothing, one voxel, a corner, all, a slab at the border, a ball that
@@ -259,14 +261,14 @@ def test_hd95_is_medpys(spacing):
 
     for pair in itertools.product(MASKS, MASKS):
         p, t = mask(pair[0]), mask(pair[1], 1)
-        told = metrics.hd95_organs(3 * p.astype(np.uint8), 3 * t.astype(np.uint8), spacing, 5)
+        told = distances.hd95_organs(3 * p.astype(np.uint8), 3 * t.astype(np.uint8), spacing, 5)
         assert np.isnan(told[[0, 1, 3]][:, [0, 2]]).all() and not told[[0, 1, 3], 1].any()
         assert told[2, 1] == pytest.approx(transunet(p, t), rel=1e-12), pair
         if "empty" in pair:
-            assert math.isnan(told[2, 0]) and math.isnan(metrics.hd95(p, t, spacing))
+            assert math.isnan(told[2, 0]) and math.isnan(distances.hd95(p, t, spacing))
         else:
             assert told[2, 0] == pytest.approx(binary.hd95(p, t, spacing), rel=1e-12), pair
-            assert metrics.hd95(p, t, spacing) == pytest.approx(told[2, 0], rel=1e-12)
+            assert distances.hd95(p, t, spacing) == pytest.approx(told[2, 0], rel=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:.*is all 0:UserWarning")
@@ -276,7 +278,7 @@ def test_hd95_monai_is_monais(spacing):
     apart = 0
     for pair in itertools.product(MASKS, MASKS):
         p, t = mask(pair[0]).astype(np.uint8), mask(pair[1], 1).astype(np.uint8)
-        ours, _, told = metrics.hd95_organs(p, t, spacing, 2)[0]
+        ours, _, told = distances.hd95_organs(p, t, spacing, 2)[0]
         expected = monai.compute_hausdorff_distance(monai_input(p, 2), monai_input(t, 2), percentile=95,
                                                     spacing=spacing).item()
         assert told == pytest.approx(expected, rel=1e-6, nan_ok=True), pair
@@ -302,8 +304,8 @@ def test_means_of_hd95_are_monais():
     spacing, found = (3.0, 0.7, 0.9), []
     for p, t in volumes_of_labels():
         metric(monai_input(p, 6), monai_input(t, 6), spacing=spacing)
-        found.append(metrics.hd95_organs(p, t, spacing, 6))
-    told = metrics.summarise_hd95(found)
+        found.append(distances.hd95_organs(p, t, spacing, 6))
+    told = distances.summarise_hd95(found)
     assert told["hd95_monai_mm"] == pytest.approx(metric.aggregate().item(), rel=1e-6)
     assert told["hd95_volumes"] == [4, 5, 5, 5, 0]
 
@@ -313,7 +315,7 @@ def test_dice_of_the_csv_is_that_of_monai_and_medpy():
     monai = pytest.importorskip("monai.metrics", reason="MONAI is not installed: pip install monai")
     pairs, names = volumes_of_labels(), tuple("012345")
     table, ids = metrics.join({v: metrics.count_slices(p, t, 6) for v, (p, t) in enumerate(pairs)})
-    rows = metrics.per_case(table, ids, dict(enumerate(np.zeros((8, 5, 3)))), dict(enumerate(names)))
+    rows = evaluate.per_case(table, ids, dict(enumerate(np.zeros((8, 5, 3)))), dict(enumerate(names)))
     table = np.array([r[3:6] for r in rows]).reshape(8, 6, 3)  # a row a volume is a table, too
 
     def theirs(together=False, **settings):

@@ -8,7 +8,8 @@ import torch
 import torchvision
 from torch import nn
 
-from moco import GroupStatistics, MoCo
+from group_statistics import GroupStatistics
+from moco import MoCo
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_eq_1_against_a_loop(moco):
     assert loss_global.item() == pytest.approx(sum(losses) / 4, abs=1e-5)
     cosines = [(q[i] @ keys[i].double()).item() for i in range(4)]
     others = (q @ moco.queue.double().T).mean().item()
-    assert moco.signs.tolist() == pytest.approx([right / 4, sum(cosines) / 4, others], abs=1e-5)
+    assert moco.query_stats.tolist() == pytest.approx([right / 4, sum(cosines) / 4, others], abs=1e-5)
     # Eq. 2 on the pooled cells, Eq. 3
     pooled = nn.functional.adaptive_avg_pool2d(first[..., :14, :14], 7).flatten(2).mT
     own = []
@@ -57,7 +58,7 @@ def test_queue_is_first_in_first_out_and_wraps_around(moco):
             expected[place % 24] = key
             place += 1
         torch.testing.assert_close(moco.queue, torch.stack(expected), rtol=0, atol=0)
-        assert moco.pointer.item() == place % 24
+        assert moco.queue_ptr.item() == place % 24
 
 
 def test_ema_of_parameters_and_no_gradient_into_the_key_encoder(moco):

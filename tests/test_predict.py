@@ -11,11 +11,11 @@ import torch
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import augment
-import metrics
+import distances
+import resize
 import train_seg
 from ct import prepare, tasks, volumes
-from engine import backbones, predict
+from engine import backbones, evaluate, predict
 from segment import Segmenter
 
 
@@ -69,7 +69,7 @@ def test_a_prediction_is_the_evaluations_own_voxel_for_voxel(small_phantom, out)
 def test_the_csv_counts_what_the_files_hold(small_phantom, out):
     """dice.csv against the truth and prediction files, read as any other program would."""
     rows = list(csv.DictReader((out / "seg" / RUN / "dice.csv").open()))
-    assert len(rows) == 6 * 14 and list(rows[0]) == list(metrics.CASE_COLUMNS)
+    assert len(rows) == 6 * 14 and list(rows[0]) == list(evaluate.CASE_COLUMNS)
     for row in rows:
         c, case = int(row["organ id"]), row["case"]
         truth_file = nib.load(str(image(small_phantom, case)).replace("img", "label"))
@@ -80,10 +80,10 @@ def test_the_csv_counts_what_the_files_hold(small_phantom, out):
         assert [int(row[k]) for k in ("intersection", "prediction", "truth")] == counted
         total = counted[1] + counted[2]
         assert row["dice"] == (f"{2 * counted[0] / total:.6f}" if total else "")
-        distance = metrics.hd95(predicted, truth, nib.affines.voxel_sizes(truth_file.affine))
+        distance = distances.hd95(predicted, truth, nib.affines.voxel_sizes(truth_file.affine))
         assert (row["hd95_mm"] == "") == (c == 0 or bool(np.isnan(distance)))
         assert row["hd95_mm"] == "" or float(row["hd95_mm"]) == pytest.approx(distance, abs=1e-3)
-        voxels = 0 if np.isnan(distance) else metrics.hd95(predicted, truth, (1, 1, 1))
+        voxels = 0 if np.isnan(distance) else distances.hd95(predicted, truth, (1, 1, 1))
         assert row["hd95_transunet_voxels"] == ("" if c == 0 else f"{voxels:.3f}")
 
 
@@ -253,7 +253,7 @@ class Largest(TorchDispatchMode):
 
 def at_once(model, images, side):
     """The labels as argmax over all logits at full size gives them."""
-    logits = model(augment.whole(images, side).contiguous(memory_format=torch.channels_last))
+    logits = model(resize.whole(images, side).contiguous(memory_format=torch.channels_last))
     return torch.nn.functional.interpolate(logits, images.shape[1:], mode="bilinear").argmax(1).to(torch.uint8)
 
 
@@ -282,7 +282,7 @@ def test_labels_part_by_part_are_those_of_all_logits_at_once(monkeypatch, size, 
 def test_labels_of_a_whole_model_are_those_of_all_its_logits(protocol, classes):
     model = Segmenter(backbones.architecture("resnet18"), protocol, classes).eval()
     model = model.to(memory_format=torch.channels_last)
-    torch.nn.init.normal_([m for m in model.head.modules() if isinstance(m, torch.nn.Conv2d)][-1].weight)
+    torch.nn.init.normal_([m for m in model.decode_head.modules() if isinstance(m, torch.nn.Conv2d)][-1].weight)
     images = torch.randint(0, 256, (2, 45, 70), dtype=torch.uint8)
     for amp in ("off", "bf16"):
         with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):

@@ -14,12 +14,14 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torchvision
+from torchvision.models import resnet18
 
 from ct import command as ct_command
 from ct.volumes import BadInput
 from engine import backbones, processes, runs
 from engine.runs import Run
+from moco import MoCo
+from segment import Segmenter
 
 
 def run(tmp_path, config=None, overwrite=False):
@@ -197,7 +199,7 @@ def test_non_finite_losses_name_step_and_slices(tmp_path):
 
 
 def test_backbones_from_files(tmp_path, capsys):
-    net = torchvision.models.resnet18(weights=None)
+    net = resnet18(weights=None)
     torch.save(net.state_dict(), tmp_path / "plain.pth")
     torch.save({"state_dict": {f"module.encoder_q.{k}": v for k, v in net.state_dict().items()}
                 | {"module.queue": torch.ones(3)}}, tmp_path / "moco.pth")
@@ -303,3 +305,25 @@ def test_of_several_processes_each_says_what_it_found_itself(monkeypatch, capsys
     with pytest.raises(BadInput) as caught:
         processes.on_main(True, lambda: (_ for _ in ()).throw(BadInput("x")))
     assert caught.value.relayed
+
+
+@pytest.mark.parametrize("make,names", [
+    (lambda: MoCo(resnet18(), dim=8, queue=32), {"queue_ptr": "pointer"}),
+    (lambda: Segmenter(resnet18(), "linear-finetune"), {"decode_head.": "head."}),
+    (lambda: Segmenter(resnet18(), "deeplabv3plus"), {
+        "decode_head.aspp_modules.": "head.pyramid.", "decode_head.bottleneck.": "head.fuse.",
+        "decode_head.c1_bottleneck.": "head.low.", "decode_head.sep_bottleneck.": "head.decoder.",
+        "decode_head.conv_seg.": "head.classifier.", "decode_head.image_pool.": "head.image_pool.",
+        "auxiliary_head.": "auxiliary."})], ids=["moco", "linear", "deeplabv3plus"])
+def test_checkpoints_with_the_first_names_are_read(make, names):
+    model, other = make(), make()
+    old = {}
+    for name, value in model.state_dict().items():
+        for new, before in names.items():
+            name = name.replace(new, before, 1) if name.startswith(new) else name
+        old[name] = value
+    assert sum(name not in model.state_dict() for name in old) >= len(names)
+    runs.load_weights(other, old)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+    with pytest.raises(RuntimeError, match="foot"):
+        runs.load_weights(other, old | {"foot.weight": torch.zeros(1)})

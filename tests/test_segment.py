@@ -8,7 +8,8 @@ import torchvision
 from torch import nn
 
 import segment
-from segment import AUX_WEIGHT, PROTOCOLS, DeepLabV3PlusHead, FCNHead, LinearHead, Segmenter, checksum, dilate
+from engine.backbones import checksum
+from segment import AUX_WEIGHT, PROTOCOLS, DeepLabV3PlusHead, FCNHead, LinearHead, Segmenter, dilate
 
 CLASSES = 14
 
@@ -113,7 +114,8 @@ def test_every_branch_reaches_the_output_of_the_deeplabv3plus_head():
     high, low = torch.randn(1, 16, 9, 11), torch.randn(1, 8, 18, 22)
     out = head(high, low)
     assert out.shape == (1, 3, 18, 22)
-    for name in ("image_pool.1", "pyramid.0", "pyramid.1.1", "pyramid.2.1", "pyramid.3.1", "low"):
+    for name in ("image_pool.1", "aspp_modules.0", "aspp_modules.1.1", "aspp_modules.2.1", "aspp_modules.3.1",
+                 "c1_bottleneck"):
         shift = head.get_submodule(name)[1].bias
         shift.add_(1)
         assert not torch.allclose(head(high, low), out), name
@@ -137,8 +139,8 @@ def test_layers_of_the_linear_and_the_auxiliary_head():
 
 def test_heads_get_the_widths_of_a_bottleneck_backbone():
     model = Segmenter(resnet("resnet50"), "deeplabv3plus")
-    assert model.head.low[0].in_channels == 256 and model.head.fuse[0].in_channels == 2560
-    assert model.head.image_pool[1][0].in_channels == 2048 and model.auxiliary[0].in_channels == 1024
+    assert model.decode_head.c1_bottleneck[0].in_channels == 256 and model.decode_head.bottleneck[0].in_channels == 2560
+    assert model.decode_head.image_pool[1][0].in_channels == 2048 and model.auxiliary_head[0].in_channels == 1024
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -159,10 +161,10 @@ def test_logits_and_loss_by_hand(protocol):
             return logits, (rows.exp().sum(1).log() - own).sum().item() / labels.numel()
 
         if protocol == "deeplabv3plus":
-            logits, expected = by_hand(model.head(features[3], features[0]))
-            expected += 0.4 * by_hand(model.auxiliary(features[2]))[1]
+            logits, expected = by_hand(model.decode_head(features[3], features[0]))
+            expected += 0.4 * by_hand(model.auxiliary_head(features[2]))[1]
         else:
-            logits, expected = by_hand(model.head(features[3]))
+            logits, expected = by_hand(model.decode_head(features[3]))
         torch.testing.assert_close(model(images), logits)
         loss = model.loss(images, labels)
         assert loss.shape == () and loss.item() == pytest.approx(expected, rel=1e-5)
@@ -183,10 +185,10 @@ def step(protocol):
 
 def test_a_frozen_backbone_keeps_parameters_and_buffers():
     model, before, after = step("linear-frozen")
-    assert model.head.training and not any(m.training for m in model.backbone.modules())
+    assert model.decode_head.training and not any(m.training for m in model.backbone.modules())
     assert not model.features(batch()[0])[3].requires_grad
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [
-        "head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"]
+        "decode_head.0.weight", "decode_head.0.bias", "decode_head.2.weight", "decode_head.2.bias"]
     for name, value in after.items():
         assert torch.equal(value, before[name]) == name.startswith("backbone."), name
 
@@ -232,8 +234,8 @@ class Logits(nn.Module):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_memory_of_logits_and_loss_is_what_torch_allocates(protocol, classes):
     model = Segmenter(resnet("resnet18"), protocol, classes)
-    model.head = Logits(4 if protocol == "deeplabv3plus" else 8, classes)
-    model.auxiliary = model.auxiliary and Logits(8, classes)
+    model.decode_head = Logits(4 if protocol == "deeplabv3plus" else 8, classes)
+    model.auxiliary_head = model.auxiliary_head and Logits(8, classes)
     labels = torch.randint(0, classes, (4, 96, 96))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         model.loss((None,) * 4, labels).backward()

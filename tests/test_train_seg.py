@@ -16,14 +16,14 @@ import pytest
 import torch
 import torchvision
 
-import augment
+import crops
 import datasets
-import metrics
+import resize
 import svd_spectrum
 import train_seg
 import train_ssl
 from ct import tasks
-from engine import backbones, figures, predict, processes, runs
+from engine import backbones, evaluate, figures, predict, processes, runs
 from segment import PROTOCOLS, Segmenter
 from whitening import whiten_last_norm
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_is_written_before_the_validation_and_a_stop_is_seen_betwee
 
     monkeypatch.setattr(train_seg, "EVAL_INTERVAL", 2)
     train_seg.main(args(tmp_path / "b"))
-    real, seen = train_seg.Trainer.predictions, []
+    real, seen = evaluate.predictions, []
 
     def interrupted(trainer):
         for volume in real(trainer):
@@ -170,7 +170,7 @@ def test_a_checkpoint_is_written_before_the_validation_and_a_stop_is_seen_betwee
             yield volume
 
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
-        m.setattr(train_seg.Trainer, "predictions", interrupted)
+        m.setattr(evaluate, "predictions", interrupted)
         train_seg.main(args(tmp_path / "a"))
     a, b = (tmp_path / x / "seg" / "random-linear-frozen-25-1" for x in "ab")
     assert stopped.value.code == 143 and len(seen) == 1
@@ -194,7 +194,7 @@ def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags,
                    "--iterations", 3), "--out", str(tmp_path)]
     monkeypatch.setattr(train_seg, "EVAL_INTERVAL", 2)
     with monkeypatch.context() as m, pytest.raises(RuntimeError):
-        m.setattr(metrics, "per_case", lambda *a: (_ for _ in ()).throw(RuntimeError))
+        m.setattr(evaluate, "per_case", lambda *a: (_ for _ in ()).throw(RuntimeError))
         train_seg.main(args)
     folder = tmp_path / "seg/random-linear-frozen-25-1"
     assert not (folder / "result.json").exists()
@@ -252,7 +252,7 @@ def test_without_matplotlib_everything_else_goes_on(flags, pretrained, tmp_path,
 
 def test_poly_schedule_and_crops_of_an_iteration(flags, small_phantom):
     args = train_seg.parse(flags("--split", "100", "--iterations", 100))
-    train_seg.settle(args, False)
+    train_seg.resolve_defaults(args, False)
     assert args.lr == 0.01
     for t in (0, 37, 99):
         assert train_seg.lr(t, args) == pytest.approx(0.0099 * (1 - t / 100) ** 0.9 + 1e-4)
@@ -271,7 +271,7 @@ def test_crops_show_images_and_labels_at_the_same_place(scale):
     label = torch.from_numpy(np.kron(np.arange(9).reshape(3, 3), np.ones((16, 16), np.uint8)).astype(np.uint8))
     params = {"scale": np.array([scale]), "place": np.array([[0.3, 0.8]]), "flip": np.array([False]),
               "brightness": np.zeros(1), "contrast": np.ones(1)}
-    images, masks = augment.apply_crops([label * 20], [label], params, size)
+    images, masks = crops.apply_crops([label * 20], [label], params, size)
     grey = (images[0, 0] * 0.229 + 0.485) * 255 / 20
     window = round(side / scale)
     shown = min(size, round(side * size / window))
@@ -285,7 +285,7 @@ def test_crops_show_images_and_labels_at_the_same_place(scale):
     steady = (inside[1:-1, 1:-1] == inside[:-2, 1:-1]) & (inside[1:-1, 1:-1] == inside[2:, 1:-1]) \
         & (inside[1:-1, 1:-1] == inside[1:-1, :-2]) & (inside[1:-1, 1:-1] == inside[1:-1, 2:])
     assert (grey[:shown, :shown][1:-1, 1:-1][steady] - inside[1:-1, 1:-1][steady]).abs().max() < 0.5
-    flipped = augment.apply_crops([label * 20], [label], params | {"flip": np.array([True])}, size)[1]
+    flipped = crops.apply_crops([label * 20], [label], params | {"flip": np.array([True])}, size)[1]
     assert torch.equal(flipped[0, :shown, :shown], masks[0, :shown, :shown].flip(1))
 
 
@@ -296,7 +296,7 @@ def test_prediction_is_made_at_the_masks_own_resolution():
     labels = predict.slices(model, images, 64, "off")
     resized = torch.nn.functional.interpolate(images[:, None] / 255, (64, round(70 * 64 / 50)), mode="bilinear",
                                               antialias=True)
-    logits = model(augment.normalise(resized))
+    logits = model(resize.normalise(resized))
     expected = torch.nn.functional.interpolate(logits, (50, 70), mode="bilinear").argmax(1)
     assert labels.dtype == torch.uint8 and torch.equal(labels.long(), expected)
 
@@ -356,9 +356,9 @@ def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_
 
     def each_time(trainer, t, pairs):
         processes.seed_torch(trainer.args.seed, processes.DROPOUT, t)
-        drawn = augment.undrawn_crops(len(pairs))
+        drawn = crops.undrawn_crops(len(pairs))
         images, labels = ([torch.from_numpy(trainer.store.slice(i, label)) for i in pairs] for label in (False, True))
-        loss = trainer.model(*augment.apply_crops(images, labels, drawn, trainer.args.crop_size))
+        loss = trainer.model(*crops.apply_crops(images, labels, drawn, trainer.args.crop_size))
         loss.backward()
         trainer.optimizer.param_groups[0]["lr"] = train_seg.lr(t, trainer.args)
         trainer.optimizer.step()
@@ -484,10 +484,10 @@ def test_results_name_what_they_were_made_from(pretrained):
 def test_an_iteration_on_a_gpu_waits_for_nothing(flags, small_phantom, monkeypatch, request, protocol, amp):
     store = datasets.prepare(small_phantom / "BTCV", small_phantom.parent / "seg", "segment")
     args = train_seg.parse(flags("--split", "12.5", "--iterations", 4, "--no-whole-slices"))
-    train_seg.settle(args, True)
+    train_seg.resolve_defaults(args, True)
     model = Segmenter(backbones.architecture("resnet18"), protocol, 14)
     device, waits = request.getfixturevalue("fake_gpu")
-    monkeypatch.setattr(train_seg, "checksum", lambda _: "")
+    monkeypatch.setattr(backbones, "checksum", lambda _: "")
     ranks = processes.Processes(0, 1, device)
     args = train_seg.recipe(args, protocol)
     crops = datasets.Crops(args, store, store.of(tasks.cases("12.5", 0)), ranks)

@@ -15,6 +15,7 @@ import torchvision
 
 import augment
 import datasets
+import resize
 import train_ssl
 from ct import intake
 from engine import monitor, processes, runs
@@ -70,7 +71,7 @@ def test_a_run_leaves_its_files_and_a_torchvision_backbone(flags, tmp_path, caps
         assert 0 < r["loss_local"] < 2 * math.log(20) and 0 <= r["queue_accuracy"] <= 1
     missing, unexpected = torchvision.models.resnet18().load_state_dict(backbone, strict=False)
     assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
-    assert checkpoint["model"]["pointer"] == 16 and checkpoint["step"] == 2
+    assert checkpoint["model"]["queue_ptr"] == 16 and checkpoint["step"] == 2
 
 
 def without_looks(records):
@@ -118,7 +119,7 @@ def test_one_process_with_two_groups_equals_two_processes(flags, tmp_path, align
 
 def test_step_t_is_a_function_of_seed_and_t(flags, tmp_path):
     args = train_ssl.parse(flags(tmp_path, "--local"))
-    train_ssl.settle(args, True)
+    train_ssl.resolve_defaults(args, True)
     whole = datasets.Batches(args, 37, processes.Processes(0, 1, torch.device("cpu")))
     halves = [datasets.Batches(args, 37, processes.Processes(r, 2, torch.device("cpu"))) for r in (0, 1)]
     assert whole.steps_per_epoch == 4
@@ -126,9 +127,9 @@ def test_step_t_is_a_function_of_seed_and_t(flags, tmp_path):
     assert len(whole.held_out) == 4 and not set(epoch) & set(whole.held_out)
     assert len(set(epoch)) == 32 and not np.array_equal(np.sort(epoch), epoch)  # without replacement, shuffled
     for t in (9, 2):  # any order of asking
-        np.testing.assert_array_equal(np.concatenate([h.indices(t)[h.local] for h in halves]), whole.indices(t))
-        patches = whole.patches(t)
-        assert torch.equal(torch.cat([h.patches(t) for h in halves]), patches)
+        np.testing.assert_array_equal(np.concatenate([h.indices(t)[h.rank_slice] for h in halves]), whole.indices(t))
+        patches = whole.patch_idx(t)
+        assert torch.equal(torch.cat([h.patch_idx(t) for h in halves]), patches)
         assert patches.shape == (8, 20) and all(len(set(p)) == 20 and max(p) < 49 for p in patches.tolist())
         views = whole.views(t, processes.VIEW_Q)
         for key in views:
@@ -140,7 +141,7 @@ def test_step_t_is_a_function_of_seed_and_t(flags, tmp_path):
 
 def test_schedule_is_torchs_cosine(flags, tmp_path):
     args = train_ssl.parse(flags(tmp_path, "--epochs", 2))
-    train_ssl.settle(args, True)
+    train_ssl.resolve_defaults(args, True)
     ranks = processes.Processes(0, 1, torch.device("cpu"))
     batches = datasets.Batches(args, 46, ranks)  # 41 to train on
     trainer = train_ssl.Trainer(args, train_ssl.build(args), batches, ranks, "off")
@@ -161,12 +162,12 @@ def test_names_and_defaults_are_the_papers(tmp_path):
     for more, name in expected.items():
         for phantom in (False, True):
             args = train_ssl.parse(list(more))
-            train_ssl.settle(args, phantom)
+            train_ssl.resolve_defaults(args, phantom)
             assert args.name == "phantom-" * phantom + name and args.geometric == (more in geometric)
             seed = "-seed3" * ("--seed" in more)
             assert args.init == (f"phantom-start{seed}" if phantom else "imagenet")
     args = train_ssl.parse(["--local", "--zca"])
-    train_ssl.settle(args, False)
+    train_ssl.resolve_defaults(args, False)
     assert (args.arch, args.init, args.batch_size, args.bn_group, args.queue, args.epochs, args.lr, args.ema,
             args.temperature, args.patches) == ("resnet50", "imagenet", 256, 32, 65536, 200, 0.03, 0.999, 0.2, 20)
 
@@ -236,13 +237,13 @@ def test_one_group_warns_and_a_long_queue_is_noted(flags, tmp_path, capsys):
 def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, small_phantom):
     """Effective ranks against an eigendecomposition of what the encoder gives in evaluation mode; what warns."""
     args = train_ssl.parse(flags(tmp_path))
-    train_ssl.settle(args, True)
+    train_ssl.resolve_defaults(args, True)
     store = datasets.prepare(small_phantom / "AbdomenCT-1K", args.store, "pretrain", size=args.size)
     ranks = processes.Processes(0, 1, torch.device("cpu"))
     trainer = train_ssl.Trainer(args, train_ssl.build(args), datasets.Batches(args, len(store), ranks), ranks,
                                 "off")
     before = {k: v.clone() for k, v in trainer.moco.state_dict().items()}
-    signs = monitor.Signs(trainer, store)
+    signs = monitor.CollapseMonitor(trainer, store)
     told = signs.look(2)
     assert trainer.moco.encoder_q.training
     assert all(torch.equal(v, before[k]) for k, v in trainer.moco.state_dict().items())
@@ -254,7 +255,7 @@ def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, sma
     with torch.no_grad():
         features = trainer.moco.encoder_q.backbone.eval()(images)
         embeddings = trainer.moco.encoder_q.projector(features)
-        drawn = [augment.draw(processes.rng(0, processes.SIGNS, i), len(images)) for i in (1, 2)]
+        drawn = [augment.draw(processes.rng(0, processes.HELD_OUT, i), len(images)) for i in (1, 2)]
         slices = torch.from_numpy(store.batch(trainer.batches.held_out))
         queries, keys = (encoder.eval()(augment.apply(slices, d, 64))[1] for encoder, d in
                          zip((trainer.moco.encoder_q, trainer.moco.encoder_k), drawn, strict=True))
@@ -276,12 +277,12 @@ def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, sma
 
 def test_warnings_look_at_gap_and_rank_together_once_the_queue_was_full_for_an_epoch(flags, tmp_path, small_phantom):
     args = train_ssl.parse(flags(tmp_path))
-    train_ssl.settle(args, True)
+    train_ssl.resolve_defaults(args, True)
     store = datasets.prepare(small_phantom / "AbdomenCT-1K", args.store, "pretrain", size=args.size)
     ranks = processes.Processes(0, 1, torch.device("cpu"))
     trainer = train_ssl.Trainer(args, train_ssl.build(args), datasets.Batches(args, len(store), ranks), ranks,
                                 "off")
-    signs = monitor.Signs(trainer, store)
+    signs = monitor.CollapseMonitor(trainer, store)
     healthy = {"held_out_gap": 0.3, "effective_rank": 100.0, "instance_accuracy": 0.5, "instance_chance": 0.1}
     full = trainer.batches.steps_per_epoch + args.queue // args.batch_size
     assert signs.warning(healthy, full) == ""
@@ -315,7 +316,7 @@ class Brightness(torch.nn.Module):
 def test_a_model_that_only_drifts_brings_the_warning(flags, tmp_path, small_phantom, monkeypatch, apart):
     """Its own key is fresh and the queue's are old, so it wins against the queue; among fresh keys it does not."""
     args = train_ssl.parse(flags(tmp_path, "--no-geometric"))
-    train_ssl.settle(args, True)
+    train_ssl.resolve_defaults(args, True)
     store = datasets.prepare(small_phantom / "AbdomenCT-1K", args.store, "pretrain", size=args.size)
     ranks = processes.Processes(0, 1, torch.device("cpu"))
     trainer = train_ssl.Trainer(args, train_ssl.build(args), datasets.Batches(args, len(store), ranks), ranks,
@@ -331,8 +332,8 @@ def test_a_model_that_only_drifts_brings_the_warning(flags, tmp_path, small_phan
         keys = torch.nn.functional.normalize(moco.encoder_k(images)[1], dim=1)
         moco(images, keys, None, None)
         moco.enqueue(keys)
-    assert moco.signs[0] == 1  # the queue's accuracy
-    signs = monitor.Signs(trainer, store)
+    assert moco.query_stats[0] == 1  # the queue's accuracy
+    signs = monitor.CollapseMonitor(trainer, store)
     told = signs.look(full)
     assert ("does not tell slices apart" in signs.warning(told, full)) is not apart
     assert (told["held_out_gap"] > 0.1) is apart
@@ -373,7 +374,7 @@ def test_the_phantoms_start_is_trained_first_and_once(flags, tmp_path, monkeypat
 
 def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
     args = train_ssl.parse([])
-    train_ssl.settle(args, False)
+    train_ssl.resolve_defaults(args, False)
     assert train_ssl.advice(args, 215_197, 168_000) == []
     told = " ".join(train_ssl.advice(args, 1_500, 1_000))
     assert "--queue 512" in told  # two batches: half of the slices hold no more
@@ -381,7 +382,7 @@ def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
     told = " ".join(train_ssl.advice(args, 1_500, 300))
     assert "--ema 0.99" in told and "--init start" in told
     args = train_ssl.parse(["--data", "x"])
-    train_ssl.settle(args, True)
+    train_ssl.resolve_defaults(args, True)
     assert train_ssl.advice(args, 1_473, 184) == []
 
 
@@ -389,7 +390,7 @@ def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
 @pytest.mark.parametrize("more", [(), ("--local", "--zca"), ("--local", "--zca", "--geometric"), ("--no-geometric",)])
 def test_a_step_on_a_gpu_waits_for_nothing(flags, tmp_path, request, more, amp):
     args = train_ssl.parse(flags(tmp_path, "--size", 128, *more))
-    train_ssl.settle(args, True)
+    train_ssl.resolve_defaults(args, True)
     moco = train_ssl.build(args, True)
     device, waits = request.getfixturevalue("fake_gpu")
     ranks = processes.Processes(0, 1, device)
@@ -397,7 +398,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(flags, tmp_path, request, more, amp):
     for p in trainer.trained:
         p.grad = torch.zeros_like(p)
     for t in range(2):
-        slices = augment.pinned(torch.zeros(args.batch_size, 128, 128, dtype=torch.uint8), device)
+        slices = resize.pinned(torch.zeros(args.batch_size, 128, 128, dtype=torch.uint8), device)
         with waits() as seen:
             record = trainer.step(t, slices)
         assert record.device == device and seen.copies > 5 and not seen.found

@@ -29,6 +29,7 @@ import torch
 
 import augment
 import datasets
+import resize
 import train_seg
 import train_ssl
 from ct.command import Parser
@@ -66,14 +67,14 @@ class Setting:
         args = train_ssl.parse(["--arch", self.arch, "--init", "random", "--image-size", str(self.size), "--batch-size",
                                 str(self.batch), "--bn-group", str(self.group), "--queue", str(queue or self.queue),
                                 *flags])
-        train_ssl.settle(args, False)
+        train_ssl.resolve_defaults(args, False)
         batches = datasets.Batches(args, self.stored, self.ranks)
         return train_ssl.Trainer(args, train_ssl.build(args), batches, self.ranks, amp or self.amp)
 
     def slices(self) -> torch.Tensor:
         """A batch of noise (B, 512, 512) uint8, from which a copy to the device need not be waited for."""
         slices = np.random.default_rng(0).integers(0, 256, (self.batch, SIDE, SIDE), np.uint8)
-        return augment.pinned(torch.from_numpy(slices), self.device)
+        return resize.pinned(torch.from_numpy(slices), self.device)
 
     def bare(self, trainer: train_ssl.Trainer, amp: str | None = None) -> Callable:
         """Query forward and backward plus key forward of the trainer's encoders, group by group, and nothing else."""
@@ -313,7 +314,7 @@ def segmentation(table: Table, s: Setting) -> None:
     """One iteration of the frozen linear protocol against the bare forward of its dilated backbone."""
     side, rng = 96 if s.quick else 224, np.random.default_rng(0)
     args = train_seg.parse(["--split", "100", "--protocol", "linear-frozen", "--crop-size", str(side)])
-    train_seg.settle(args, False)
+    train_seg.resolve_defaults(args, False)
     args = train_seg.recipe(args, "linear-frozen")
     noise = SimpleNamespace(slice=lambda i, label=False: rng.integers(0, 14 if label else 256, (SIDE, SIDE), np.uint8))
     crops = datasets.Crops(args, noise, np.arange(args.batch_size), s.ranks)

@@ -98,7 +98,7 @@ def memory():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
 data, store, volumes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 start = time.perf_counter()
-args = train_ssl.parse(["--init", "random"]); train_ssl.settle(args, False)
+args = train_ssl.parse(["--init", "random"]); train_ssl.resolve_defaults(args, False)
 opened = datasets.prepare(data, store, "pretrain", size=512)
 batches = datasets.Batches(args, len(opened), processes.Processes(0, 1, torch.device("cpu")))
 opened.batch(batches.indices(0))
