@@ -34,7 +34,7 @@ from ct.volumes import BadInput
 from engine import figures, processes
 from local_loss import CELLS
 
-HELD_OUT = 128  # slices (an eighth of a small data set) on which the signs of collapse are looked at: never trained on
+HELD_OUT = 128  # slices (an eighth of a small data set) on which collapse is looked for: never trained on
 
 
 def prepare(*args, **kw) -> "Store":
@@ -128,11 +128,11 @@ class Store:
         """
         meaning = [] if self.task in (None, BTCV) else [f"{zlib.crc32(str(self.task.labels).encode()):08x}"]
 
-        def told(volume: dict) -> str:
+        def fingerprint(volume: dict) -> str:
             spacing = [f"{s:g}" for s in volume["spacing"]] if self.kind == "segment" else []
             return " ".join([*volume["checksums"].values(), *spacing, *meaning])
 
-        return {v["id"]: told(v) for v in self.volumes if ids is None or v["id"] in ids}
+        return {v["id"]: fingerprint(v) for v in self.volumes if ids is None or v["id"] in ids}
 
     def place(self, index: int) -> tuple[int, int]:
         """Slice number -> (volume's position in `volumes`, slice in that volume)."""
@@ -140,6 +140,7 @@ class Store:
         return volume, int(index - (self.ends[volume - 1] if volume else 0))
 
     def where(self, volume: int, z: int) -> str:
+        """A slice in words, for messages."""
         return f"{self.volumes[volume]['id']} slice {z}"
 
     def slice(self, index: int, label: bool = False, out: np.ndarray | None = None) -> np.ndarray:
@@ -281,6 +282,7 @@ class Crops:
                       for label in (False, True)) for i in indices]
 
     def apply(self, t: int, pairs: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """The crops of iteration t of what `fetch` read: images (B, 3, S, S) and labels (B, S, S) on the device."""
         drawn = crops.draw_crops(processes.rng(self.args.seed, processes.CROPS, t), self.args.batch_size)
         return self._crop({k: v[self.rank_slice] for k, v in drawn.items()}, pairs)
 
@@ -295,6 +297,7 @@ class Crops:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """`ct.prepare.main`, whose contact sheets engine/figures.py draws."""
     preparation.main(argv, functools.partial(figures.attempt, figures.contact_sheet))
 
 

@@ -152,6 +152,7 @@ class MoCo(nn.Module):
             return F.cross_entropy(logits, labels)  # Eq. 1
 
     def total(self, loss_global: Tensor, loss_local: Tensor) -> Tensor:
+        """L = L_global + lambda L_local."""
         return loss_global + self.lambda_local * loss_local  # Eq. 3
 
     @torch.no_grad()

@@ -134,6 +134,7 @@ class Segmenter(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> "Segmenter":
+        """As of every module, but a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()

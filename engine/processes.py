@@ -126,12 +126,15 @@ def launched() -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Processes:
+    """This process among those that train together (torch.distributed's words), and its device."""
+
     rank: int
     world_size: int
     device: torch.device
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the one that writes and prints."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
@@ -251,6 +254,7 @@ def on_main(main: bool, work):
 
 
 def mean_over_processes(values: Tensor, ranks: Processes) -> Tensor:
+    """The mean of equally shaped tensors, one of each process; its own where there is one."""
     if ranks.world_size > 1:
         dist.all_reduce(values)
         values = values / ranks.world_size
@@ -271,11 +275,13 @@ def precision(amp: str, device: torch.device) -> str:
 
 
 def autocast(amp: str, device: torch.device):
+    """torch.autocast for what `precision` gave; without effect for off."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def rng(seed: int, purpose: int, step: int = 0) -> np.random.Generator:
+    """The generator of one purpose at one step (or epoch): equal on every process, independent of all others."""
     return np.random.default_rng(np.random.SeedSequence([seed, purpose, step]))
 
 
@@ -321,11 +327,13 @@ def commit() -> str:
 
 
 def announce_phantom() -> None:
+    """Loudly, before anything is run on generated volumes."""
     print("=" * 100 + "\nTHE PHANTOM: no real CT was given (--data), so this runs on generated volumes with small "
           "settings.\nIts numbers say nothing about patients and are no AbdomenCT-1K or BTCV results.\n" + "=" * 100)
 
 
 def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if seconds >= 100 else f"{seconds:.0f} s"
 

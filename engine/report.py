@@ -146,18 +146,18 @@ def settings_of(result: dict) -> str:
 def remarks_on(result: dict) -> list[str]:
     """What stands beside a result, of the pre-training that it measures."""
     known = result.get("pretraining", {})
-    if known.get("horizon") is None:  # no run of ours
+    if known.get("horizon") is None:  # no run of train_ssl.py
         return []
-    told = [f"views of {known['view_px']} px of slices of {known['slice_px']} px"]
+    remarks = [f"views of {known['view_px']} px of slices of {known['slice_px']} px"]
     if known["step"] < known["horizon"]:
-        told.append(f"**unfinished: step {known['step']} of {known['horizon']}**")
+        remarks.append(f"**unfinished: step {known['step']} of {known['horizon']}**")
     if known["gap"] is not None and known["gap"] < LEAST_GAP:
-        told.append("**did not train**: it does not tell slices apart")
-    return told
+        remarks.append("**did not train**: it does not tell slices apart")
+    return remarks
 
 
 def markdown(report: Sequence[dict]) -> str:
-    """Cells as Markdown: the paper's figures and those of here in columns of their own, mean ± deviation (n).
+    """Cells as Markdown: the paper's figures and those of here in columns of their own, mean ± standard deviation (n).
 
     Columns of the paper's own data are all there; of others those in which something was run.
     """
@@ -176,10 +176,12 @@ def markdown(report: Sequence[dict]) -> str:
                     "validation set; ± standard deviation over draws and seeds (n - 1), n their number.")
         for protocol in protocols:
             settings = sorted({c["settings"] for c in own if c["protocol"] == protocol} - {""})
-            differ = "**the settings differ:** " * (len(settings) > 1 or " / " in "".join(settings))
-            text += [f"- {protocol}: {differ}{' / '.join(settings)}"] * bool(settings)
+            differ = "**the settings differ:** " if len(settings) > 1 or " / " in "".join(settings) else ""
+            if settings:
+                text.append(f"- {protocol}: {differ}{' / '.join(settings)}")
         views = {r for c in own for r in c["remarks"] if r.startswith("views")}
-        text += [f"- pre-training: {' / '.join(sorted(views))}"] * bool(views)
+        if views:
+            text.append(f"- pre-training: {' / '.join(sorted(views))}")
         text += ["", "| split | method | " + " | ".join(columns) + " |",
                  "|---" * (2 + len(protocols) * (1 + beside)) + "|"]
         for split, method in dict.fromkeys((c["split"], c["method"]) for c in own):
@@ -187,20 +189,21 @@ def markdown(report: Sequence[dict]) -> str:
             remarks = sorted({r for c in line for r in c["remarks"]} - (views if len(views) == 1 else set()))
             shown = [f"{split} %", method + f" ({'; '.join(remarks)})" * bool(remarks)]
             for c in line:
-                shown += [c["paper"], _told(c["values"])] if beside else [_told(c["values"])]
+                shown += [c["paper"], _mean(c["values"])] if beside else [_mean(c["values"])]
             text.append("| " + " | ".join(shown) + " |")
         text.append("")
     return "\n".join(text)
 
 
-def _told(values: list[float]) -> str:
+def _mean(values: list[float]) -> str:
     if not values:
         return "not run"
-    mean, deviation = mean_std(values)
-    return f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "") + f" (n = {len(values)})"
+    mean, std = mean_std(values)
+    return f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "") + f" (n = {len(values)})"
 
 
 def write_csv(path: Path, rows: Sequence[Sequence]) -> None:
+    """Rows as a .csv, whole or not at all. Raises BadInput where it cannot be written."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     runs.write_text(path, text.getvalue())
@@ -210,10 +213,10 @@ def csv_rows(report: Sequence[dict]) -> list[list]:
     """Cells as rows under a header; a cell that was not run is empty."""
     rows = [["table", "data", "split", "method", "protocol", "paper mDS", "paper sd", "mDS", "sd", "n", "settings"]]
     for c in report:
-        mean, _, deviation = c["paper"].partition(" ± ")
-        ours = mean_std(c["values"]) if c["values"] else (None, None)
-        rows.append([c["table"], c["data"], c["split"], c["method"], c["protocol"], mean, deviation,
-                     *("" if x is None else f"{x:.2f}" for x in ours), len(c["values"]) or "", c["settings"]])
+        mean, _, std = c["paper"].partition(" ± ")
+        here = mean_std(c["values"]) if c["values"] else (None, None)
+        rows.append([c["table"], c["data"], c["split"], c["method"], c["protocol"], mean, std,
+                     *("" if x is None else f"{x:.2f}" for x in here), len(c["values"]) or "", c["settings"]])
     return rows
 
 
@@ -233,4 +236,5 @@ def write_report(out: Path) -> None:
     runs.write_text(out / "report.md", text)
     write_csv(out / "report.csv", csv_rows(cells))
     drawn = figures.attempt(figures.report, out / "report.png", cells)
-    print(text + f"written: {', '.join(str(out / f'report.{x}') for x in ('md', 'csv', *['png'] * drawn))}")
+    kinds = ("md", "csv", "png") if drawn else ("md", "csv")
+    print(text + f"written: {', '.join(str(out / f'report.{kind}') for kind in kinds)}")

@@ -260,9 +260,11 @@ class Run:
             os.replace(self.next, self.path)
 
     def last_good(self) -> str:
+        """Where to go back to, in words."""
         return f"the last good checkpoint is {self.path}" if self.path.exists() else "no checkpoint was saved yet"
 
     def log(self, records: list[dict]) -> None:
+        """Add lines to log.jsonl."""
         if records:
             on_main(self.main, lambda: append(self.folder / "log.jsonl", records))
 

@@ -29,7 +29,6 @@ import torch
 
 import augment
 import datasets
-import resize
 import train_seg
 import train_ssl
 from ct.command import Parser
@@ -37,7 +36,8 @@ from ct.volumes import BadInput
 from engine import backbones, processes, runs
 from segment import Segmenter
 from tools import peers, stores
-from tools.measure import Table, alternated, medians, seconds
+from tools.measure import Table, alternated, cpu_flags, medians, seconds
+from tools.setting import Setting
 from tools.stores import SIDE
 
 ROOT = Path(__file__).parent.parent
@@ -46,52 +46,6 @@ NO_PEERS = "only with --peers, where lightly and kornia are installed (requireme
 READERS = 8  # processes at once: a machine of eight GPUs
 PAPER_BATCH = 256
 PAPER_STEPS = 200 * ((215_325 - datasets.HELD_OUT) // PAPER_BATCH)
-
-
-class Setting:
-    """What is timed: the paper's network, or a small one with --quick."""
-
-    def __init__(self, quick: bool, peers: bool = False):
-        self.quick, self.peers = quick, peers
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.ranks = processes.Processes(0, 1, self.device)
-        self.amp = processes.precision("auto", self.device)
-        self.arch, self.size, self.batch, self.group = ("resnet18", 96, 32, 16) if quick else ("resnet50", 224, 64, 32)
-        self.queue, self.repeats = (4096, 3) if quick else (65536, 2)
-        if self.device.type == "cuda" and not quick:
-            self.batch, self.repeats = 256, 10
-        self.steps, self.stored = 20, 20 * self.batch  # from a store of so many slices
-
-    def trainer(self, *flags: str, amp: str | None = None, queue: int | None = None) -> train_ssl.Trainer:
-        """A pre-training of this setting from random weights, with these flags of train_ssl.py."""
-        args = train_ssl.parse(["--arch", self.arch, "--init", "random", "--image-size", str(self.size), "--batch-size",
-                                str(self.batch), "--bn-group", str(self.group), "--queue", str(queue or self.queue),
-                                *flags])
-        train_ssl.resolve_defaults(args, False)
-        batches = datasets.Batches(args, self.stored, self.ranks)
-        return train_ssl.Trainer(args, train_ssl.build(args), batches, self.ranks, amp or self.amp)
-
-    def slices(self) -> torch.Tensor:
-        """A batch of noise (B, 512, 512) uint8, from which a copy to the device need not be waited for."""
-        slices = np.random.default_rng(0).integers(0, 256, (self.batch, SIDE, SIDE), np.uint8)
-        return resize.pinned(torch.from_numpy(slices), self.device)
-
-    def bare(self, trainer: train_ssl.Trainer, amp: str | None = None) -> Callable:
-        """Query forward and backward plus key forward of the trainer's encoders, group by group, and nothing else."""
-        views = torch.randn(self.batch, 3, self.size, self.size, device=self.device)
-        query, key = trainer.moco.encoder_q, trainer.moco.encoder_k
-
-        def step() -> None:
-            for part in views.split(self.group):
-                with torch.no_grad(), processes.autocast(amp or self.amp, self.device):
-                    key(part)
-            for part in views.split(self.group):
-                with processes.autocast(amp or self.amp, self.device):
-                    loss = query(part)[1].float().mean()
-                loss.backward()
-            query.zero_grad(set_to_none=True)
-
-        return step
 
 
 def steps(table: Table, s: Setting) -> None:
@@ -110,6 +64,7 @@ def steps(table: Table, s: Setting) -> None:
 
 
 def queue_growth(table: Table) -> None:
+    """A queue of sixteen times the length, at a small step, where it shows most."""
     small = Setting(True)
     times = {str(q): small.trainer(queue=q) for q in (4096, 65536)}
     grown = medians(6, **{q: (lambda t=t: t.step(0, small.slices())) for q, t in times.items()})
@@ -161,6 +116,7 @@ def end_to_end(table: Table, s: Setting, folder: Path) -> None:
 
 
 def two_views(slices: torch.Tensor) -> Callable:
+    """What makes two views of 224 px of each slice (N, H, H) uint8."""
     return lambda: augment.pair(slices, *(augment.draw(processes.rng(0, purpose), len(slices))
                                           for purpose in (processes.VIEW_Q, processes.VIEW_K)), 224)
 
@@ -191,6 +147,7 @@ def views(table: Table, s: Setting) -> None:
 
 
 def compare_views(table: Table, what: str, ours: float, theirs: float | None, why: str, **target) -> None:
+    """A row: pairs/s of this code over those of another, or why there are none."""
     if theirs is None:
         table.skip(what, why, **target)
     else:
@@ -335,8 +292,8 @@ def segmentation(table: Table, s: Setting) -> None:
 MEMORY = """
 import re, sys
 from pathlib import Path
-from tools import bench
-s = bench.Setting(False)
+from tools.setting import Setting
+s = Setting(False)
 s.batch = int(sys.argv[1])
 s.trainer("--local", "--zca").step(0, s.slices())
 # not getrusage: a started process inherits the peak of the one that starts it
@@ -345,18 +302,32 @@ print(int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[
 
 
 def memory(table: Table, s: Setting) -> None:
-    """Peak memory of the paper's step, batch 256 as 8 x 32, against batch 64 as 2 x 32."""
+    """Peak memory of the paper's step, batch 256 as 8 x 32, against batch 64 as 2 x 32: the GPU's, or the process's."""
     what = "peak memory, batch 256 as 8 x 32 / batch 64 as 2 x 32, --local --zca"
-    if s.quick or s.device.type == "cuda" or sys.platform != "linux":
-        table.skip(what, "--quick" if s.quick else "measured on a CPU under Linux", most=1.3)
+    if s.quick or (s.device.type == "cpu" and sys.platform != "linux"):
+        table.skip(what, "--quick" if s.quick else "on a CPU only under Linux", most=1.3)
         return
-    small, large = (float(subprocess.run([sys.executable, "-c", MEMORY, batch], text=True, capture_output=True,
-                                         check=True, cwd=ROOT).stdout) for batch in ("64", "256"))
-    table.add(what, large / small, f"{large / small:.2f} ({large:.2f} GiB / {small:.2f} GiB)", most=1.3)
+    small, large = (gpu_memory(batch) if s.device.type == "cuda" else float(subprocess.run(
+        [sys.executable, "-c", MEMORY, str(batch)], text=True, capture_output=True, check=True, cwd=ROOT).stdout)
+        for batch in (64, 256))
+    shown = f"{large / small:.2f} ({large:.2f} GiB / {small:.2f} GiB; {s.device.type})"
+    table.add(what, large / small, shown, most=1.3)
+
+
+def gpu_memory(batch: int) -> float:
+    """GiB that torch has allocated at the peak of a step, the second one: the first also makes the momentum buffers."""
+    s = Setting(False)
+    s.batch = batch
+    trainer, slices = s.trainer("--local", "--zca"), s.slices()
+    trainer.step(0, slices)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.step(1, slices)
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 @processes.command
 def main(argv: list[str] | None = None) -> None:
+    """All rows, as Markdown or JSON."""
     parser = Parser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="small networks, at most 2 minutes")
     parser.add_argument("--peers", action="store_true", help="lightly, kornia and torchvision's transforms beside ours")
@@ -367,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
             raise BadInput(f"{peer} is not installed: pip install -r requirements-bench.txt")
     s, table = Setting(args.quick, args.peers), Table(args.json)
     machine = {"hardware": processes.hardware(), "commit": processes.commit(), "date": time.strftime("%Y-%m-%d"),
-               "precision": s.amp, "flags": _cpu_flags()}
+               "precision": s.amp, "flags": cpu_flags()}
     if not args.json:
         print("; ".join(f"{k}: {v}" for k, v in machine.items()))
         print("\n| what | target | figure | met |\n|---|---|---|---|")
@@ -388,14 +359,6 @@ def main(argv: list[str] | None = None) -> None:
         end_to_end(table, s, Path(folder))
     if args.json:
         print(json.dumps({**machine, "rows": table.rows}))
-
-
-def _cpu_flags() -> str:
-    try:
-        found = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
-    except (OSError, IndexError):
-        return "unknown"
-    return " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in found)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,7 @@ class Table:
             print(f"| {what} | {target} | {text} | {mark} |", flush=True)
 
     def skip(self, what: str, why: str, **target) -> None:
+        """A row that is not measured here, and why."""
         self.add(what, None, f"not measured: {why}", **target)
 
 
@@ -55,3 +57,12 @@ def seconds(call: Callable) -> float:
 def medians(repeats: int, **work: Callable) -> dict[str, float]:
     """Seconds of each callable, by `alternated`."""
     return alternated(repeats, **{name: partial(seconds, call) for name, call in work.items()})
+
+
+def cpu_flags() -> str:
+    """Which of the instruction sets that decide speed this CPU has."""
+    try:
+        found = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    except (OSError, IndexError):
+        return "unknown"
+    return " ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in found)

@@ -28,6 +28,7 @@ SCALES = (1, 1.5, 2)  # side of the slices that the head sees, in sides of a vie
 
 
 def flags(settings: dict) -> list[str]:
+    """Settings as a command line."""
     return [x for key, value in settings.items() for x in (f"--{key.replace('_', '-')}", str(value))]
 
 
@@ -63,36 +64,37 @@ def study(args, seed: int) -> None:
 
 def table(out: Path, seeds: list[int]) -> str:
     """Mean ± standard deviation over the seeds (n - 1) of gap, effective rank and Dice at each scale, as Markdown."""
-    told: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for seed in seeds:
         suffix = processes.seed_suffix(seed)
         for name in ("start", *ROWS):
             looks = [r["held_out_gap"] for r in runs.read_log(out / f"{name}{suffix}" / "log.jsonl")
                      if "held_out_gap" in r]
-            told[name]["gap"].append(looks[-1])
+            measured[name]["gap"].append(looks[-1])
         with open(out / f"spectrum-{seed}" / "spectrum.csv", newline="") as f:
             for row in csv.DictReader(f):
-                told[row["backbone"].removesuffix(suffix)]["rank"].append(float(row["effective_rank"]))
+                measured[row["backbone"].removesuffix(suffix)]["rank"].append(float(row["effective_rank"]))
     sides = [round(s * PRETRAINING["image_size"]) for s in SCALES]
     for side in sides:
         for r in runs.read_log(out / f"probe-{side}" / "results.jsonl"):
             if r["seed"] in seeds:
-                told[r["backbone"].removesuffix(processes.seed_suffix(r["seed"]))][side].append(100 * r["mDS"])
+                measured[r["backbone"].removesuffix(processes.seed_suffix(r["seed"]))][side].append(100 * r["mDS"])
     lines = ["| row | gap | effective rank | " + " | ".join(f"Dice at {s} px" for s in sides) + " |", "|---" * 6 + "|"]
     for name in ("random", "start", *ROWS):
         columns = []
         for key, digits in (("gap", 2), ("rank", 1), *((s, 1) for s in sides)):
-            values = told[name][key]
-            mean, deviation = metrics.mean_std(values) if values else (None, None)
+            values = measured[name][key]
+            mean, std = metrics.mean_std(values) if values else (None, None)
             columns.append("-" if mean is None else f"{mean:.{digits}f}"
-                           + (f" ± {deviation:.{digits}f}" if deviation is not None else ""))
-        untrained = " (**did not train**)" * (min(told[name]["gap"], default=1) < metrics.LEAST_GAP)
+                           + (f" ± {std:.{digits}f}" if std is not None else ""))
+        untrained = " (**did not train**)" * (min(measured[name]["gap"], default=1) < metrics.LEAST_GAP)
         lines.append(f"| {name}{untrained} | " + " | ".join(columns) + " |")
     return "\n".join(lines)
 
 
 @processes.command
 def main(argv: list[str] | None = None) -> None:
+    """All seeds, then the table."""
     parser = Parser(prog="python -m tools.study", description=__doc__.split("\n\n")[0])
     parser.add_argument("--ssl", type=Path, required=True, help="folder of CT volumes to pre-train on")
     parser.add_argument("--seg", type=Path, required=True, help="folder of labelled volumes in BTCV's layout")
