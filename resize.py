@@ -91,7 +91,7 @@ def normalise(images: Tensor) -> Tensor:
     channels = images.new_empty(len(images), 3, *images.shape[-2:])  # (N, 3, H, W)
     # Channel by channel: plain numbers need no copy to the device, and one pass over few strides is faster.
     for c, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
-        torch.mul(images, 1 / std, out=channels[:, c]).sub_(mean / std)
+        channels[:, c].copy_(images).mul_(1 / std).sub_(mean / std)  # no out=, which torch.compile does not trace
     return channels
 
 

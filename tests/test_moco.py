@@ -1,4 +1,4 @@
-"""moco.py: Eq. 1 against a loop, queue, EMA, shuffled groups, statistics of groups."""
+"""moco.py: Eq. 1 against a loop, queue, EMA, Shuffling BN, statistics of groups."""
 
 import copy
 import math
@@ -9,7 +9,8 @@ import torchvision
 from torch import nn
 
 from group_statistics import GroupStatistics
-from moco import MoCo
+from moco import Encoder, MoCo
+from whitening import whiten_last_norm
 
 
 @pytest.fixture
@@ -103,3 +104,16 @@ def test_running_statistics_are_the_mean_over_groups_and_count_steps():
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(getattr(net[1], name), torch.stack([getattr(n[1], name) for n in alone]).mean(0))
     assert net[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_an_encoder_is_one_graph_for_the_compiler(whitened):
+    """What --compile cannot trace would split it, and run the rest as it is; traced or not, it gives the same."""
+    backbone = torchvision.models.resnet18(weights=None)
+    encoder = Encoder(whiten_last_norm(backbone) if whitened else backbone, 8).eval()
+    images = torch.rand(4, 1, 32, 32)
+    expected = encoder(images)
+    traced = torch.compile(encoder, backend="eager", fullgraph=True)(images)  # raises where the graph would break
+    for one, other in zip(traced, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.compile(encoder.train(), backend="eager", fullgraph=True)(torch.rand(128, 1, 32, 32))
