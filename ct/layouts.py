@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ct.intake import BY_NAME, IMAGES, btcv_root, find_volumes, has_word, named, skip, survey
+from ct.label_maps import HIGHEST_ID, UNKNOWN
 from ct.tasks import BTCV
-from ct.volumes import HIGHEST_ID, UNKNOWN, BadInput, is_nifti, stem
+from ct.volumes import BadInput, is_nifti, stem
 
 PAIRS = (("images", "labels"), ("imagesTr", "labelsTr"), ("img", "label"))
 NO_LABEL = "a volume without a label"

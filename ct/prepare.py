@@ -45,8 +45,9 @@ from tqdm import tqdm
 from ct import layouts, tasks
 from ct.command import Parser, command, cores, folder, listed, number, printable, whole
 from ct.intake import AIR, SOFT, find_volumes, judge, named, skip
+from ct.label_maps import label_ids, read_labels
 from ct.tasks import BTCV, Task
-from ct.volumes import BadInput, Volume, label_ids, read_labels, read_volume
+from ct.volumes import BadInput, Volume, read_volume
 
 WINDOW = SOFT  # HU
 SIZE = 512  # side of the slices kept for pre-training

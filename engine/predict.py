@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import augment
-from ct import intake, prepare, tasks, volumes
+from ct import intake, label_maps, prepare, tasks, volumes
 from ct.volumes import BadInput
 from engine import backbones, processes, runs
 from segment import Segmenter
@@ -166,7 +166,7 @@ def write(folder: Path, name: str, labels: np.ndarray, read: volumes.Volume, tas
         folder.mkdir(parents=True, exist_ok=True)
         runs.append(folder / SOURCES, [{"prediction": name, "volume": os.path.realpath(read.path),
                                         "checksum": prepare.checksum(read.path), "labels": task.labels}])
-        volumes.write_labels(path, np.array(task.ids)[labels], read)
+        label_maps.write_labels(path, np.array(task.ids)[labels], read)
     except OSError as e:
         raise BadInput(f"{path}: cannot be written ({e.strerror}); give another --predict-out") from None
     return path

@@ -11,7 +11,8 @@ import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from ct import prepare, volumes
-from ct.volumes import BadInput, read_labels, read_volume, write_labels
+from ct.label_maps import read_labels, write_labels
+from ct.volumes import BadInput, read_volume
 
 RAS = np.diag([0.8, 0.7, 2.5, 1.0])
 RAS[:3, 3] = (-10, 20, 30)
