@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
+from ct.files import replacing
 from ct.volumes import DISPLAY, BadInput, Volume, display, load, scaled
 
 # a header's fields that say where a voxel lies
@@ -111,10 +112,5 @@ def write_labels(path: str | os.PathLike, labels: np.ndarray, volume: Volume) ->
     image.set_data_dtype(stored.dtype)
     for field in (*PLACE, "descrip"):  # a phantom's labels stay marked as such
         image.header[field] = volume.header[field]
-    path = Path(path)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with replacing(Path(path)) as part:
         nib.save(image, part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

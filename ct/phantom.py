@@ -8,23 +8,18 @@ patient is made: phantom_scene.py, phantom_anatomy.py. The orientation on disk v
 """
 
 import gzip
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
 import time
 import uuid
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import axcodes2ornt, ornt_transform
-from tqdm import tqdm
 
-from ct import phantom_layouts
-from ct.command import Parser, command, cores, whole
+from ct import phantom_layouts, pool
+from ct.command import Parser, command, whole
 from ct.phantom_anatomy import patient
 from ct.volumes import BadInput
 
@@ -47,7 +42,9 @@ def _save(path: Path, array: np.ndarray, spacing: tuple[float, float, float], ax
     path.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
 
 
-def _write_patient(seed: int, number: int, shape: tuple, image: Path, label: Path | dict[int, Path] | None) -> int:
+def _write_patient(job: tuple[int, int, tuple, Path, Path | dict[int, Path] | None]) -> int:
+    """A patient's files, of (seed, number, shape, image, label). Returns the number of slices."""
+    seed, number, shape, image, label = job
     hu, labels, spacing = patient(seed, number, shape)
     axes = ORIENTATIONS[number % len(ORIENTATIONS)]
     _save(image, hu, spacing, axes)
@@ -86,23 +83,13 @@ def write(folder: str | os.PathLike, seed: int = 0, labelled: int = 30, unlabell
         files = (phantom_layouts.places(layout, part, i) if layout else
                  (part / training / "img" / f"img{i:04d}.nii.gz", part / training / "label" / f"label{i:04d}.nii.gz"))
         jobs.append((seed, i, shape, *files))
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     try:
         for *_, image, label in jobs:
             for path in (image, *_masks(label).values()):
                 path.parent.mkdir(parents=True, exist_ok=True)
         if layout:
             phantom_layouts.describe(layout, part, BTCV_IDS[:labelled])
-        slices = 0
-        with ProcessPoolExecutor(min(workers or cores(), len(jobs)), context, signal.signal,
-                                 (signal.SIGINT, signal.SIG_IGN)) as pool:  # Ctrl-C: the parent answers it
-            try:
-                futures = [pool.submit(_write_patient, *job) for job in jobs]
-                for future in tqdm(as_completed(futures), "phantom", len(jobs), unit="patient", disable=None):
-                    slices += future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        slices = sum(written for _, written in pool.in_processes(_write_patient, jobs, workers, "phantom", "patient"))
         try:
             part.rename(folder)
         except OSError:

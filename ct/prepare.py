@@ -19,31 +19,21 @@ Both commands end with a list of everything skipped or odd, and with exit code 0
 
 import argparse
 import contextlib
-import ctypes
-import errno
-import fcntl
 import functools
 import hashlib
 import json
 import os
-import signal
 import sys
-import threading
-import uuid
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from ct import layouts, tasks
-from ct.command import Parser, command, cores, folder, listed, number, printable, whole
+from ct import layouts, pool, tasks
+from ct.command import Parser, command, folder, listed, number, printable, whole
+from ct.files import checksum, lock, replacing, write_json
 from ct.intake import AIR, SOFT, find_volumes, judge, named, skip
 from ct.label_maps import label_ids, read_labels
 from ct.tasks import BTCV, Task
@@ -56,8 +46,6 @@ FEW = 20  # files of a folder that are left out for one reason: named one by one
 HEADER = 1024  # bytes of a .npy before its voxels, at most
 SPLITS = "splits"  # folder beside those of the slices, for the splits of data that is not BTCV
 FORMAT = 4  # of the store; another number means: prepare again
-# what a file system without locks answers: Lustre without flock, NFS without lockd
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 # What the paper says of its data. That 3017 are the slices of 24 of the 30 volumes, to train on, and that the other 6
 # have 762, is our inference (README, "What the paper leaves open").
 PAPER = {"pretrain": "AbdomenCT-1K: 1,062 volumes, 215,325 slices",
@@ -109,15 +97,6 @@ def square(slices: np.ndarray, size: int) -> np.ndarray:
     if side == size:
         return slices
     return np.stack([np.asarray(Image.fromarray(s).resize((size, size), Image.Resampling.BILINEAR)) for s in slices])
-
-
-def checksum(path: Path) -> str:
-    """CRC-32 of a file, as gzip and zip have it: against damage, at a third of the time of SHA-256."""
-    crc = 0
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
 
 
 @functools.lru_cache(None)
@@ -229,27 +208,11 @@ def _prepare_volume(volume: dict, store: Path, task: Task | None, window: tuple[
     done.unlink(missing_ok=True)  # from here to the last line there is no such volume
     for label, voxels in arrays.items():
         path = array(store, volume["id"], label)
-        with _part(path) as part:
+        with replacing(path) as part:
             np.save(part, voxels)
             record["checksums"][path.name] = checksum(part)
-    _write_json(done, record)
+    write_json(done, record)
     return record
-
-
-@contextlib.contextmanager
-def _part(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, of this process alone among all machines, that is renamed to it in the end."""
-    part = path.with_name(f".{os.getpid()}-{uuid.uuid4().hex[:8]}.{path.name}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, value: object) -> None:
-    with _part(path) as part:
-        part.write_text(json.dumps(value, indent=1))
 
 
 def _kept(volume: dict, store: Path, task: Task | None, window: tuple[float, float], size: int,
@@ -266,7 +229,7 @@ def _kept(volume: dict, store: Path, task: Task | None, window: tuple[float, flo
     if right and source != record["source"]:  # copied or touched: spare the next start the checksum
         record["source"] = source
         if renew:
-            _write_json(path, record)
+            write_json(path, record)
     return record if right else None
 
 
@@ -361,7 +324,7 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
                 raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
             index = index_of(records, left_out)
             if there != index:
-                _write_json(folder / "index.json", index)
+                write_json(folder / "index.json", index)
     except OSError as e:
         if complete:
             return folder, complete
@@ -393,7 +356,7 @@ def _task(data: Path, store: Path, labels: dict[int, str] | None, found: list[di
             known = _known_ids(volume, folder)
             ids.update(known or ())
             unread += [volume] * (known is None)
-        for _, outcome in _in_processes(_read_ids, unread, workers, f"reading the labels of {data}"):
+        for _, outcome in pool.in_processes(_read_ids, unread, workers, f"reading the labels of {data}"):
             if isinstance(outcome, BadInput):  # once more, and by its name, when the volume is read
                 bad.append(outcome)
             else:
@@ -438,24 +401,6 @@ def _index(folder: Path, data: str) -> dict | None:
     return index
 
 
-def lock(file: IO, wait: bool = False) -> bool:
-    """Lock an open file for this process, until it ends or closes it. Raises BlockingIOError where another has it.
-
-    False, with a warning, on a file system that has no locks.
-    """
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as e:
-        if e.errno in (errno.EACCES, errno.EAGAIN):
-            raise BlockingIOError(e.errno, e.strerror) from None
-        if e.errno not in NO_LOCKS:
-            raise
-        print(f"warning: {Path(file.name).parent}: no locks on this file system ({e.strerror}); going on without, so "
-              "let no other process write there meanwhile", file=sys.stderr)
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Hold a store's lock, waited for if need be; False where there are no locks."""
@@ -493,7 +438,7 @@ def _complete(found: list[dict], folder: Path, task: Task | None, window: tuple[
               f"{', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}", file=sys.stderr)
     bad = []
     work = functools.partial(_prepare_volume, store=folder, task=task, window=window, size=size)
-    for volume, outcome in _in_processes(work, todo, workers, f"preparing {folder}"):
+    for volume, outcome in pool.in_processes(work, todo, workers, f"preparing {folder}"):
         if isinstance(outcome, BadInput):
             bad.append(skip(volume["image"], str(outcome)) | {"stamps": _stamps(volume)})
         else:
@@ -501,42 +446,6 @@ def _complete(found: list[dict], folder: Path, task: Task | None, window: tuple[
     if bad and not skip_bad:
         _refuse(bad)
     return records, left_out + bad
-
-
-def _in_processes(work: Callable, items: list, workers: int | None, title: str) -> Iterator[tuple[dict, object]]:
-    """(item, result or the BadInput it raised) for every item, in the order they finish."""
-    if not items:
-        return
-    # fork: a spawned process would import the calling script, and with it PyTorch, for nothing
-    context = get_context("fork" if sys.platform == "linux" else None)
-    workers = max(1, min(cores() if workers is None else workers, len(items)))
-    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
-        futures = {pool.submit(work, item): item for item in items}
-        try:
-            for future in tqdm(as_completed(futures), title, len(items), unit="volume", disable=None):
-                try:
-                    yield futures[future], future.result()
-                except BadInput as e:
-                    yield futures[future], e
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """A worker of a killed preparation must neither wait for work for ever nor write on beside the next one.
-
-    Ctrl-C reaches all processes of a terminal: the parent answers it, a worker ends what it has in hand.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":  # at once: before anyone can see that the parent is gone
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        return
-
-    def watch() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def remarks(volumes: list[dict], skipped: list[dict], task: Task = BTCV) -> list[str]:
@@ -580,7 +489,7 @@ def audit(data: Path, kind: str, workers: int | None, store: Path, draw: Callabl
     labels, found, skipped = _find(data, kind, names, organs)
     task = _task(data, store, labels, found, store / kind, workers) if kind == "segment" else None
     good, bad = [], []
-    for volume, outcome in _in_processes(functools.partial(_inspect, task=task), found, workers, f"reading {data}"):
+    for volume, outcome in pool.in_processes(functools.partial(_inspect, task=task), found, workers, f"reading {data}"):
         if isinstance(outcome, BadInput):
             bad.append(skip(volume["image"], str(outcome)))
         else:

@@ -5,7 +5,6 @@ store, and read from there ever after: they may be edited and published.
 """
 
 import math
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ct.files import replacing
 from ct.volumes import BadInput
 
 SHARES = {"12.5": 1 / 8, "25": 1 / 4}  # of the training volumes
@@ -184,9 +184,5 @@ def _listed(path: Path) -> list[str]:
 
 def _write(path: Path, ids: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with replacing(path) as part:
         part.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8", errors="surrogateescape")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

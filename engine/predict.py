@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import augment
 from ct import intake, label_maps, prepare, tasks, volumes
+from ct.files import checksum
 from ct.volumes import BadInput
 from engine import backbones, processes, runs
 from segment import Segmenter
@@ -165,7 +166,7 @@ def write(folder: Path, name: str, labels: np.ndarray, read: volumes.Volume, tas
     try:
         folder.mkdir(parents=True, exist_ok=True)
         runs.append(folder / SOURCES, [{"prediction": name, "volume": os.path.realpath(read.path),
-                                        "checksum": prepare.checksum(read.path), "labels": task.labels}])
+                                        "checksum": checksum(read.path), "labels": task.labels}])
         label_maps.write_labels(path, np.array(task.ids)[labels], read)
     except OSError as e:
         raise BadInput(f"{path}: cannot be written ({e.strerror}); give another --predict-out") from None
@@ -179,7 +180,7 @@ def refuse_another(path: Path, source: Path) -> None:
     listed = path.parent / SOURCES
     known = {r.get("prediction"): r for r in (runs.read_log(listed) if listed.exists() else ())}
     owner = known.get(path.name.removesuffix(".nii.gz"))
-    if owner and (owner.get("volume") == os.path.realpath(source) or owner.get("checksum") == prepare.checksum(source)):
+    if owner and (owner.get("volume") == os.path.realpath(source) or owner.get("checksum") == checksum(source)):
         return
     whose = owner.get("volume") if owner else "no known volume"
     raise BadInput(f"{path}: exists and is the prediction of {whose}, not of {source}; give --predict-out FOLDER, or "

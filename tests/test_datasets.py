@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import datasets
-from ct import intake, prepare, tasks
+from ct import intake, pool, prepare, tasks
 from ct.volumes import BadInput, read_volume
 from engine import processes
 
@@ -127,13 +127,13 @@ def test_masks_of_abdomenct_are_not_taken_for_images(abdomen):
 
 def test_only_what_changed_is_prepared_again(abdomen, tmp_path, monkeypatch):
     done = []
-    real = prepare._in_processes
+    real = pool.in_processes
 
     def watch(work, items, *rest):
         done.append([v["id"] for v in items])
         return real(work, items, *rest)
 
-    monkeypatch.setattr(prepare, "_in_processes", watch)
+    monkeypatch.setattr(pool, "in_processes", watch)
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     path = abdomen / "part0" / "Case_00002_0000.nii.gz"
@@ -182,7 +182,7 @@ def test_a_volume_whose_arrays_are_being_replaced_is_not_there(abdomen, tmp_path
     old, stamp = path.read_bytes(), path.stat()
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     write(path, ct(7, (20, 16, 5)))
-    monkeypatch.setattr(prepare, "_write_json", lambda *a: os._exit(9))  # in the worker
+    monkeypatch.setattr(prepare, "write_json", lambda *a: os._exit(9))  # in the worker
     with pytest.raises(BadInput, match="killed"):
         datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     monkeypatch.undo()
@@ -261,7 +261,7 @@ def test_a_full_disk_is_one_line(abdomen, tmp_path, monkeypatch):
 
 def test_a_killed_preparation_leaves_no_half_volume(abdomen, tmp_path, monkeypatch):
     """Dying before the record is written leaves nothing that counts; the next call makes it good."""
-    monkeypatch.setattr(prepare, "_write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(prepare, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(BaseException):  # noqa: B017 (the pool may report its own end)
         datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     monkeypatch.undo()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import datasets
-from ct import label_maps, layouts, prepare, tasks, volumes
+from ct import label_maps, layouts, pool, prepare, tasks, volumes
 from ct.volumes import BadInput
 
 AFFINE = np.diag([-1.5, -1.5, 5.0, 1.0])  # LPS
@@ -334,8 +334,8 @@ def test_flags_that_a_layout_does_not_need_are_refused(tmp_path, msd, refusal):
 def test_ids_are_found_and_read_once(tmp_path, monkeypatch, capsys):
     data, read = make_folders(tmp_path / "D", channel=True), []
     write(data / "labels/spleen_3.nii.gz", np.array([0, 5, 2], np.uint8)[label(1)])
-    real = prepare._in_processes
-    monkeypatch.setattr(prepare, "_in_processes", lambda work, items, *rest: read.append(len(items)) or real(
+    real = pool.in_processes
+    monkeypatch.setattr(pool, "in_processes", lambda work, items, *rest: read.append(len(items)) or real(
         work, items, *rest))
     store = datasets.prepare(data, tmp_path / "s", "segment")
     assert store.task.labels == {0: "background", 1: "label 1", 2: "label 2", 5: "label 5"} and read == [5, 5]

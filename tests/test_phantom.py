@@ -9,7 +9,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from scipy.ndimage import label
 
 import datasets
-from ct import intake, phantom, phantom_anatomy, phantom_layouts, phantom_scene, tasks
+from ct import intake, phantom, phantom_anatomy, phantom_layouts, phantom_scene, pool, tasks
 from ct.volumes import BadInput, read_volume
 
 SMALL = (12, 48, 48)
@@ -216,7 +216,7 @@ def test_nothing_is_left_when_interrupted(tmp_path, monkeypatch):
         next(iter(iterable))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(phantom, "tqdm", interrupt)
+    monkeypatch.setattr(pool, "tqdm", interrupt)
     with pytest.raises(KeyboardInterrupt):
         phantom.write(tmp_path / "p", labelled=3, unlabelled=0, shape=SMALL, workers=1)
     assert list(tmp_path.iterdir()) == []
@@ -248,7 +248,7 @@ def test_ensure_makes_it_once_and_accepts_another_process_result(tmp_path, monke
         yield from iterable
 
     with monkeypatch.context() as patch:
-        patch.setattr(phantom, "tqdm", meanwhile)
+        patch.setattr(pool, "tqdm", meanwhile)
         assert phantom.ensure(folder) == folder
     assert [p.name for p in folder.parent.iterdir()] == ["p"] and [p.name for p in folder.iterdir()] == ["theirs"]
     (folder / "theirs").unlink()
