@@ -24,8 +24,7 @@ import torch
 
 import augment
 from ct import prepare as preparation
-from ct.prepare import HEADER, array, sizes_agree
-from ct.tasks import BTCV
+from ct.stores import HEADER, array, name_of, sizes_agree, task_of
 from ct.volumes import BadInput
 from engine import figures, processes
 from local_loss import CELLS
@@ -78,8 +77,8 @@ class Store:
     def __init__(self, folder: Path, index: dict):
         self.folder, self.kind, self.skipped = folder, index["kind"], index["skipped"]
         self.volumes, self.size, self.window = index["volumes"], index["size"], index["window"]
-        self.data, self.task = index["data"], preparation.task_of(folder, index)
-        self.name = preparation.name_of(Path(self.data))
+        self.data, self.task = index["data"], task_of(folder, index)
+        self.name = name_of(Path(self.data))
         self.is_phantom = any(v["phantom"] for v in self.volumes)
         self.ends = np.cumsum([v["slices"] for v in self.volumes])
         # files that stay open. Others are opened for each read: slices are drawn at random, so to keep the last ones
@@ -109,7 +108,7 @@ class Store:
         The checksum of its slices; for segmentation also that of its labels and the spacing, which HD95 is measured in,
         and what the labels mean, where that is not BTCV's.
         """
-        meaning = [] if self.task in (None, BTCV) else [f"{zlib.crc32(str(self.task.labels).encode()):08x}"]
+        meaning = [f"{zlib.crc32(str(self.task.labels).encode()):08x}"] if self.task and self.task.recorded else []
 
         def told(volume: dict) -> str:
             spacing = [f"{s:g}" for s in volume["spacing"]] if self.kind == "segment" else []

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import augment
 import datasets
 import metrics
-from ct import intake, prepare, tasks
+from ct import audit, intake, prepare, stores, tasks
 from ct.command import whole
 from ct.volumes import BadInput
 from engine import backbones, figures, processes, report
@@ -58,14 +58,14 @@ def main(argv: list[str] | None = None) -> None:
     backbones.architecture(args.arch)
     names = [backbones.resolve(n, args.out, phantom) for n in
              args.backbones + args.backbone or runs_in(args.out, phantom)]
-    store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
+    store = datasets.prepare(data, args.store or stores.default_store(data), "segment", tuple(args.window),
                              workers=args.workers, names=args.labels, organs=args.organs)
     device = processes.start(args.deterministic).device
     if phantom:
         processes.announce_phantom()
     drawn = tasks.draw_splits(store.task, [v["id"] for v in store.volumes], args.val, args.val_cases,
                               args.patient_regex)
-    for line in prepare.remarks(store.volumes, store.skipped, store.task) + drawn:
+    for line in audit.remarks(store.volumes, store.skipped, store.task) + drawn:
         print(line)
     slices = store.of(store.task.cases("val"))
     squares = torch.from_numpy(np.concatenate([prepare.square(store.slice(int(i))[None], max(args.image_size, 32))

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import datasets
 import metrics
-from ct import intake, prepare, tasks, volumes
+from ct import audit, intake, prepare, stores, tasks, volumes
 from ct.command import number, whole
 from ct.volumes import BadInput
 from engine import backbones, figures, predict, processes, report, runs
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     backbones.architecture(args.arch)
     names = choose_backbones(args, phantom)
     titles = [backbones.title_of(name, args.row) for name in names]
-    store = datasets.prepare(data, args.store or prepare.default_store(data), "segment", tuple(args.window),
+    store = datasets.prepare(data, args.store or stores.default_store(data), "segment", tuple(args.window),
                              workers=args.workers, names=args.labels, organs=args.organs)
     ranks = processes.start(args.deterministic)
     drawn = processes.on_main(ranks.is_main, lambda: tasks.draw_splits(
@@ -421,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
                      for p in args.protocols)
         count = len(store.task.organs) - 1
         print(f"{count} organ{'s' * (count > 1)}: logits and loss take {needed / 1e9:.1f} GB of the device's memory")
-        for line in prepare.remarks(store.volumes, store.skipped, store.task) + drawn:
+        for line in audit.remarks(store.volumes, store.skipped, store.task) + drawn:
             print(line)
     tell_unfinished(args, names, phantom, ranks)
     for name in names:

@@ -48,9 +48,19 @@ class Task:
         return tuple(self.labels)
 
     @property
+    def of_paper(self) -> bool:
+        """Whether it is the paper's, BTCV: its labels and splits are known and stand in no record."""
+        return self == BTCV
+
+    @property
     def recorded(self) -> dict:
-        """What a run's settings say of it: {"labels": {id: name}}; of BTCV, which is known, nothing."""
-        return {} if self == BTCV else {"labels": {str(i): organ for i, organ in self.labels.items()}}
+        """What a run's settings and a store's index say of it: {"labels": {id: name}}; of the paper's nothing."""
+        return {} if self.of_paper else {"labels": {str(i): organ for i, organ in self.labels.items()}}
+
+    @property
+    def recorded_ids(self) -> list[int] | None:
+        """What a volume's record says of its classes: the id of each; of the paper's nothing."""
+        return None if self.of_paper else list(self.ids)
 
     def file(self, split: str, draw: int = 0) -> Path:
         """Where the ids of a split are: '12.5' and '25' (draws 0 to 2), '100', or 'val'."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import augment
-from ct import intake, label_maps, prepare, tasks, volumes
+from ct import intake, label_maps, reading, tasks, volumes
 from ct.files import checksum
 from ct.volumes import BadInput
 from engine import backbones, processes, runs
@@ -128,7 +128,7 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, 
     several = None if len(paths) > 1 else True
     for name, path in tqdm(paths.items(), "predicting", unit="volume", disable=several, leave=False):
         try:
-            read, levels, _, strange = prepare.read_ct(path, config["window"])
+            read, levels, _, strange = reading.read_ct(path, config["window"])
             refuse_another(into / f"{name}.nii.gz", path)  # before the work
         except BadInput as e:
             bad.append(str(e))
