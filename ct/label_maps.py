@@ -9,7 +9,7 @@ import numpy as np
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
 from ct.files import replacing
-from ct.volumes import DISPLAY, BadInput, Volume, display, load, scaled
+from ct.volumes import DISPLAY, BadInput, Volume, corner_shift, display, load, scaled
 
 # a header's fields that say where a voxel lies
 PLACE = ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
@@ -44,8 +44,7 @@ def read_labels(path: Path | list[Path], volume: Volume, ids: int | Sequence[int
     if data.shape != own:
         raise BadInput(f"{path}: label of {data.shape} voxels for an image of {own} ({volume.path.name}); "
                        "they must be on one grid")
-    corners = np.array([[x, y, z, 1] for x in (0, own[0]) for y in (0, own[1]) for z in (0, own[2])], float)
-    shift = np.abs((corners @ (affine - volume.affine).T)[:, :3]).max()
+    shift = corner_shift(own, affine, volume.affine)
     if shift > 0.1 * min(volume.spacing):
         raise BadInput(f"{path}: its affine differs from that of {volume.path.name} by up to {shift:.2f} mm; "
                        "label and image must be on one grid")

@@ -115,6 +115,7 @@ def ensure(folder: str | os.PathLike = "data/phantom") -> Path:
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    """Write the phantom that the flags ask for, and say how much it is."""
     parser = Parser(description="Write a generated abdomen in both data sets' layouts.")
     parser.add_argument("--out", type=Path, default=Path("data/phantom"), help="folder to make (%(default)s)")
     parser.add_argument("--seed", type=whole(0), default=0)

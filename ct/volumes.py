@@ -14,7 +14,7 @@ import functools
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -34,7 +34,7 @@ MAX_RATIO = 1100  # of gzip's compression: deflate cannot do better than 1,032
 class BadInput(ValueError):
     """What the user gave cannot be used; the message is one line: the file, what is wrong, what to do.
 
-    relayed: every process raises it, since one told the others; only the main one prints it.
+    relayed: every process raises it, since one of them passed it on; only the main one prints it.
     """
 
     relayed = False
@@ -61,6 +61,7 @@ class Volume:
 
     @property
     def is_phantom(self) -> bool:
+        """Whether its header says that phantom.py made it."""
         return _marked(self.header)
 
 
@@ -106,6 +107,12 @@ def empty_sform(header: nib.Nifti1Header) -> bool:
     """Whether the sform's code is set, its numbers are all zero, and a qform says where the voxels are."""
     return (int(header["sform_code"]) > 0 and int(header["qform_code"]) > 0
             and not any(header[f"srow_{axis}"][:3].any() for axis in "xyz"))
+
+
+def corner_shift(shape: Sequence[int], affine: np.ndarray, other: np.ndarray) -> float:
+    """By how many mm, along one of the axes, two affines place a corner of a grid (X, Y, Z) apart at most."""
+    corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])], float)
+    return np.abs((corners @ (affine - other).T)[:, :3]).max()
 
 
 def _marked(header: nib.Nifti1Header) -> bool:
@@ -221,7 +228,10 @@ def _instead(start: bytes) -> str:
 
 
 def load(path: Path) -> tuple[np.ndarray, nib.Nifti1Header, np.ndarray]:
-    """(stored numbers (X, Y, Z), header, affine in mm) of one 3-D file, checked, its bytes read to the end."""
+    """(stored numbers (X, Y, Z), header, affine in mm) of one 3-D file, checked, its bytes read to the end.
+
+    Raises BadInput when it is missing, no NIfTI, damaged or no 3-D image.
+    """
     with _opened(path) as (stream, header):
         shape, dtype, offset = _check_header(path, header)
         affine = _affine(path, header)
