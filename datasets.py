@@ -26,10 +26,9 @@ import torch
 import augment
 import crops
 import resize
+from ct import audit, stores, tasks
 from ct import prepare as preparation
-from ct import tasks
-from ct.prepare import HEADER, array, sizes_agree
-from ct.tasks import BTCV
+from ct.stores import HEADER, array, name_of, sizes_agree, task_of
 from ct.volumes import BadInput
 from engine import figures, processes
 from local_loss import CELLS
@@ -47,12 +46,12 @@ def open_labelled(args, data: Path) -> tuple["Store", processes.Processes, list[
 
     args: the flags of `processes.Parser.common` and `task_flags`. Raises BadInput.
     """
-    store = prepare(data, args.store or preparation.default_store(data), "segment", tuple(args.window),
+    store = prepare(data, args.store or stores.default_store(data), "segment", tuple(args.window),
                     workers=args.workers, names=args.labels, organs=args.organs)
     ranks = processes.start(args.deterministic)
     drawn = processes.on_main(ranks.is_main, lambda: tasks.draw_splits(
         store.task, [v["id"] for v in store.volumes], args.val, args.val_cases, args.patient_regex))
-    return store, ranks, preparation.remarks(store.volumes, store.skipped, store.task) + drawn
+    return store, ranks, audit.remarks(store.volumes, store.skipped, store.task) + drawn
 
 
 def room_for(files: int) -> int:
@@ -95,8 +94,8 @@ class Store:
     def __init__(self, folder: Path, index: dict):
         self.folder, self.kind, self.skipped = folder, index["kind"], index["skipped"]
         self.volumes, self.size, self.window = index["volumes"], index["size"], index["window"]
-        self.data, self.task = index["data"], preparation.task_of(folder, index)
-        self.name = preparation.name_of(Path(self.data))
+        self.data, self.task = index["data"], task_of(folder, index)
+        self.name = name_of(Path(self.data))
         self.is_phantom = any(v["phantom"] for v in self.volumes)
         self.ends = np.cumsum([v["slices"] for v in self.volumes])
         # files that stay open. Others are opened for each read: slices are drawn at random, so to keep the last ones
@@ -126,7 +125,7 @@ class Store:
         The checksum of its slices; for segmentation also that of its labels and the spacing, which HD95 is measured in,
         and what the labels mean, where that is not BTCV's.
         """
-        meaning = [] if self.task in (None, BTCV) else [f"{zlib.crc32(str(self.task.labels).encode()):08x}"]
+        meaning = [f"{zlib.crc32(str(self.task.labels).encode()):08x}"] if self.task and self.task.recorded else []
 
         def fingerprint(volume: dict) -> str:
             spacing = [f"{s:g}" for s in volume["spacing"]] if self.kind == "segment" else []

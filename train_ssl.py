@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import augment
 import datasets
 import resize
-from ct import intake, prepare
+from ct import audit, intake, prepare, stores
 from ct.command import number, whole
 from ct.volumes import BadInput
 from engine import backbones, figures, monitor, processes, runs
@@ -374,11 +374,11 @@ def main(argv: list[str] | None = None) -> None:
     backbones.architecture(args.arch)  # what is refused is refused before the slices are prepared, which takes long
     if args.init != start_of(args):
         args.init = backbones.resolve(args.init, args.out, phantom)
-    store = datasets.prepare(data, args.store or prepare.default_store(data), "pretrain", tuple(args.window),
+    store = datasets.prepare(data, args.store or stores.default_store(data), "pretrain", tuple(args.window),
                              args.size, args.workers)
     ranks = processes.start(args.deterministic)
     if ranks.is_main:
-        for line in prepare.remarks(store.volumes, store.skipped):
+        for line in audit.remarks(store.volumes, store.skipped):
             print(line)
     trained = (args.out / args.init / "backbone.pth").exists
     if args.init == start_of(args) and not processes.on_main(ranks.is_main, trained):

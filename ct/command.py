@@ -22,6 +22,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message: str):
+        """End with the message in one line on stderr, and exit code 2."""
         self.exit(2, f"{self.prog}: {printable(message)} (see --help)\n")
 
 
@@ -99,20 +100,20 @@ def command(main):
                 finally:
                     sys.stdout.flush()
             except BadInput as e:
-                _tell(str(e), e.relayed)
+                _print_error(str(e), e.relayed)
                 raise SystemExit(1) from None
             except OSError as e:
-                _tell(cause(e))
+                _print_error(cause(e))
                 sys.stdout.abandon()
                 raise SystemExit(1) from None
             except KeyboardInterrupt:  # outside the training loops, where StopRequest is not at work
-                _tell("interrupted; the same command continues")
+                _print_error("interrupted; the same command continues")
                 raise SystemExit(128 + signal.SIGINT) from None
 
     return wrapped
 
 
-def _tell(line: str, relayed: bool = False) -> None:
+def _print_error(line: str, relayed: bool = False) -> None:
     """The line with which a command ends; of several processes each says what it found itself, with its rank."""
     rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     several = world not in ("", "1")

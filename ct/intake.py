@@ -2,7 +2,7 @@
 
 Every command comes in by these two doors. `find_volumes` goes by names: files and folders that name labels are left
 out, what is not read here is counted. `judge` goes by a volume's values and geometry: what is no CT in HU, or no stack
-of axial slices, is refused; what is usable and yet unusual is told.
+of axial slices, is refused; what is usable and yet unusual is listed as odd.
 """
 
 import functools
@@ -45,16 +45,15 @@ def find_volumes(data: Path, kind: str) -> tuple[list[dict], list[dict]]:
     """What a folder holds: ({id, image, label or None} sorted by id, skipped {file, reason, no_image}).
 
     Known layouts: BTCV's RawData/Training/{img,label}, AbdomenCT-1K's Case_00001_0000.nii.gz in one folder or
-    in part folders, and for pre-training any folder of NIfTI volumes (labelled ones of other layouts: `layouts.find`).
-    no_image: the file's name says that it is none, so nothing is missed; all other skipped ones are unusable. Raises
-    BadInput for a missing or empty folder, for two files of one id, and for segmentation without BTCV's layout.
+    in part folders, and any folder of NIfTI volumes (labelled ones of other layouts: `layouts.find`).
+    kind "segment": with the labels of BTCV; all other volumes have none here. no_image: the file's name says that it is
+    none, so nothing is missed; all other skipped ones are unusable. Raises BadInput for a missing or empty folder and
+    for two files of one id.
     """
     if not data.is_dir():
         raise BadInput(f"{data}: no such folder; give --data the folder of the CT volumes")
     if root := btcv_root(data):
         return _without(*_find_btcv(root, kind), _others_in_btcv(root, kind))
-    if kind == "segment":
-        raise BadInput(f"{data}: no RawData/Training/img there; unpack BTCV's RawData.zip into it")
     files, skipped = survey(data)
     if any(_is_case(p) and stem(p).endswith("_0000") for p in files):  # AbdomenCT-1K: masks lack the _0000
         masks = [p for p in files if _is_case(p) and not stem(p).endswith("_0000")]
@@ -94,6 +93,7 @@ def named(skipped: dict) -> str:
 
 
 def skip(path: Path, reason: str, no_image: bool = False) -> dict:
+    """A skipped file, as `find_volumes` lists it."""
     return {"file": str(path), "reason": reason, "no_image": no_image}
 
 
@@ -102,19 +102,20 @@ def _others_in_btcv(root: Path, kind: str) -> list[dict]:
     others = []
     for s in survey(root)[1]:
         if Path(s["file"]).is_relative_to(root / "label"):
-            others += [s | {"no_image": kind != "segment"}] * (s["reason"] != BY_NAME)
+            if s["reason"] != BY_NAME:
+                others.append(s | {"no_image": kind != "segment"})
         else:
             others.append(s)
     return others
 
 
 def _without(found: list[dict], skipped: list[dict], others: list[dict]) -> tuple[list[dict], list[dict]]:
-    """BTCV's volumes without what cannot be opened, which is among `others`; an image's missing label is told later."""
+    """BTCV's volumes without what cannot be opened, which is among `others`; a missing label is refused later."""
     gone = {s["file"] for s in others}
-    kept = [v if str(v["label"]) not in gone else v | {"label": None} for v in found if str(v["image"]) not in gone]
-    if not kept:
+    usable = [v if str(v["label"]) not in gone else v | {"label": None} for v in found if str(v["image"]) not in gone]
+    if not usable:
         raise BadInput(f"not one image there can be used; {named(others[0])} ({len(others)} such)")
-    return kept, [s for s in skipped if s["file"] not in gone] + others
+    return usable, [s for s in skipped if s["file"] not in gone] + others
 
 
 def survey(folder: Path) -> tuple[list[Path], list[dict]]:
@@ -137,7 +138,8 @@ def survey(folder: Path) -> tuple[list[Path], list[dict]]:
         seen.add(real)
         for path in sorted(Path(root, name) for name in names):
             if _hidden(path, folder):
-                skipped += [skip(path, "hidden file", no_image=True)] * is_nifti(path)
+                if is_nifti(path):
+                    skipped.append(skip(path, "hidden file", no_image=True))
             elif not is_nifti(path) and (what := _other_format(path)):
                 label = names_labels(path.relative_to(folder)) or _converted(path, names)
                 others.setdefault((what, label), []).append(path)
@@ -149,8 +151,8 @@ def survey(folder: Path) -> tuple[list[Path], list[dict]]:
                 files.append(path)
     for ((what, tool), no_image), paths in others.items():
         first = ", ".join(str(p.relative_to(folder)) for p in paths[:3]) + " ..." * (len(paths) > 3)
-        told = "labels by their names, or there as .nii too" if no_image else f"convert them with {tool}, or move them"
-        skipped.append(skip(folder, f"{len(paths)} files of another format, {what}, not read ({first}); {told}",
+        hint = "labels by their names, or there as .nii too" if no_image else f"convert them with {tool}, or move them"
+        skipped.append(skip(folder, f"{len(paths)} files of another format, {what}, not read ({first}); {hint}",
                              no_image))
     return sorted(files), skipped
 
@@ -249,8 +251,8 @@ def judge(read: Volume, low: float, high: float) -> list[str]:
 
     Raises BadInput for what is no CT by its values, whatever the window: a CT's cover at least a third of SOFT, since
     soft tissue together with air, fat or bone does, and are many. Constant volumes, label maps, masks, images
-    normalised to 0..1 or to unit deviation do not, nor soft tissue alone without its intercept; and no CT has values
-    below PADDING or above HIGHEST. Raises it, too, for what is no stack of axial slices by its geometry.
+    normalised to 0..1 or to unit standard deviation do not, nor soft tissue alone without its intercept; and no CT has
+    values below PADDING or above HIGHEST. Raises it, too, for what is no stack of axial slices by its geometry.
     """
     (slices, rows, columns), (_, y, x) = read.stored.shape, read.spacing
     if min(rows, columns) < LEAST_SIDE:
@@ -303,7 +305,7 @@ def _odd_geometry(read: Volume) -> list[str]:
     if volumes.empty_sform(header):
         odd.append("an sform of zeros in its header; the qform was used")
     elif sform and not np.allclose(header["pixdim"][1:4], sizes, rtol=0.01):
-        odd.append(f"a spacing of {_told(header['pixdim'][1:4])} mm in its header, of {_told(sizes)} mm in its sform, "
+        odd.append(f"a spacing of {_by(header['pixdim'][1:4])} mm in its header, of {_by(sizes)} mm in its sform, "
                    "which was used")
     if sform and qform and not volumes.empty_sform(header):
         try:
@@ -311,13 +313,11 @@ def _odd_geometry(read: Volume) -> list[str]:
         except (nib.spatialimages.HeaderDataError, ValueError):
             odd.append("a damaged qform in its header; the sform was used")
         else:
-            shape = read.header["dim"][1:4]
-            corners = np.array([[i, j, k, 1] for i in (0, shape[0]) for j in (0, shape[1]) for k in (0, shape[2])])
-            shift = np.abs((corners @ (other - read.affine).T)[:, :3]).max()
+            shift = volumes.corner_shift(header["dim"][1:4], other, read.affine)
             if not shift <= 0.1 * min(read.spacing):  # nor is NaN
                 odd.append(f"its qform and its sform place voxels up to {shift:.3g} mm apart; the sform was used")
     return odd
 
 
-def _told(sizes: np.ndarray) -> str:
+def _by(sizes: np.ndarray) -> str:
     return " x ".join(f"{s:.3g}" for s in sizes)

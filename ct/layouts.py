@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ct.intake import BY_NAME, IMAGES, btcv_root, find_volumes, has_word, named, skip, survey
+from ct.label_maps import HIGHEST_ID, UNKNOWN
 from ct.tasks import BTCV
-from ct.volumes import HIGHEST_ID, UNKNOWN, BadInput, is_nifti, stem
+from ct.volumes import BadInput, is_nifti, stem
 
 PAIRS = (("images", "labels"), ("imagesTr", "labelsTr"), ("img", "label"))
 NO_LABEL = "a volume without a label"
@@ -99,22 +100,22 @@ def _with_others(data: Path, found: Found) -> Found:
 
 
 def _from_json(path: Path) -> Found:
-    told = _read_json(path)
-    if "channel_names" in told:
-        return _nnunet(path, told)
-    if "training" in told:
-        return _msd(path, told)
+    content = _read_json(path)
+    if "channel_names" in content:
+        return _nnunet(path, content)
+    if "training" in content:
+        return _msd(path, content)
     raise BadInput(f"{path}: neither MSD's, with training, nor nnU-Net's, with channel_names")
 
 
-def _msd(path: Path, told: dict) -> Found:
+def _msd(path: Path, content: dict) -> Found:
     """MSD's: labels {"1": "spleen"}, modality {"0": "CT"}, training [{"image": ..., "label": ...}]."""
-    _refuse_modality(path, "modality", told)
-    labels = check_labels(((key, name) for key, name in _object(path, "labels", told).items()), path)
-    if not isinstance(told["training"], list) or not told["training"]:
+    _refuse_modality(path, "modality", content)
+    labels = check_labels(((key, name) for key, name in _object(path, "labels", content).items()), path)
+    if not isinstance(content["training"], list) or not content["training"]:
         raise BadInput(f"{path}: training is no list of images and labels")
     volumes: dict[str, dict] = {}
-    for entry in told["training"]:
+    for entry in content["training"]:
         parts = [entry.get(part) if isinstance(entry, dict) else None for part in ("image", "label")]
         if not all(isinstance(part, str) for part in parts):
             raise BadInput(f"{path}: an entry of training is not {{image, label}} but {str(entry)[:80]}")
@@ -130,16 +131,16 @@ def _msd(path: Path, told: dict) -> Found:
     return Found("MSD", labels, list(volumes.values()), [])
 
 
-def _nnunet(path: Path, told: dict) -> Found:
+def _nnunet(path: Path, content: dict) -> Found:
     """nnU-Net v2's: labels {"spleen": 1}, channel_names {"0": "CT"}, file_ending; x_0000 of imagesTr is x of labelsTr.
     """
-    _refuse_modality(path, "channel_names", told)
-    labels = _object(path, "labels", told)
+    _refuse_modality(path, "channel_names", content)
+    labels = _object(path, "labels", content)
     if regions := [name for name, value in labels.items() if isinstance(value, (list, tuple))]:
         raise BadInput(f"{path}: {regions[0]} is a region of several ids; only labels of one id each are read here")
     if "ignore" in labels:
         raise BadInput(f"{path}: has an ignore label, which is not known here; give those voxels another label")
-    if (ending := told.get("file_ending")) not in (".nii.gz", ".nii"):
+    if (ending := content.get("file_ending")) not in (".nii.gz", ".nii"):
         raise BadInput(f"{path}: file_ending {ending}; only .nii.gz and .nii are read here, convert the files")
     known = check_labels(((value, name) for name, value in labels.items()), path)
     folders = [path.parent / part for part in ("imagesTr", "labelsTr")]
@@ -160,24 +161,24 @@ def _read_json(path: Path) -> dict:
         return dict(pairs)
 
     try:
-        told = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except BadInput:
         raise
     except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"{path}: no JSON that can be read ({' '.join(str(e).split())})") from None
-    if not isinstance(told, dict):
-        raise BadInput(f"{path}: a JSON {type(told).__name__}; expected an object with labels")
-    return told
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: a JSON {type(content).__name__}; expected an object with labels")
+    return content
 
 
-def _object(path: Path, key: str, told: dict) -> dict:
-    if not isinstance(value := told.get(key), dict) or not value:
+def _object(path: Path, key: str, content: dict) -> dict:
+    if not isinstance(value := content.get(key), dict) or not value:
         raise BadInput(f"{path}: {key} is no object with entries")
     return value
 
 
-def _refuse_modality(path: Path, key: str, told: dict) -> None:
-    channels = list(_object(path, key, told).values())
+def _refuse_modality(path: Path, key: str, content: dict) -> None:
+    channels = list(_object(path, key, content).values())
     if len(channels) > 1:
         raise BadInput(f"{path}: {len(channels)} channels in {key}; only one, CT, is read here")
     if str(channels[0]).strip().upper() != "CT":

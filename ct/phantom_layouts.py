@@ -26,15 +26,15 @@ def places(layout: str, folder: Path, number: int) -> tuple[Path, Path | dict[in
 
 
 def describe(layout: str, folder: Path, numbers: tuple[int, ...]) -> None:
-    """Write what tells of these patients in the layout: its dataset.json."""
-    told = {"name": "phantom", "numTraining": len(numbers)}
+    """Write the layout's dataset.json for these patients, where it has one."""
+    content = {"name": "phantom", "numTraining": len(numbers)}
     if layout == "msd":
         listed = [[f"./{path.relative_to(folder)}" for path in places(layout, folder, n)] for n in numbers]
-        told |= {"modality": {"0": "CT"}, "labels": {str(i): organ for i, organ in BTCV.labels.items()},
+        content |= {"modality": {"0": "CT"}, "labels": {str(i): organ for i, organ in BTCV.labels.items()},
                  "training": [{"image": image, "label": label} for image, label in listed], "test": []}
     elif layout == "nnunet":
-        told |= {"channel_names": {"0": "CT"}, "labels": {organ: i for i, organ in BTCV.labels.items()},
+        content |= {"channel_names": {"0": "CT"}, "labels": {organ: i for i, organ in BTCV.labels.items()},
                  "file_ending": ".nii.gz"}
     else:
         return
-    (folder / "dataset.json").write_text(json.dumps(told, indent=1))
+    (folder / "dataset.json").write_text(json.dumps(content, indent=1))

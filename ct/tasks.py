@@ -5,7 +5,6 @@ store, and read from there ever after: they may be edited and published.
 """
 
 import math
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ct.files import replacing
 from ct.volumes import BadInput
 
 SHARES = {"12.5": 1 / 8, "25": 1 / 4}  # of the training volumes
@@ -48,9 +48,19 @@ class Task:
         return tuple(self.labels)
 
     @property
+    def of_paper(self) -> bool:
+        """Whether it is the paper's, BTCV: its labels and splits are known and stand in no record."""
+        return self == BTCV
+
+    @property
     def recorded(self) -> dict:
-        """What a run's settings say of it: {"labels": {id: name}}; of BTCV, which is known, nothing."""
-        return {} if self == BTCV else {"labels": {str(i): organ for i, organ in self.labels.items()}}
+        """What a run's settings and a store's index say of it: {"labels": {id: name}}; of the paper's nothing."""
+        return {} if self.of_paper else {"labels": {str(i): organ for i, organ in self.labels.items()}}
+
+    @property
+    def recorded_ids(self) -> list[int] | None:
+        """What a volume's record says of its classes: the id of each; of the paper's nothing."""
+        return None if self.of_paper else list(self.ids)
 
     def file(self, split: str, draw: int = 0) -> Path:
         """Where the ids of a split are: '12.5' and '25' (draws 0 to 2), '100', or 'val'."""
@@ -85,7 +95,7 @@ def of(name: str, labels: dict[int, str], folder: Path) -> Task:
 
 def draw_splits(task: Task, ids: Iterable[str], val: float | None = None, val_cases: Path | None = None,
                 patients: str | None = None) -> list[str]:
-    """Write the files of a task's splits that are not there yet. Returns what there is to tell of them, a line each.
+    """Write the files of a task's splits that are not there yet. Returns remarks on them, a line each.
 
     ids: all volumes. To validate on: the share `val` of the patients (a fifth) or the ids in the file `val_cases`; to
     train on: all others, of which a draw takes 12.5 or 25 %, rounded up, without replacement. A patient is a volume,
@@ -96,20 +106,21 @@ def draw_splits(task: Task, ids: Iterable[str], val: float | None = None, val_ca
     ids, asked = sorted(ids), (val, val_cases, patients) != (None, None, None)
     files: dict[Path, list[str]] = {}
 
-    def settle(split: str, fresh: Iterable[str], draw: int = 0) -> list[str]:
+    def choose(split: str, fresh: Iterable[str], draw: int = 0) -> list[str]:
+        """The ids of a split: those in its file, else `fresh`."""
         path = task.file(split, draw)
         files[path] = _listed(path) if path.exists() and not asked else sorted(fresh)
         return files[path]
 
     known = task.file("val").exists() and not asked
-    held_out = settle("val", () if known else _held_out(task, ids, val, val_cases, _of_patients(ids, patients)))
-    train = settle("100", set(ids).difference(held_out))
+    held_out = choose("val", () if known else _held_out(task, ids, val, val_cases, _of_patients(ids, patients)))
+    train = choose("100", set(ids).difference(held_out))
     if not train:
         raise BadInput(f"{val_cases or task.file('100')}: no volume is left to train on")
     for place, (split, share) in enumerate(SHARES.items(), 1):
         for draw in range(DRAWS):
             drawn = np.random.default_rng([SEED, place, draw]).choice(len(train), math.ceil(share * len(train)), False)
-            settle(split, [train[i] for i in drawn], draw)
+            choose(split, [train[i] for i in drawn], draw)
     there = [path for path in files if path.exists()]
     if other := [str(path) for path in there if set(_listed(path)) != set(files[path])]:
         raise BadInput(f"{', '.join(other)}: there already, and other than --val, --val-cases and --patient-regex "
@@ -128,13 +139,13 @@ def siblings(ids: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _remarks(ids: list[str], train: set[str], held_out: set[str]) -> list[str]:
-    told = []
+    remarks = []
     if torn := [g for g in siblings(ids).values() if train.intersection(g) and held_out.intersection(g)]:
-        told.append(f"{len(torn)} patients seem to have volumes both to train and to validate on ({', '.join(torn[0])}"
-                    f"{' ...' * (len(torn) > 1)}); --patient-regex keeps a patient's together")
+        remarks.append(f"{len(torn)} patients seem to have volumes both to train and to validate on "
+                       f"({', '.join(torn[0])}{' ...' * (len(torn) > 1)}); --patient-regex keeps a patient's together")
     if new := set(ids) - train - held_out:
-        told.append(f"{len(new)} volumes are in no split ({min(new)}{' ...' * (len(new) > 1)})")
-    return told
+        remarks.append(f"{len(new)} volumes are in no split ({min(new)}{' ...' * (len(new) > 1)})")
+    return remarks
 
 
 def _held_out(task: Task, ids: list[str], val: float | None, val_cases: Path | None,
@@ -184,9 +195,5 @@ def _listed(path: Path) -> list[str]:
 
 def _write(path: Path, ids: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with replacing(path) as part:
         part.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8", errors="surrogateescape")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One NIfTI volume in and out: HU, one display orientation, spacing; labels back on the file's own grid.
+"""One NIfTI volume: HU, one display orientation, spacing, and what writing on the file's own grid needs.
 
 Whatever the affine says (RAS, LPS, oblique, slices stored on another axis), a volume is read as
 (Z, Y, X) with slice 0 the most inferior, row 0 anterior and column 0 the patient's right, so that a slice
@@ -26,13 +26,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 SUFFIXES = (".nii.gz", ".nii")
 # A file's axes in the order (x, y, z) towards Left, Posterior, Superior; transposed, that is (Z, Y, X).
 DISPLAY = axcodes2ornt(("L", "P", "S"))
-# a header's fields that say where a voxel lies
-PLACE = ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
-         "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
 MAX_VOXELS = 2**31  # 2,147 million: 8,000 slices of 512 x 512. A header that declares more is damaged.
-UNKNOWN = 255  # no class: in a label map, ids that the task does not have
-HIGHEST_ID = 65535  # of a label: predictions are written with 16 bits at most
-ROUNDED = 0.05  # by how much a label may lie beside a whole number (editing in floats leaves 2.9999)
 BLOCK = 1 << 20  # bytes of a compressed file that are read at once
 MAX_RATIO = 1100  # of gzip's compression: deflate cannot do better than 1,032
 
@@ -40,7 +34,7 @@ MAX_RATIO = 1100  # of gzip's compression: deflate cannot do better than 1,032
 class BadInput(ValueError):
     """What the user gave cannot be used; the message is one line: the file, what is wrong, what to do.
 
-    relayed: every process raises it, since one told the others; only the main one prints it.
+    relayed: every process raises it, since one of them passed it on; only the main one prints it.
     """
 
     relayed = False
@@ -67,6 +61,7 @@ class Volume:
 
     @property
     def is_phantom(self) -> bool:
+        """Whether its header says that phantom.py made it."""
         return _marked(self.header)
 
 
@@ -87,9 +82,9 @@ def read_volume(path: str | os.PathLike) -> Volume:
     Raises BadInput when the file is missing, no NIfTI, damaged, no 3-D image, or holds NaN or infinity.
     """
     path = Path(path)
-    data, header, affine = _load(path)
+    data, header, affine = load(path)
     spacing = nib.affines.voxel_sizes(affine)[np.argsort(_to_display(affine)[:, 0])]
-    read = Volume(_display(data, affine), tuple(float(s) for s in spacing[::-1]), path, header, affine)
+    read = Volume(display(data, affine), tuple(float(s) for s in spacing[::-1]), path, header, affine)
     # the ends decide for integers (scaling keeps their order), a slice at a time else: no volume in float beside it
     parts = range(len(read.stored)) if data.dtype.kind == "f" else ()
     if not np.isfinite(_hu(np.array([data.min(), data.max()]), header)).all():
@@ -97,83 +92,6 @@ def read_volume(path: str | os.PathLike) -> Volume:
     if bad := sum(int((~np.isfinite(read.slice(z))).sum()) for z in parts):
         raise BadInput(f"{path}: {bad} of {data.size} voxels are NaN or infinite; export it again or remove it")
     return read
-
-
-def read_labels(path: Path | list[Path], volume: Volume, ids: int | Sequence[int],
-                odd: list[str] | None = None) -> np.ndarray:
-    """Read the label map of a volume: (Z, Y, X) uint8, class c where the file has the c-th of `ids` (n: 0..n-1).
-
-    Several files are masks of 0 and 1, the first that of class 1; where two overlap, the later has the voxel. Values
-    within ROUNDED of a whole number are rounded. A line on each of these is appended to `odd`. Raises BadInput when a
-    file is unreadable, lies on another grid than the volume (shape, or an affine that moves a corner by over a tenth
-    of a voxel), or holds anything but those ids.
-    """
-    if isinstance(path, list):
-        labels, several = np.zeros(volume.stored.shape, np.uint8), np.zeros(volume.stored.shape, bool)
-        for c, part in enumerate(path, 1):
-            mask = read_labels(part, volume, 2, odd).view(bool)
-            several |= mask & (labels > 0)
-            labels[mask] = c
-        if odd is not None and several.any():
-            odd.append(f"{int(several.sum()):,} voxels have more than one organ; the later in the list has them")
-        return labels
-    path = Path(path)
-    data, header, affine = _load(path)
-    # a volume is the file's grid with its axes permuted and flipped: compare in the file's own order
-    own = tuple(int(d) for d in volume.header["dim"][1:4])
-    if data.shape != own:
-        raise BadInput(f"{path}: label of {data.shape} voxels for an image of {own} ({volume.path.name}); "
-                       "they must be on one grid")
-    corners = np.array([[x, y, z, 1] for x in (0, own[0]) for y in (0, own[1]) for z in (0, own[2])], float)
-    shift = np.abs((corners @ (affine - volume.affine).T)[:, :3]).max()
-    if shift > 0.1 * min(volume.spacing):
-        raise BadInput(f"{path}: its affine differs from that of {volume.path.name} by up to {shift:.2f} mm; "
-                       "label and image must be on one grid")
-    ids = range(ids) if isinstance(ids, int) else ids
-    classes = np.full(max(ids) + 1, UNKNOWN, np.uint8)
-    classes[list(ids)] = range(len(ids))
-    stored = _display(data, affine)
-    labels, away = np.empty(stored.shape, np.uint8), 0
-    for out, (whole, rounded) in zip(labels, _whole(path, stored, header), strict=True):
-        low, high = whole.min(), whole.max()
-        unknown = [low] if low < 0 else [high] if high >= len(classes) else []  # infinity, too
-        if not unknown and len(classes) == len(ids):
-            out[:] = whole
-        elif not unknown:
-            out[:] = classes[whole.astype(np.intp)]
-            unknown = whole[out == UNKNOWN]
-        if len(unknown):
-            expected = f"0 to {max(ids)}" if len(classes) == len(ids) else ", ".join(map(str, ids))
-            raise BadInput(f"{path}: unknown label id {unknown[0]:.0f}; expected {expected}")
-        away += rounded
-    if away and odd is not None:
-        odd.append(f"{away:,} labels of {path.name} are no whole numbers, though near; they were rounded")
-    return labels
-
-
-def label_ids(path: Path) -> list[int]:
-    """The ids that a label map holds, ascending. Raises BadInput when it is unreadable, or no label map."""
-    data, header, affine = _load(path)
-    seen = np.zeros(HIGHEST_ID + 1, bool)
-    for whole, _ in _whole(path, _display(data, affine), header):
-        low, high = whole.min(), whole.max()
-        if low < 0 or high > HIGHEST_ID:
-            raise BadInput(f"{path}: label ids {low:.0f} to {high:.0f}; expected 0 to {HIGHEST_ID}")
-        seen[whole.astype(np.intp)] = True
-    return np.flatnonzero(seen).tolist()
-
-
-def _whole(path: Path, stored: np.ndarray, header: nib.Nifti1Header) -> Iterator[tuple[np.ndarray, int]]:
-    """Of each slice of a label map: its values as whole numbers, and how many were rounded. Raises BadInput."""
-    for part in stored:
-        part = _scaled(part, header)
-        if part.dtype.kind != "f":
-            yield part, 0
-            continue
-        whole = np.rint(part)
-        if not np.isclose(part, whole, rtol=0, atol=ROUNDED).all():
-            raise BadInput(f"{path}: label values are not all whole numbers; resample labels by nearest neighbour")
-        yield whole, int((part != whole).sum())
 
 
 def is_phantom(path: Path) -> bool:
@@ -191,29 +109,10 @@ def empty_sform(header: nib.Nifti1Header) -> bool:
             and not any(header[f"srow_{axis}"][:3].any() for axis in "xyz"))
 
 
-def write_labels(path: str | os.PathLike, labels: np.ndarray, volume: Volume) -> None:
-    """Write labels (Z, Y, X) of `volume`'s display grid as NIfTI on the volume file's own grid: uint8, or uint16.
-
-    All that says where a voxel lies is copied from the file's header as it stands, qform and sform each: one computed
-    from the other would move the labels for readers that prefer the other (ITK the qform, where the sform is sheared).
-    The file appears whole or not at all. Raises ValueError when the shape is not the volume's.
-    """
-    if labels.shape != volume.stored.shape:
-        raise ValueError(f"labels of shape {labels.shape} for a volume of {volume.stored.shape}")
-    back = ornt_transform(DISPLAY, io_orientation(volume.affine))
-    stored = labels.astype(np.uint8 if labels.max() <= 255 else np.uint16)
-    data = apply_orientation(stored.transpose(2, 1, 0), back)
-    image = (nib.Nifti2Image if isinstance(volume.header, nib.Nifti2Header) else nib.Nifti1Image)(data, None)
-    image.set_data_dtype(stored.dtype)
-    for field in (*PLACE, "descrip"):  # a phantom's labels stay marked as such
-        image.header[field] = volume.header[field]
-    path = Path(path)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        nib.save(image, part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def corner_shift(shape: Sequence[int], affine: np.ndarray, other: np.ndarray) -> float:
+    """By how many mm, along one of the axes, two affines place a corner of a grid (X, Y, Z) apart at most."""
+    corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])], float)
+    return np.abs((corners @ (affine - other).T)[:, :3]).max()
 
 
 def _marked(header: nib.Nifti1Header) -> bool:
@@ -224,7 +123,7 @@ def _to_display(affine: np.ndarray) -> np.ndarray:
     return ornt_transform(io_orientation(affine), DISPLAY)
 
 
-def _display(data: np.ndarray, affine: np.ndarray) -> np.ndarray:
+def display(data: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """A file's (X, Y, Z) -> (Z, Y, X) in display orientation, a view."""
     return apply_orientation(data, _to_display(affine)).transpose(2, 1, 0)
 
@@ -235,7 +134,7 @@ def _is_scaled(header: nib.Nifti1Header) -> bool:
     return slope != 0 and math.isfinite(slope) and (slope, inter) != (1, 0)
 
 
-def _scaled(data: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
+def scaled(data: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
     """scl_slope and scl_inter applied in float64, where int32 times a float keeps its digits."""
     if not _is_scaled(header):
         return data
@@ -245,7 +144,7 @@ def _scaled(data: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
 
 def _hu(stored: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
-        return _scaled(stored, header).astype(np.float32)
+        return scaled(stored, header).astype(np.float32)
 
 
 class _Gunzip:
@@ -328,8 +227,11 @@ def _instead(start: bytes) -> str:
     return "no n+1 or n+2 in its header); convert it to .nii.gz"
 
 
-def _load(path: Path) -> tuple[np.ndarray, nib.Nifti1Header, np.ndarray]:
-    """(stored numbers (X, Y, Z), header, affine in mm) of one 3-D file, checked, its bytes read to the end."""
+def load(path: Path) -> tuple[np.ndarray, nib.Nifti1Header, np.ndarray]:
+    """(stored numbers (X, Y, Z), header, affine in mm) of one 3-D file, checked, its bytes read to the end.
+
+    Raises BadInput when it is missing, no NIfTI, damaged or no 3-D image.
+    """
     with _opened(path) as (stream, header):
         shape, dtype, offset = _check_header(path, header)
         affine = _affine(path, header)

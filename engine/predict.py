@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import resize
-from ct import intake, prepare, tasks, volumes
+from ct import intake, label_maps, reading, tasks, volumes
+from ct.files import checksum
 from ct.volumes import BadInput
 from engine import backbones, processes, runs
 from segment import Segmenter
@@ -127,7 +128,7 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, 
     several = None if len(paths) > 1 else True
     for name, path in tqdm(paths.items(), "predicting", unit="volume", disable=several, leave=False):
         try:
-            read, levels, _, strange = prepare.read_ct(path, config["window"])
+            read, levels, _, strange = reading.read_ct(path, config["window"])
             refuse_another(into / f"{name}.nii.gz", path)  # before the work
         except BadInput as e:
             bad.append(str(e))
@@ -165,8 +166,8 @@ def write(folder: Path, name: str, labels: np.ndarray, read: volumes.Volume, tas
     try:
         folder.mkdir(parents=True, exist_ok=True)
         runs.append(folder / SOURCES, [{"prediction": name, "volume": os.path.realpath(read.path),
-                                        "checksum": prepare.checksum(read.path), "labels": task.labels}])
-        volumes.write_labels(path, np.array(task.ids)[labels], read)
+                                        "checksum": checksum(read.path), "labels": task.labels}])
+        label_maps.write_labels(path, np.array(task.ids)[labels], read)
     except OSError as e:
         raise BadInput(f"{path}: cannot be written ({e.strerror}); give another --predict-out") from None
     return path
@@ -179,7 +180,7 @@ def refuse_another(path: Path, source: Path) -> None:
     listed = path.parent / SOURCES
     known = {r.get("prediction"): r for r in (runs.read_log(listed) if listed.exists() else ())}
     owner = known.get(path.name.removesuffix(".nii.gz"))
-    if owner and (owner.get("volume") == os.path.realpath(source) or owner.get("checksum") == prepare.checksum(source)):
+    if owner and (owner.get("volume") == os.path.realpath(source) or owner.get("checksum") == checksum(source)):
         return
     whose = owner.get("volume") if owner else "no known volume"
     raise BadInput(f"{path}: exists and is the prediction of {whose}, not of {source}; give --predict-out FOLDER, or "

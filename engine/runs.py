@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ct.prepare import lock
+from ct.files import lock
 from ct.volumes import BadInput
 from engine import processes
 from engine.processes import Processes, on_main

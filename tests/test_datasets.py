@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import datasets
-from ct import intake, prepare, tasks
+from ct import audit, intake, pool, prepare, reading, stores, tasks
 from ct.volumes import BadInput, read_volume
 from engine import processes
 
@@ -71,8 +71,8 @@ def test_splits_are_those_drawn_with_the_stated_seed():
 def test_windowing_is_a_rounded_linear_map():
     hu = np.linspace(-400, 400, 5001, dtype=np.float32)
     expected = np.rint(np.clip((hu.astype(np.float64) + 175) / 425, 0, 1) * 255)
-    assert np.abs(prepare.window_to_uint8(hu, (-175, 250)) - expected).max() <= 1  # ties only
-    assert (prepare.window_to_uint8(hu, (-175, 250)) == expected).mean() > 0.999
+    assert np.abs(reading.window_to_uint8(hu, (-175, 250)) - expected).max() <= 1  # ties only
+    assert (reading.window_to_uint8(hu, (-175, 250)) == expected).mean() > 0.999
 
 
 @pytest.mark.parametrize("stored", ["<i2", ">i2", "<u2", "<f4", "<i4"])
@@ -81,7 +81,7 @@ def test_levels_are_those_of_the_whole_volume_in_hu(tmp_path, stored):
     header.set_data_dtype(np.dtype(stored))
     data = (ct(5) + (1000 if stored == "<u2" else 0)).astype(stored)
     nib.save(nib.Nifti1Image(data, np.diag([1.5, -1.5, 5, 1]), header), tmp_path / "a.nii")
-    levels, low, high = prepare.levels(read_volume(tmp_path / "a.nii"), (-175, 250))
+    levels, low, high = reading.levels(read_volume(tmp_path / "a.nii"), (-175, 250))
     expected = np.rint(np.clip((data[::-1].T.astype(np.float64) + 175) / 425, 0, 1) * 255)
     assert np.abs(levels - expected).max() <= 1 and (levels == expected).mean() > 0.99 and levels.dtype == np.uint8
     assert (low, high) == (data.min(), data.max())
@@ -92,7 +92,7 @@ def test_pretraining_slices_are_padded_with_air_and_resampled(abdomen, tmp_path)
     assert len(store) == 4 + 5 + 6 and [v["id"] for v in store.volumes] == ["Case_00001", "Case_00002", "Case_00003"]
     data = ct(1, (20, 16, 4))  # LPS: x runs to the patient's left, y to posterior: rows are y, columns x
     expected = np.zeros((20, 20), np.uint8)
-    expected[2:18] = prepare.window_to_uint8(data[:, :, 3].T.astype(np.float32), (-175, 250))
+    expected[2:18] = reading.window_to_uint8(data[:, :, 3].T.astype(np.float32), (-175, 250))
     np.testing.assert_array_equal(store.slice(3), expected)
     np.testing.assert_array_equal(store.batch(np.array([4, 3]))[1], expected)
     mapped = np.load(store.folder / "Case_00001.npy", mmap_mode="r")  # any NumPy can map a volume
@@ -127,13 +127,13 @@ def test_masks_of_abdomenct_are_not_taken_for_images(abdomen):
 
 def test_only_what_changed_is_prepared_again(abdomen, tmp_path, monkeypatch):
     done = []
-    real = prepare._in_processes
+    real = pool.in_processes
 
     def watch(work, items, *rest):
         done.append([v["id"] for v in items])
         return real(work, items, *rest)
 
-    monkeypatch.setattr(prepare, "_in_processes", watch)
+    monkeypatch.setattr(pool, "in_processes", watch)
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     path = abdomen / "part0" / "Case_00002_0000.nii.gz"
@@ -151,8 +151,8 @@ def test_only_what_changed_is_prepared_again(abdomen, tmp_path, monkeypatch):
 def test_a_new_time_costs_a_checksum_once(abdomen, tmp_path, monkeypatch):
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     os.utime(abdomen / "part0" / "Case_00002_0000.nii.gz", ns=(1, 1))
-    real, read = prepare.checksum, []
-    monkeypatch.setattr(prepare, "checksum", lambda path: read.append(path.name) or real(path))
+    real, read = stores.checksum, []
+    monkeypatch.setattr(stores, "checksum", lambda path: read.append(path.name) or real(path))
     for _ in range(2):
         datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     assert read == ["Case_00002_0000.nii.gz"]
@@ -182,7 +182,7 @@ def test_a_volume_whose_arrays_are_being_replaced_is_not_there(abdomen, tmp_path
     old, stamp = path.read_bytes(), path.stat()
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     write(path, ct(7, (20, 16, 5)))
-    monkeypatch.setattr(prepare, "_write_json", lambda *a: os._exit(9))  # in the worker
+    monkeypatch.setattr(prepare, "write_json", lambda *a: os._exit(9))  # in the worker
     with pytest.raises(BadInput, match="killed"):
         datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     monkeypatch.undo()
@@ -207,7 +207,7 @@ def test_two_processes_preparing_one_store_do_not_harm_each_other(abdomen, tmp_p
         assert not list((tmp_path / "s" / "pretrain-512").glob("*.npy"))
     told = [p.communicate(timeout=60)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0] and all("3 volumes, 15 slices" in t for t in told), told
-    assert prepare.verify(tmp_path / "s") == 0
+    assert audit.verify(tmp_path / "s") == 0
 
 
 def test_a_killed_preparation_goes_on_where_it_was(tmp_path, capsys):
@@ -261,7 +261,7 @@ def test_a_full_disk_is_one_line(abdomen, tmp_path, monkeypatch):
 
 def test_a_killed_preparation_leaves_no_half_volume(abdomen, tmp_path, monkeypatch):
     """Dying before the record is written leaves nothing that counts; the next call makes it good."""
-    monkeypatch.setattr(prepare, "_write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(prepare, "write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(BaseException):  # noqa: B017 (the pool may report its own end)
         datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     monkeypatch.undo()
@@ -285,13 +285,13 @@ def test_bad_volumes_are_named_and_may_be_left_out(abdomen, tmp_path):
 def test_a_store_is_named_after_the_whole_path_of_its_folder(abdomen, tmp_path, monkeypatch):
     (tmp_path / "other" / "A").mkdir(parents=True)
     (tmp_path / "link").symlink_to(abdomen)
-    own = prepare.default_store(abdomen)
+    own = stores.default_store(abdomen)
     assert re.fullmatch(r"A-[0-9a-f]{8}", own.name) and own.parent == Path("stores")
-    assert prepare.default_store(tmp_path / "other" / "A") not in (own, prepare.default_store(tmp_path))
-    assert prepare.default_store(tmp_path / "link") == own == prepare.default_store(Path("A"))
-    assert re.fullmatch(r"root-[0-9a-f]{8}", prepare.default_store(Path("/")).name)
+    assert stores.default_store(tmp_path / "other" / "A") not in (own, stores.default_store(tmp_path))
+    assert stores.default_store(tmp_path / "link") == own == stores.default_store(Path("A"))
+    assert re.fullmatch(r"root-[0-9a-f]{8}", stores.default_store(Path("/")).name)
     monkeypatch.chdir(abdomen)
-    assert prepare.default_store(Path(".")) == own
+    assert stores.default_store(Path(".")) == own
     assert datasets.prepare(Path("."), tmp_path / "s", "pretrain", size=20).name == "A"
 
 
@@ -354,7 +354,7 @@ def test_a_volume_may_have_any_name(tmp_path, capsys):
         write(tmp_path / "A" / f"{name}.nii.gz", ct(i))
     for _ in range(2):
         store = datasets.prepare(tmp_path / "A", tmp_path / "s", "pretrain", size=20)
-        assert [v["id"] for v in store.volumes] == sorted(names) and prepare.verify(tmp_path / "s") == 0
+        assert [v["id"] for v in store.volumes] == sorted(names) and audit.verify(tmp_path / "s") == 0
     assert "preparing them again" not in capsys.readouterr().err
     for i, name in enumerate(names):
         (tmp_path / str(i)).mkdir()
@@ -409,7 +409,7 @@ def test_without_locks_a_store_is_made_with_a_warning_and_opened_without_one(abd
     assert len(datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)) == 15
     assert "no locks on this file system" in capsys.readouterr().err and others.exists()
     assert len(datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)) == 15
-    assert capsys.readouterr().err == "" and prepare.verify(tmp_path / "s") == 0
+    assert capsys.readouterr().err == "" and audit.verify(tmp_path / "s") == 0
 
 
 @pytest.mark.parametrize("touched", [False, True])
@@ -466,9 +466,9 @@ def test_verify_finds_a_flipped_bit_and_what_was_deleted(abdomen, tmp_path, caps
     assert caught.value.code == 1 and f"{path}: damaged" in capsys.readouterr().out
     path.unlink()
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
-    assert prepare.verify(tmp_path / "s") == 0
+    assert audit.verify(tmp_path / "s") == 0
     with pytest.raises(BadInput, match="nothing was prepared"):
-        prepare.verify(tmp_path)
+        audit.verify(tmp_path)
 
 
 def test_damaged_stores_are_found_at_load(abdomen, tmp_path):
@@ -482,7 +482,7 @@ def test_damaged_stores_are_found_at_load(abdomen, tmp_path):
 
 def fill(store):
     """Every slice's expected voxels, read by NumPy."""
-    return np.concatenate([np.load(prepare.array(store.folder, v["id"])) for v in store.volumes])
+    return np.concatenate([np.load(stores.array(store.folder, v["id"])) for v in store.volumes])
 
 
 def test_files_stay_open_for_all_threads_and_go_with_the_store(abdomen, tmp_path, monkeypatch):
@@ -542,7 +542,7 @@ def test_a_volume_prepared_again_is_read_as_it_was(abdomen, tmp_path):
     ("long", "ends too early"), ("failing", "cannot be read .Input/output error")])
 def test_a_file_that_is_damaged_later_is_named(abdomen, tmp_path, monkeypatch, damage, match):
     store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
-    path = prepare.array(store.folder, "Case_00001")
+    path = stores.array(store.folder, "Case_00001")
     if damage == "missing":
         path.unlink()
     if damage == "cut while open":

@@ -1,7 +1,10 @@
 """The house: which room may import which. The source is parsed, not imported."""
 
 import ast
+import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 MATHEMATICS = {"moco", "group_statistics", "local_loss", "whitening", "segment", "augment", "crops", "resize",
@@ -45,3 +48,18 @@ def test_the_mathematics_needs_torch_numpy_scipy_only():
     for name in MATHEMATICS:
         outside = {m.split(".")[0] for m in imported(ROOT / f"{name}.py")} - MATHEMATICS
         assert not outside & {"nibabel", "tqdm", "PIL", "matplotlib"}, name
+
+
+def test_the_project_installs_every_module():
+    listed = re.search(r"^py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    assert sorted(re.findall(r'"(\w+)"', listed[1])) == sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", [p for folder in (".", "ct", "engine", "tools") for p in (ROOT / folder).glob("*.py")],
+                         ids=lambda path: path.stem)
+def test_no_file_and_no_function_is_too_long_to_read(path):
+    """400 lines a file, 200 of the mathematics, 60 a function."""
+    text = path.read_text()
+    assert len(text.splitlines()) < (200 if path.parent == ROOT and path.stem in MATHEMATICS else 400)
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    assert not [n.name for n in functions if n.end_lineno - n.lineno >= 60]

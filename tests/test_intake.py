@@ -11,7 +11,7 @@ import datasets
 import svd_spectrum
 import train_seg
 import train_ssl
-from ct import intake, prepare
+from ct import intake, prepare, reading
 from ct.volumes import BadInput
 from engine import predict
 
@@ -262,10 +262,10 @@ def test_what_is_no_stack_of_axial_slices_is_refused_or_odd(tmp_path, kind):
     save(tmp_path / "a.nii.gz", ct(shape), affine)
     if how == "refused":
         with pytest.raises(BadInput, match="a.nii.gz: no stack of axial slices") as caught:
-            prepare.read_ct(tmp_path / "a.nii.gz", prepare.WINDOW)
+            reading.read_ct(tmp_path / "a.nii.gz", prepare.WINDOW)
         assert words in str(caught.value)
     else:
-        odd = prepare.read_ct(tmp_path / "a.nii.gz", prepare.WINDOW)[3]
+        odd = reading.read_ct(tmp_path / "a.nii.gz", prepare.WINDOW)[3]
         assert len(odd) == (how == "odd") and all(line.startswith(words) for line in odd)
 
 
@@ -287,7 +287,7 @@ HEADERS = {  # fields, what is told; the affine that is used stays LPS
 def test_headers_that_contradict_themselves_are_odd(tmp_path, kind):
     fields, told = HEADERS[kind]
     save(tmp_path / "a.nii.gz", **fields)
-    read, _, ends, odd = prepare.read_ct(tmp_path / "a.nii.gz", prepare.WINDOW)
+    read, _, ends, odd = reading.read_ct(tmp_path / "a.nii.gz", prepare.WINDOW)
     assert bool(odd) == bool(told) and (told is None or any(told in line for line in odd)), odd
     np.testing.assert_array_equal(read.hu, ct().transpose(2, 1, 0).astype(np.float32))
     np.testing.assert_allclose(read.spacing, (5, 1.5, 1.5), rtol=0.01)

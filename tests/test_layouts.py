@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import datasets
-from ct import layouts, prepare, tasks, volumes
+from ct import audit, label_maps, layouts, pool, prepare, reading, stores, tasks, volumes
 from ct.volumes import BadInput
 
 AFFINE = np.diag([-1.5, -1.5, 5.0, 1.0])  # LPS
@@ -111,7 +111,7 @@ def test_every_layout_of_the_same_volumes_gives_the_same_store(tmp_path):
     for i, case in enumerate(CASES):
         z = int(first.of([case])[1])
         np.testing.assert_array_equal(first.slice(z, label=True), label(i)[:, :, 1].T)
-        np.testing.assert_array_equal(first.slice(z), prepare.window_to_uint8(ct(i)[:, :, 1].T, (-175, 250)))
+        np.testing.assert_array_equal(first.slice(z), reading.window_to_uint8(ct(i)[:, :, 1].T, (-175, 250)))
     for name, store in stores.items():
         assert arrays(store) == arrays(first) and store.contents() == first.contents(), name
         assert store.task.labels == {0: "background", 1: "spleen", 2: "liver"} and store.task.name == name
@@ -131,16 +131,16 @@ def test_ids_of_labels_become_classes_in_their_order(tmp_path):
     assert store.volumes[0]["voxels"] == np.bincount(label(2)[label(2) < 3], minlength=3)[[0, 2, 1]].tolist()
     back = np.array(store.task.ids)[truth.transpose(2, 1, 0)]
     read = volumes.read_volume(folder / f"imagesTr/{CASES[0]}.nii.gz")
-    volumes.write_labels(tmp_path / "out.nii.gz", back, read)
+    label_maps.write_labels(tmp_path / "out.nii.gz", back, read)
     np.testing.assert_array_equal(nib.load(tmp_path / "out.nii.gz").dataobj, np.array([0, 700, 4])[label(0)])
 
 
 def test_btcv_is_as_it_was(tmp_path, small_phantom):
     folder, index = prepare.prepare(small_phantom / "BTCV", tmp_path / "s", "segment")
     assert list(index) == ["format", "kind", "data", "window", "size", "volumes", "skipped"]
-    assert all("ids" not in v for v in index["volumes"]) and prepare.task_of(folder, index) is tasks.BTCV
+    assert all("ids" not in v for v in index["volumes"]) and stores.task_of(folder, index) is tasks.BTCV
     assert all(len(told.split()) == 5 for told in datasets.Store(folder, index).contents().values())
-    assert prepare.task_of(folder, {"kind": "pretrain"}) is None
+    assert stores.task_of(folder, {"kind": "pretrain"}) is None
 
 
 def test_folders_named_img_and_label_are_btcvs_only_with_its_names(tmp_path):
@@ -165,8 +165,8 @@ def test_what_has_no_label_is_told_and_not_missed(msd, tmp_path, capsys):
         assert f"no image by its name: 1\n  {msd}/imagesTr/._spleen_2.nii.gz: hidden file\n" in told
         assert re.search(r"without a label: 26\n  .*imagesTr/spleen_77.nii.gz: a volume without a label\n"
                          r"  .*imagesTs: 25 files, each a volume without a label \(spleen_100.nii.gz", told)
-    store = datasets.prepare(msd, prepare.default_store(msd), "segment")
-    assert prepare.remarks(store.volumes, store.skipped, store.task) == [
+    store = datasets.prepare(msd, stores.default_store(msd), "segment")
+    assert audit.remarks(store.volumes, store.skipped, store.task) == [
         "left out, no images by their names: 1 (python datasets.py audit names them)",
         "left out, without a label: 26 (python datasets.py audit names them)"]
 
@@ -334,8 +334,8 @@ def test_flags_that_a_layout_does_not_need_are_refused(tmp_path, msd, refusal):
 def test_ids_are_found_and_read_once(tmp_path, monkeypatch, capsys):
     data, read = make_folders(tmp_path / "D", channel=True), []
     write(data / "labels/spleen_3.nii.gz", np.array([0, 5, 2], np.uint8)[label(1)])
-    real = prepare._in_processes
-    monkeypatch.setattr(prepare, "_in_processes", lambda work, items, *rest: read.append(len(items)) or real(
+    real = pool.in_processes
+    monkeypatch.setattr(pool, "in_processes", lambda work, items, *rest: read.append(len(items)) or real(
         work, items, *rest))
     store = datasets.prepare(data, tmp_path / "s", "segment")
     assert store.task.labels == {0: "background", 1: "label 1", 2: "label 2", 5: "label 5"} and read == [5, 5]
@@ -356,14 +356,14 @@ def test_names_come_from_a_file(tmp_path, capsys):
         prepare.main([command, *flags])
         out = capsys.readouterr().out
         assert "5 volumes, 20 slices" in out
-    store = prepare.default_store(data)
+    store = stores.default_store(data)
     (made,) = (p for p in store.iterdir() if p.name.startswith("segment"))
     index = json.loads((made / "index.json").read_text())
     assert made.name != "segment"
     assert index["task"] == {"name": "D", "labels": {"0": "background", "1": "spleen", "2": "left kidney",
                                                      "9": "never seen"}}
     assert sorted(p.name for p in (store / "splits").iterdir())[-2:] == ["d_train.txt", "d_val.txt"]
-    assert prepare.absent_organs(index["volumes"], prepare.task_of(made, index)) == ["never seen"]
+    assert audit.absent_organs(index["volumes"], stores.task_of(made, index)) == ["never seen"]
     unnamed = datasets.prepare(data, store, "segment")
     assert unnamed.folder.name == "segment" and unnamed.task.labels[2] == "label 2"  # beside it
     assert unnamed.task.folder == store / "splits"
@@ -438,7 +438,7 @@ def test_the_later_of_two_masks_wins_and_is_counted(tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r" 1 spleen +[\d,]+ voxels in 5 volumes", out) and "liver" not in out
     prepare.main(["prepare", "--data", str(data), "--kind", "segment"])
-    store = datasets.prepare(data, prepare.default_store(data), "segment")
+    store = datasets.prepare(data, stores.default_store(data), "segment")
     assert store.task.organs == ("background", "liver", "spleen")
 
 
@@ -523,13 +523,13 @@ def test_prepare_draws_the_splits_once_beside_the_store(msd, tmp_path, capsys, r
     for window in ([], ["--window", "0", "100"]):
         prepare.main([*flags, *window])
         folder = tmp_path / "s" / ("segment-0-100" if window else "segment")
-        task = prepare.task_of(folder, json.loads((folder / "index.json").read_text()))
+        task = stores.task_of(folder, json.loads((folder / "index.json").read_text()))
         assert task.cases("val") == ["spleen_2", "spleen_3"] and len(task.cases("100")) == 3
         assert task == tasks.of("Task09_Spleen", {0: "background", 1: "spleen", 2: "liver"}, tmp_path / "s/splits")
     line = refusal(prepare.main, [*flags, "--val", "0.8"])
     assert "task09_spleen_val.txt" in line and "--val" in line
     prepare.main([*flags[:3], "--val", "0.4", "--patient-regex", r"spleen_\d"])
-    assert prepare.verify(tmp_path / "s") == 0
+    assert audit.verify(tmp_path / "s") == 0
 
 
 def test_real_ct_in_other_layouts_gives_the_same_store(real_ct, tmp_path):

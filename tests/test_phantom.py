@@ -9,7 +9,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from scipy.ndimage import label
 
 import datasets
-from ct import intake, phantom, phantom_layouts, tasks
+from ct import intake, phantom, phantom_anatomy, phantom_layouts, phantom_scene, pool, tasks
 from ct.volumes import BadInput, read_volume
 
 SMALL = (12, 48, 48)
@@ -27,7 +27,7 @@ PLAUSIBLE_HU = {
 @pytest.fixture(scope="module")
 def patients():
     """Four patients of the default size."""
-    return [phantom.patient(seed, number) for seed, number in ((0, 1), (0, 24), (0, 1007), (3, 5))]
+    return [phantom_anatomy.patient(seed, number) for seed, number in ((0, 1), (0, 24), (0, 1007), (3, 5))]
 
 
 def centroid(labels, organ):
@@ -68,8 +68,8 @@ def test_hu_of_organs_and_tissues(patients):
 
 def test_grey_values_differ_between_patients_as_physics_has_it():
     """Contrast from 80 to 140 kV against the published falls; patients by number, scenes only (no painting)."""
-    scenes = [phantom.Scene(np.random.default_rng(i), (4, 24, 24)) for i in range(400)]
-    assert {s.kv for s in scenes} == set(phantom.VOLTAGES)
+    scenes = [phantom_scene.Scene(np.random.default_rng(i), (4, 24, 24)) for i in range(400)]
+    assert {s.kv for s in scenes} == set(phantom_scene.VOLTAGES)
     low, high = (next(s for s in scenes if s.kv == kv) for kv in (80, 140))
     for material, fall in (("iodine", 0.52), ("bone", 0.35), ("fat", 0.21), ("soft", 0.11)):
         assert 1 - high.contrast(material) / low.contrast(material) == pytest.approx(fall, abs=0.01), material
@@ -82,13 +82,13 @@ def test_grey_values_differ_between_patients_as_physics_has_it():
     livers = np.array([s.liver for s in scenes])
     assert 0.05 < (livers < 40).mean() < 0.2 and 50 < np.median(livers) < 62
     # so one grey value is another organ in another patient
-    spleens, aortas = (np.array([s.now(phantom.ORGANS[organ][1]) for s in scenes]) for organ in (SPLEEN, AORTA))
+    spleens, aortas = (np.array([s.now(phantom_anatomy.ORGANS[organ][1]) for s in scenes]) for organ in (SPLEEN, AORTA))
     assert np.percentile(aortas, 10) < np.percentile(spleens, 90)
     assert np.ptp(spleens) > 100
 
 
 def test_noise_is_correlated():
-    hu, labels, _ = phantom.patient(0, 1)
+    hu, labels, _ = phantom_anatomy.patient(0, 1)
     inner = labels == LIVER
     for shift in (-1, 1):
         inner = inner & (np.roll(labels, shift, 2) == LIVER)
@@ -120,17 +120,17 @@ def test_patients_vary():
     """The default size keeps within 0.15 and 0.40; few patients on a coarse grid need wider bounds."""
     counts = []
     for number in range(1, 21):
-        _, labels, spacing = phantom.patient(0, number, (24, 96, 96))
+        _, labels, spacing = phantom_anatomy.patient(0, number, (24, 96, 96))
         counts.append(np.bincount(labels.ravel(), minlength=14)[1:] * np.prod(spacing))
     variation = np.std(counts, 0, ddof=1) / np.mean(counts, 0)
     assert (variation > 0.12).all() and (variation < 0.48).all(), variation.round(2)
 
 
 def test_seeded():
-    hu, labels, spacing = phantom.patient(5, 7, SMALL)
-    again = phantom.patient(5, 7, SMALL)
+    hu, labels, spacing = phantom_anatomy.patient(5, 7, SMALL)
+    again = phantom_anatomy.patient(5, 7, SMALL)
     assert np.array_equal(hu, again[0]) and np.array_equal(labels, again[1]) and spacing == again[2]
-    for other in (phantom.patient(5, 8, SMALL), phantom.patient(6, 7, SMALL)):
+    for other in (phantom_anatomy.patient(5, 8, SMALL), phantom_anatomy.patient(6, 7, SMALL)):
         assert other[2] != spacing and (other[0].shape != hu.shape or (other[0] != hu).mean() > 0.3)
 
 
@@ -149,7 +149,7 @@ def test_written_files_are_the_patients(tmp_path):
         assert bytes(image.header["descrip"]).strip(b"\0") == b"phantom"
         assert image.header["qform_code"] > 0 and image.header["sform_code"] > 0
         assert np.allclose(image.header.get_qform(), image.header.get_sform(), atol=1e-3)
-        *arrays, spacing = phantom.patient(2, number, SMALL)
+        *arrays, spacing = phantom_anatomy.patient(2, number, SMALL)
         to_lps = ornt_transform(io_orientation(image.affine), axcodes2ornt("LPS"))
         data = apply_orientation(np.asanyarray(image.dataobj), to_lps).transpose(2, 1, 0)
         assert np.array_equal(data, arrays[kind])
@@ -216,7 +216,7 @@ def test_nothing_is_left_when_interrupted(tmp_path, monkeypatch):
         next(iter(iterable))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(phantom, "tqdm", interrupt)
+    monkeypatch.setattr(pool, "tqdm", interrupt)
     with pytest.raises(KeyboardInterrupt):
         phantom.write(tmp_path / "p", labelled=3, unlabelled=0, shape=SMALL, workers=1)
     assert list(tmp_path.iterdir()) == []
@@ -224,7 +224,7 @@ def test_nothing_is_left_when_interrupted(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the patch reaches the workers by fork")
 def test_nothing_is_left_when_a_worker_fails(tmp_path, monkeypatch):
-    real = phantom.patient
+    real = phantom_anatomy.patient
 
     def fail(seed, number, shape):
         if number == 2:
@@ -248,7 +248,7 @@ def test_ensure_makes_it_once_and_accepts_another_process_result(tmp_path, monke
         yield from iterable
 
     with monkeypatch.context() as patch:
-        patch.setattr(phantom, "tqdm", meanwhile)
+        patch.setattr(pool, "tqdm", meanwhile)
         assert phantom.ensure(folder) == folder
     assert [p.name for p in folder.parent.iterdir()] == ["p"] and [p.name for p in folder.iterdir()] == ["theirs"]
     (folder / "theirs").unlink()

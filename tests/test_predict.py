@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distances
 import resize
 import train_seg
-from ct import prepare, tasks, volumes
+from ct import prepare, reading, tasks, volumes
 from engine import backbones, evaluate, predict
 from segment import Segmenter
 
@@ -292,7 +292,7 @@ def test_labels_of_a_whole_model_are_those_of_all_its_logits(protocol, classes):
 
 def test_real_ct_is_accepted(real_ct, tmp_path):
     for name in ("nifti/example_ct_sm.nii.gz", "nifti/aorta_ct.nii.gz", "BTCV/RawData/Training/img/img0035.nii.gz"):
-        read, levels, _, _ = prepare.read_ct(real_ct / name, prepare.WINDOW)
+        read, levels, _, _ = reading.read_ct(real_ct / name, prepare.WINDOW)
         assert isinstance(read, volumes.Volume) and levels.shape == read.hu.shape
     with pytest.raises(volumes.BadInput, match="no CT by its values"):
-        prepare.read_ct(real_ct / "nifti/example_ct_sm_label.nii.gz", prepare.WINDOW)
+        reading.read_ct(real_ct / "nifti/example_ct_sm_label.nii.gz", prepare.WINDOW)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from ct import prepare, volumes
-from ct.volumes import BadInput, read_labels, read_volume, write_labels
+from ct import reading, volumes
+from ct.label_maps import read_labels, write_labels
+from ct.volumes import BadInput, read_volume
 
 RAS = np.diag([0.8, 0.7, 2.5, 1.0])
 RAS[:3, 3] = (-10, 20, 30)
@@ -93,7 +94,7 @@ def test_a_volume_with_a_slope_needs_no_more_memory_than_one_without(tmp_path, d
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress(raw, 1))
     tracemalloc.start()
     try:
-        slices, low, high = prepare.levels(read_volume(tmp_path / "a.nii.gz"), (-175, 250))
+        slices, low, high = reading.levels(read_volume(tmp_path / "a.nii.gz"), (-175, 250))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

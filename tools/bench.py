@@ -333,8 +333,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peers", action="store_true", help="lightly, kornia and torchvision's transforms beside ours")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args(argv)
-    for peer in ("lightly", "kornia") if args.peers else ():
-        if not importlib.util.find_spec(peer):
+    for peer in ("lightly", "kornia"):
+        if args.peers and not importlib.util.find_spec(peer):
             raise BadInput(f"{peer} is not installed: pip install -r requirements-bench.txt")
     s, table = Setting(args.quick, args.peers), Table(args.json)
     machine = {"hardware": processes.hardware(), "commit": processes.commit(), "date": time.strftime("%Y-%m-%d"),

@@ -11,6 +11,7 @@ import numpy as np
 
 import datasets
 from ct import prepare
+from ct.stores import FORMAT, stamp
 
 SIDE = 512  # of the slices on disk
 
@@ -42,8 +43,8 @@ def write_store(data: Path, store: Path, volumes: int, slices: int, noise: bool 
                 f.truncate(f.tell() + depth * SIDE * SIDE)
         record = {"id": f"Case_{i:05d}", "phantom": False, "spacing": [1.0, 1.0, 1.0], "shape": [depth, SIDE, SIDE],
                   "hu": [-1000.0, 1000.0], "content": "", "slices": depth, "height": SIDE, "width": SIDE,
-                  "source": {"image": prepare._stamp(image) | {"checksum": ""}, "label": None}, "odd": [],
-                  "format": prepare.FORMAT, "window": list(prepare.WINDOW), "size": SIDE, "file": str(image),
+                  "source": {"image": stamp(image) | {"checksum": ""}, "label": None}, "odd": [],
+                  "format": FORMAT, "window": list(prepare.WINDOW), "size": SIDE, "file": str(image),
                   "checksums": {f"Case_{i:05d}.npy": ""}}
         (store / f"Case_{i:05d}.json").write_text(json.dumps(record))
 

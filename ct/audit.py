@@ -1,0 +1,173 @@
+"""What a data folder or a store holds, in words and on a contact sheet; whether a store is still what was written."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ct import layouts, pool, tasks
+from ct.command import printable
+from ct.files import checksum
+from ct.intake import AIR, SOFT, named, skip
+from ct.reading import describe, find, task_in
+from ct.stores import read_index
+from ct.tasks import BTCV, Task
+from ct.volumes import BadInput
+
+SHEET = 24  # slices on a contact sheet
+FEW = 20  # files of a folder that are left out for one reason: named one by one, more of them by their folder
+# What the paper says of its data. That 3017 are the slices of 24 of the 30 volumes, to train on, and that the other 6
+# have 762, is our inference (README, "What the paper leaves open").
+PAPER = {"pretrain": "AbdomenCT-1K: 1,062 volumes, 215,325 slices",
+         "segment": "BTCV: 30 volumes, 3,017 slices; by our inference those of 24 to train on, 3,779 in all"}
+
+
+def remarks(volumes: list[dict], skipped: list[dict], task: Task = BTCV) -> list[str]:
+    """What a command prints at its start about a store's volumes: how many things are odd, intensities, organs."""
+    see = "(python datasets.py audit names them)"
+    lines = [f"odd: {len(odd)} {see}"] if (odd := _odd(volumes)) else []
+    if bright := [v for v in volumes if v["hu"][0] > AIR]:
+        low, high = bright[0]["hu"]
+        lines.append(f"intensities: {len(bright)} of {len(volumes)} volumes never go under {AIR} HU "
+                     f"({bright[0]['id']}: {low:.0f} to {high:.0f}); exported to 0..255, or stored without the "
+                     "intercept? They are used as they are")
+    if left := sum(s["no_image"] and not _lacks_label(s) for s in skipped):
+        lines.append(f"left out, no images by their names: {left} {see}")
+    if unlabelled := sum(map(_lacks_label, skipped)):
+        lines.append(f"left out, without a label: {unlabelled} {see}")
+    if unusable := len(skipped) - left - unlabelled:
+        lines.append(f"left out, unusable: {unusable} {see}")
+    if absent := absent_organs(volumes, task):
+        more = f" ... ({len(absent)} organs)" * (len(absent) > FEW)
+        lines.append(f"no volume has: {', '.join(absent[:FEW])}{more}; mean Dice is over the organs that occur")
+    return lines
+
+
+def _lacks_label(skipped: dict) -> bool:
+    return skipped["reason"] == layouts.NO_LABEL
+
+
+def absent_organs(volumes: list[dict], task: Task = BTCV) -> list[str]:
+    """The organs of which no labelled volume has a voxel; [] where none is labelled."""
+    voxels = [v["voxels"] for v in volumes if "voxels" in v]
+    return [task.organs[i] for i in np.flatnonzero(np.sum(voxels, 0) == 0)] if voxels else []
+
+
+def audit(data: Path, kind: str, workers: int | None, store: Path, draw: Callable | None = None,
+          names: Path | None = None, organs: Sequence[str] | None = None) -> int:
+    """Print what a data folder holds, against the paper's counts where it is the paper's data; the middle slices go to
+    a picture in `store`.
+
+    Returns the number of files it cannot use.
+    """
+    labels, found, skipped = find(data, kind, names, organs)
+    task = task_in(data, store, labels, found, store / kind, workers) if kind == "segment" else None
+    good, bad = [], []
+    for volume, outcome in pool.in_processes(functools.partial(_inspect, task=task), found, workers, f"reading {data}"):
+        if isinstance(outcome, BadInput):
+            bad.append(skip(volume["image"], str(outcome)))
+        else:
+            good.append(outcome)
+    good.sort(key=lambda r: r["id"])
+    paper = f"   (the paper's {PAPER[kind]})" if task is None or task.of_paper else ""
+    print(f"{data}: {len(good)} volumes, {sum(r['slices'] for r in good):,} slices{paper}")
+    if good and all(r["phantom"] for r in good):
+        print("every volume is generated: this is the phantom")
+    if good:
+        print(f"HU {min(r['hu'][0] for r in good):.0f} to {max(r['hu'][1] for r in good):.0f}, slices per volume "
+              f"{min(r['slices'] for r in good)} to {max(r['slices'] for r in good)}")
+    if task:
+        _print_task(good, task)
+    picked = good[:: -(-len(good) // SHEET) or 1]
+    contact_sheet(draw, store / f"audit-{kind}.png", [r["middle"] for r in picked],
+                  [f"{r['id']} slice {r['slices'] // 2}" for r in picked],
+                  [r["labels"] for r in picked] if task else None, task)
+    return print_skipped(good, skipped + bad)
+
+
+def _inspect(volume: dict, task: Task | None) -> dict:
+    record, slices, labels = describe(volume, task, SOFT)
+    middle = len(slices) // 2
+    return record | {"middle": slices[middle], "labels": None if labels is None else labels[middle]}
+
+
+def contact_sheet(draw: Callable | None, path: Path, slices: list[np.ndarray], titles: list[str],
+                  labels: list[np.ndarray] | None, task: Task | None) -> None:
+    """Slices (H, W) uint8, with their label maps for a task, as a picture at `path`, if `draw` draws one."""
+    if slices and draw and draw(path, slices, titles, labels, task.organs if task else ()):
+        print(f"{path}: {len(slices)} slices to look at")
+
+
+def _print_task(good: list[dict], task: Task) -> None:
+    """The slices of each split, where they are drawn; the voxels of each organ; scans that seem to be one patient's."""
+    found = {r["id"]: r["slices"] for r in good}
+    for split, paper in (("100", (24, 3017)), ("val", (6, 762))):
+        if task.file(split).exists():
+            present = [found[c] for c in task.cases(split) if c in found]
+            print(f"  {'train' if split == '100' else 'val'}: {len(present)} volumes, {sum(present):,} slices"
+                  + f"   (the paper's, by our inference: {paper[0]}, {paper[1]:,})" * task.of_paper)
+    counts = np.array([r["voxels"] for r in good], np.int64).reshape(-1, len(task.ids))
+    for (label, organ), voxels in zip(task.labels.items(), counts.T, strict=True):
+        print(f"  {label:2d} {organ:26s} {voxels.sum():14,d} voxels in {(voxels > 0).sum()} volumes")
+    if absent := absent_organs(good, task):
+        print(f"  no volume has: {', '.join(absent)}")
+    for patient, group in tasks.siblings(found).items():
+        print(f"  one patient, it seems, {patient}: {', '.join(group)}")
+
+
+def _odd(records: list[dict]) -> list[str]:
+    """What is odd about volumes, a line each, and which are the same image."""
+    odd = [f"{r['file']}: {reason}" for r in records for reason in r["odd"]]
+    first: dict[str, str] = {}
+    for r in records:
+        if r["content"] in first:
+            known = " (a known one)" if {r["id"], first[r["content"]]} == {"Case_00297", "Case_00928"} else ""
+            odd.append(f"{r['id']}: the same image as {first[r['content']]}{known}")
+        first.setdefault(r["content"], r["id"])
+    return odd
+
+
+def print_skipped(records: list[dict], skipped: list[dict]) -> int:
+    """The list that ends both commands: unusable, odd, no image, no label. Returns the number of the unusable."""
+    unusable = sorted(named(s) for s in skipped if not s["no_image"])
+    unlabelled = [s for s in skipped if _lacks_label(s)]
+    others = [s for s in skipped if s["no_image"] and not _lacks_label(s)]
+    parts = [("unusable", len(unusable), unusable), ("odd", len(odd := sorted(_odd(records))), odd),
+             ("no image by its name", len(others), _by_folder(others))]
+    if unlabelled:
+        parts.append(("without a label", len(unlabelled), _by_folder(unlabelled)))
+    for title, count, lines in parts:
+        print(f"{title}: {count}")
+        for line in lines:
+            print(f"  {printable(line)}")
+    return len(unusable)
+
+
+def _by_folder(skipped: list[dict]) -> list[str]:
+    """A line for each, sorted; where a folder has many that are skipped for one reason, a line for all of them."""
+    folders: dict[tuple, list] = {}
+    for s in sorted(skipped, key=lambda s: s["file"]):
+        folders.setdefault((Path(s["file"]).parent, s["reason"]), []).append(s)
+    lines = [named(s) for group in folders.values() if len(group) <= FEW for s in group]
+    return sorted(lines + [f"{folder}: {len(group)} files, each {reason} ({Path(group[0]['file']).name} ...)"
+                           for (folder, reason), group in folders.items() if len(group) > FEW])
+
+
+def verify(store: Path) -> int:
+    """Compare every array below a store's folder with the checksum it was written with; the number of damaged ones.
+
+    Raises BadInput where nothing was prepared, or an index is damaged.
+    """
+    indices = sorted(store.glob("*/index.json"))
+    if not indices:
+        raise BadInput(f"{store}: nothing was prepared there; give --store")
+    if lost := [index for index in indices if not read_index(index.parent)["volumes"]]:
+        raise BadInput(f"{lost[0]}: damaged; prepare that store again")
+    damaged = [path for index in indices for record in read_index(index.parent)["volumes"]
+               for name, written in record["checksums"].items()
+               if not (path := index.parent / name).exists() or checksum(path) != written]
+    for path in damaged:
+        print(f"{path}: damaged; delete it, and it will be prepared again")
+    print(f"{store}: {len(damaged)} damaged arrays")
+    return len(damaged)

@@ -1,0 +1,115 @@
+"""Label maps in and out: ids of a file -> classes on the grid of its volume, and back on that file's own grid."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+
+from ct.files import replacing
+from ct.volumes import DISPLAY, BadInput, Volume, corner_shift, display, load, scaled
+
+# a header's fields that say where a voxel lies
+PLACE = ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
+         "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
+UNKNOWN = 255  # no class: in a label map, ids that the task does not have
+HIGHEST_ID = 65535  # of a label: predictions are written with 16 bits at most
+ROUNDED = 0.05  # by how much a label may lie beside a whole number (editing in floats leaves 2.9999)
+
+
+def read_labels(path: Path | list[Path], volume: Volume, ids: int | Sequence[int],
+                odd: list[str] | None = None) -> np.ndarray:
+    """Read the label map of a volume: (Z, Y, X) uint8, class c where the file has the c-th of `ids` (n: 0..n-1).
+
+    Several files are masks of 0 and 1, the first that of class 1; where two overlap, the later has the voxel. Values
+    within ROUNDED of a whole number are rounded. A line on each of these is appended to `odd`. Raises BadInput when a
+    file is unreadable, lies on another grid than the volume (shape, or an affine that moves a corner by over a tenth
+    of a voxel), or holds anything but those ids.
+    """
+    if isinstance(path, list):
+        labels, several = np.zeros(volume.stored.shape, np.uint8), np.zeros(volume.stored.shape, bool)
+        for c, part in enumerate(path, 1):
+            mask = read_labels(part, volume, 2, odd).view(bool)
+            several |= mask & (labels > 0)
+            labels[mask] = c
+        if odd is not None and several.any():
+            odd.append(f"{int(several.sum()):,} voxels have more than one organ; the later in the list has them")
+        return labels
+    path = Path(path)
+    data, header, affine = load(path)
+    # a volume is the file's grid with its axes permuted and flipped: compare in the file's own order
+    own = tuple(int(d) for d in volume.header["dim"][1:4])
+    if data.shape != own:
+        raise BadInput(f"{path}: label of {data.shape} voxels for an image of {own} ({volume.path.name}); "
+                       "they must be on one grid")
+    shift = corner_shift(own, affine, volume.affine)
+    if shift > 0.1 * min(volume.spacing):
+        raise BadInput(f"{path}: its affine differs from that of {volume.path.name} by up to {shift:.2f} mm; "
+                       "label and image must be on one grid")
+    ids = range(ids) if isinstance(ids, int) else ids
+    classes = np.full(max(ids) + 1, UNKNOWN, np.uint8)
+    classes[list(ids)] = range(len(ids))
+    stored = display(data, affine)
+    labels, away = np.empty(stored.shape, np.uint8), 0
+    for out, (whole, rounded) in zip(labels, _whole(path, stored, header), strict=True):
+        low, high = whole.min(), whole.max()
+        unknown = [low] if low < 0 else [high] if high >= len(classes) else []  # infinity, too
+        if not unknown and len(classes) == len(ids):
+            out[:] = whole
+        elif not unknown:
+            out[:] = classes[whole.astype(np.intp)]
+            unknown = whole[out == UNKNOWN]
+        if len(unknown):
+            expected = f"0 to {max(ids)}" if len(classes) == len(ids) else ", ".join(map(str, ids))
+            raise BadInput(f"{path}: unknown label id {unknown[0]:.0f}; expected {expected}")
+        away += rounded
+    if away and odd is not None:
+        odd.append(f"{away:,} labels of {path.name} are no whole numbers, though near; they were rounded")
+    return labels
+
+
+def label_ids(path: Path) -> list[int]:
+    """The ids that a label map holds, ascending. Raises BadInput when it is unreadable, or no label map."""
+    data, header, affine = load(path)
+    seen = np.zeros(HIGHEST_ID + 1, bool)
+    for whole, _ in _whole(path, display(data, affine), header):
+        low, high = whole.min(), whole.max()
+        if low < 0 or high > HIGHEST_ID:
+            raise BadInput(f"{path}: label ids {low:.0f} to {high:.0f}; expected 0 to {HIGHEST_ID}")
+        seen[whole.astype(np.intp)] = True
+    return np.flatnonzero(seen).tolist()
+
+
+def _whole(path: Path, stored: np.ndarray, header: nib.Nifti1Header) -> Iterator[tuple[np.ndarray, int]]:
+    """Of each slice of a label map: its values as whole numbers, and how many were rounded. Raises BadInput."""
+    for part in stored:
+        part = scaled(part, header)
+        if part.dtype.kind != "f":
+            yield part, 0
+            continue
+        whole = np.rint(part)
+        if not np.isclose(part, whole, rtol=0, atol=ROUNDED).all():
+            raise BadInput(f"{path}: label values are not all whole numbers; resample labels by nearest neighbour")
+        yield whole, int((part != whole).sum())
+
+
+def write_labels(path: str | os.PathLike, labels: np.ndarray, volume: Volume) -> None:
+    """Write labels (Z, Y, X) of `volume`'s display grid as NIfTI on the volume file's own grid: uint8, or uint16.
+
+    All that says where a voxel lies is copied from the file's header as it stands, qform and sform each: one computed
+    from the other would move the labels for readers that prefer the other (ITK the qform, where the sform is sheared).
+    The file appears whole or not at all. Raises ValueError when the shape is not the volume's.
+    """
+    if labels.shape != volume.stored.shape:
+        raise ValueError(f"labels of shape {labels.shape} for a volume of {volume.stored.shape}")
+    back = ornt_transform(DISPLAY, io_orientation(volume.affine))
+    stored = labels.astype(np.uint8 if labels.max() <= 255 else np.uint16)
+    data = apply_orientation(stored.transpose(2, 1, 0), back)
+    image = (nib.Nifti2Image if isinstance(volume.header, nib.Nifti2Header) else nib.Nifti1Image)(data, None)
+    image.set_data_dtype(stored.dtype)
+    for field in (*PLACE, "descrip"):  # a phantom's labels stay marked as such
+        image.header[field] = volume.header[field]
+    with replacing(Path(path)) as part:
+        nib.save(image, part)
