@@ -202,7 +202,7 @@ def test_the_pages_are_reached_from_readme():
 PROGRAMS = ("python", "torchrun", "make", "curl", "md5sum", "unzip", "mkdir", "rm", "pip", "git", "sbatch", "scontrol",
             "head", "tensorboard")
 RECORD = "".join(f"{p}() {{ record {p} \"$@\"; }}\n" for p in PROGRAMS) + r"""
-record() { { printf '%s\037' "$@"; printf '\036'; } >> "$CALLS"; }
+record() { local call; call=$(printf '%s\037' "$@"); printf '%s\036' "$call" >> "$CALLS"; }  # one write: whole
 srun() { "$@"; }
 """
 SLURM = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "1", "SLURM_NNODES": "2"}
@@ -222,10 +222,7 @@ def calls(text: str, folder: Path) -> list[list[str]]:
 
 def pieces(page: str) -> list[str]:
     """Every piece of shell of a page: code blocks, and commands between backticks."""
-    blocks = FENCE.findall(DOCS[page])
-    assert all(language for _, language, _ in blocks), f"{page}: a code block does not say its language"
-    rest = FENCE.sub("", DOCS[page])
-    assert not re.findall(r"^\n {4,}\S", rest, re.M), f"{page}: indented code; fence it"
+    blocks, rest = FENCE.findall(DOCS[page]), FENCE.sub("", DOCS[page])
     found = [dedent(code) for _, language, code in blocks if language in ("bash", "sh")]
     for span in re.findall(r"`([^`\n]+)`", rest):
         if re.match(r"([A-Z_]+=\S+ )*(python|torchrun|make|pip|sbatch|tensorboard) \S", span):
@@ -233,15 +230,6 @@ def pieces(page: str) -> list[str]:
         elif re.match(r"(\w+/)*\w+\.py --?\w", span):
             found.append(f"python {span}")
     return found
-
-
-def collected() -> list[tuple[str, list[str]]]:
-    """(page, argument list) of everything that the documents call."""
-    with tempfile.TemporaryDirectory() as folder:
-        return [(page, call) for page in DOCS for piece in pieces(page) for call in calls(piece, Path(folder))]
-
-
-COMMANDS = collected()
 
 
 def taken_apart(call: list[str]) -> list[tuple[str, list[str]]]:
@@ -259,8 +247,8 @@ def taken_apart(call: list[str]) -> list[tuple[str, list[str]]]:
         return [("torchrun", own), (told.training_script.removesuffix(".py"), told.training_script_args)]
     if program == "make":
         given = dict(a.split("=", 1) for a in arguments if "=" in a)
-        inner = [(script, shlex.split(given[key])) for key, script in (("ARGS", "train_ssl"), ("SEG_ARGS", "train_seg"))
-                 if key in given]
+        inner = [(script, shlex.split(given[name])) for name, script in (("ARGS", "train_ssl"), ("SEG_ARGS", "train_seg"))
+                 if name in given]
         run = [("torchrun", shlex.split(given["RUN"])[1:])] if given.get("RUN", "").startswith("torchrun") else []
         return [("make", [a for a in arguments if "=" not in a] + [f"{k}=" for k in given]), *inner, *run]
     return [(program, arguments)]
@@ -274,13 +262,21 @@ def key(script: str, arguments: list[str]) -> str:
     return " ".join([script, *said, *sorted({a.split("=")[0] for a in arguments if re.match(r"--\w", a)})])
 
 
-def used() -> dict[str, tuple[str, list[str], str]]:
-    """{key: (script, arguments of the first such command, page)}"""
-    found: dict[str, tuple[str, list[str], str]] = {}
-    for page, call in COMMANDS:
-        for script, arguments in taken_apart(call):
-            found.setdefault(key(script, arguments), (script, arguments, page))
-    return found
+def collected() -> tuple[list[tuple[str, str, list[str]]], list[str]]:
+    """([(page, script or program, its arguments)] of everything that the documents call, what is wrong with them)."""
+    found, wrong = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for page in DOCS:
+            for piece in pieces(page):
+                try:
+                    found += [(page, *part) for call in calls(piece, Path(folder)) for part in taken_apart(call)]
+                except (AssertionError, SystemExit) as e:
+                    wrong.append(f"{page}: {piece}: {e or 'torchrun refuses it'}")
+    return found, wrong
+
+
+COMMANDS, WRONG = collected()
+USED = {key(script, arguments): (script, arguments, page) for page, script, arguments in reversed(COMMANDS)}  # first
 
 
 HERE = "tests/test_docs.py::test_a_command_of_the_documents_runs"
@@ -358,7 +354,17 @@ CANNOT = {
 }
 SCRIPTS = {"datasets", "train_ssl", "train_seg", "svd_spectrum", "ct/phantom", "tools/bench", "tools/study",
            "tests/stress"}
-USED = used()
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_code_is_fenced_and_says_its_language(page):
+    assert all(language for _, language, _ in FENCE.findall(DOCS[page])), page
+    assert "```" not in FENCE.sub("", DOCS[page]), f"{page}: a fence without its other end"
+    assert not re.findall(r"^\n {4,}\S", FENCE.sub("", DOCS[page]), re.M), f"{page}: indented code; fence it"
+
+
+def test_every_command_is_one_to_the_shell_and_to_torchrun():
+    assert not WRONG, "\n".join(WRONG)
 
 
 def test_every_command_is_run_by_a_test_or_has_a_reason():
@@ -409,7 +415,7 @@ def parsed(script: str, arguments: list[str], monkeypatch) -> argparse.Namespace
 @pytest.mark.parametrize("page", DOCS)
 def test_every_command_is_read_by_its_own_parser(page, monkeypatch):
     """Each with its values, as it stands there; of stress.py, which changes what it imports, the flags alone."""
-    for script, arguments in [part for where, call in COMMANDS if where == page for part in taken_apart(call)]:
+    for script, arguments in [part for where, *part in COMMANDS if where == page]:
         if script in PROGRAMS or script in ("pytest", "make"):
             continue
         assert script in SCRIPTS, f"{page} runs {script}.py, which is no command"
@@ -438,16 +444,16 @@ def test_the_three_commands_and_the_two_targets_stand_as_they_are_run():
                     "python svd_spectrum.py", "torchrun -- train_ssl.py --local --zca"):
         assert command in README, command
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
-    named = {call[1] for page, call in COMMANDS if page == "README.md" and call[0] == "make"}
+    named = {arguments[0] for page, script, arguments in COMMANDS if (page, script) == ("README.md", "make")}
     assert {"demo", "test", "setup"} <= named <= set(targets)
-    assert {call[1] for _, call in COMMANDS if call[0] == "make"} <= set(targets)
+    assert {arguments[0] for _, script, arguments in COMMANDS if script == "make"} <= set(targets)
 
 
 def test_the_planned_runs_are_those_of_the_commands():
     """Of the paper's tables: as many as the text says, and a run for each printed cell, of each draw."""
-    page = DOCS["docs/training.md"]
+    page = re.sub(r"(?<!\n)\n(?=\w)", " ", DOCS["docs/training.md"])  # lines of a paragraph as one
     text = page[page.index("Exactly the printed cells") :]
-    block = re.search(r"```bash\n(.*?)```", text, re.S)[1]
+    block = FENCE.search(DOCS["docs/training.md"], DOCS["docs/training.md"].index("Exactly the printed cells"))[3]
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for program, script, *arguments in calls(block, Path(folder)):
