@@ -18,7 +18,7 @@ from ct.volumes import BadInput
 SHEET = 24  # slices on a contact sheet
 FEW = 20  # files of a folder that are left out for one reason: named one by one, more of them by their folder
 # What the paper says of its data. That 3017 are the slices of 24 of the 30 volumes, to train on, and that the other 6
-# have 762, is our inference (README, "What the paper leaves open").
+# have 762, is our inference (docs/decisions.md).
 PAPER = {"pretrain": "AbdomenCT-1K: 1,062 volumes, 215,325 slices",
          "segment": "BTCV: 30 volumes, 3,017 slices; by our inference those of 24 to train on, 3,779 in all"}
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole paper, as a loop of the commands that README explains: `make paper` says what it takes. Whatever is done is
+# The whole paper, as a loop of the commands that docs/training.md explains: `make paper` says what it takes. Whatever is done is
 # skipped by the commands themselves; the plan below only tells.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ rows=("" "--zca" "--local" "--local --zca"                            # Table 2
 names=(moco moco-zca moco-local moco-local-zca moco-nogeo moco-zca-nogeo moco-local-aligned moco-local-zca-aligned)
 protocols=(linear-frozen linear-finetune deeplabv3plus)
 for folder in "$SSL" "$SEG"; do
-    [ -d "$folder" ] || { echo "make paper: $folder: no such folder; give SSL=... and SEG=... (README, Real data)" >&2; exit 1; }
+    [ -d "$folder" ] || { echo "make paper: $folder: no such folder; give SSL=... and SEG=... (docs/data.md)" >&2; exit 1; }
 done
 # runs on the phantom have names of their own, and a start that is made by itself
 prefix=$("$BIN/python" -c 'import sys; from pathlib import Path; from ct import command, intake

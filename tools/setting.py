@@ -17,8 +17,8 @@ class Setting:
 
     def __init__(self, quick: bool, peers: bool = False):
         self.quick, self.peers = quick, peers
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.ranks = processes.Processes(0, 1, self.device)
+        self.ranks = processes.start()  # as training: with cuDNN's choice of the fastest convolutions
+        self.device = self.ranks.device
         self.amp = processes.precision("auto", self.device)
         self.arch, self.size, self.batch, self.group = ("resnet18", 96, 32, 16) if quick else ("resnet50", 224, 64, 32)
         self.queue, self.repeats = (4096, 3) if quick else (65536, 2)
