@@ -46,6 +46,7 @@ def apply_crops(slices: list[Tensor], labels: list[Tensor], params: Params, size
     masks = torch.full_like(images, 255, dtype=torch.int64)
     rows = zip(slices, labels, *(params[k].tolist() for k in ("scale", "place", "flip")), strict=True)
     for i, (image, label, scale, place, flip) in enumerate(rows):
+        # to resize the slice by a scale and crop it is to crop a window of side / scale and resize that
         window = max(1, round(min(image.shape) / scale))  # side of the crop in pixels of the slice
         (top, height), (left, width) = ((round(p * max(0, side - window)), min(side, window))
                                         for p, side in zip(place, image.shape, strict=True))
@@ -56,6 +57,7 @@ def apply_crops(slices: list[Tensor], labels: list[Tensor], params: Params, size
         mask = F.interpolate(label[box][None, None].float(), shown, mode="nearest-exact")[0, 0].long()
         images[i, : shown[0], : shown[1]] = part.flip(1) if flip else part
         masks[i, : shown[0], : shown[1]] = mask.flip(1) if flip else mask
+    # light: added, then multiplied, and clamped after each, in [0, 1]
     brightness, contrast = (to_device(params[k], images.device)[:, None, None] for k in ("brightness", "contrast"))
     images = images.div_(255).add_(brightness).clamp_(0, 1).mul_(contrast).clamp_(0, 1)
     return normalise(images), masks

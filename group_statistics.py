@@ -32,13 +32,13 @@ class GroupStatistics:
             buffers = list(self.module.buffers())
             self.running = _flat([b for b in buffers if b.is_floating_point()])  # (M,)
             self.counters = _flat([b for b in buffers if not b.is_floating_point()])
-        self.groups, self.steps = 0, self.counters + 1
-        self.start, self.total = self.running.clone(), torch.zeros_like(self.running)
+        self.groups, self.steps = 0, self.counters + 1  # one step, however many groups
+        self.start, self.total = self.running.clone(), torch.zeros_like(self.running)  # (M,) each
 
     @contextlib.contextmanager
     def group(self):
         """Around one group's forward and, where there is one, backward."""
-        if self.groups:
+        if self.groups:  # the first group finds them as they were
             with torch.no_grad():
                 self.running.copy_(self.start)
         yield
@@ -52,7 +52,7 @@ class GroupStatistics:
         processes = world_size()
         self.total.div_(self.groups * processes)
         if processes > 1:
-            dist.all_reduce(self.total)
+            dist.all_reduce(self.total)  # the sum of every process's part of the mean
         self.running.copy_(self.total)
         self.counters.copy_(self.steps)
 

@@ -58,7 +58,7 @@ def volume_counts(table: np.ndarray, volumes: Sequence) -> np.ndarray:
     if len(volumes) != len(table):
         raise ValueError(f"{len(volumes)} volume ids for a table of {len(table)} slices")
     ids, index = np.unique(np.asarray(volumes), return_inverse=True)  # (V,), (slices,)
-    summed = np.zeros((len(ids), *table.shape[1:]), np.int64)
+    summed = np.zeros((len(ids), *table.shape[1:]), np.int64)  # (V, classes, 3)
     np.add.at(summed, index, table)
     return summed
 
@@ -117,7 +117,7 @@ def transunet(table: np.ndarray, volumes: Sequence) -> tuple[np.ndarray, float]:
     prediction is empty (both empty included). Returns as `swinunetr`.
     """
     intersection, prediction, truth = np.moveaxis(volume_counts(table, volumes), -1, 0)
-    scores = np.where(truth > 0, dice(intersection, prediction, truth), 1.0)
+    scores = np.where(truth > 0, dice(intersection, prediction, truth), 1.0)  # (V, classes)
     per_class = np.where(prediction > 0, scores, 0.0).mean(0)
     return per_class, float(per_class[1:].mean())
 
@@ -133,7 +133,7 @@ def summarise(table: np.ndarray, volumes: Sequence) -> dict[str, float | list[fl
     """
     if not len(table):
         raise ValueError("a table without slices has no Dice")
-    pooled = pooled_dice(table)
+    pooled = pooled_dice(table)  # (classes,)
     organs = np.where(table[:, 1:, 2].sum(0) > 0, pooled[1:], np.nan)
     means = {"mDS": nan_mean(organs), "mDice_with_background": nan_mean(pooled)}
     means |= {f"per_volume_{convention.__name__}": convention(table, volumes)[1]
@@ -150,13 +150,13 @@ def singular_values(vectors: np.ndarray) -> np.ndarray:
     The covariance is symmetric and has no negative eigenvalue, so these are its eigenvalues.
     """
     centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
-    values = np.linalg.svd(centred, compute_uv=False) ** 2 / (len(vectors) - 1)
+    values = np.linalg.svd(centred, compute_uv=False) ** 2 / (len(vectors) - 1)  # (min(n, d),)
     return np.pad(values, (0, vectors.shape[1] - len(values)))
 
 
 def effective_rank(values: np.ndarray) -> float:
     """exp(-sum p ln p), p = l / sum(l), for the eigenvalues l >= 0 of a covariance (Roy and Vetterli, 2007)."""
-    share = values[values > 0] / values.sum()
+    share = values[values > 0] / values.sum()  # p, sums to one
     return float(np.exp(-(share * np.log(share)).sum()))
 
 

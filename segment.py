@@ -26,10 +26,10 @@ def dilate(backbone: nn.Module) -> nn.Module:
     torchvision's own `replace_stride_with_dilation` refuses basic blocks, hence this.
     Raises ValueError when layer3 or layer4 has no stride left to give up.
     """
-    stages = (backbone.layer3, backbone.layer4)
+    stages = (backbone.layer3, backbone.layer4)  # the last two; stem, layer1 and layer2 stay at strides 4 and 8
     if any(stage[0].downsample[0].stride != (2, 2) for stage in stages):
         raise ValueError("the backbone is already dilated: layer3 and layer4 must start with stride 2")
-    rate = 1
+    rate = 1  # how much finer the grid is than the one that the weights were trained on
     for block in (block for stage in stages for block in stage):
         for conv in (m for m in block.children() if isinstance(m, nn.Conv2d)):  # in the order of forward
             if conv.kernel_size == (3, 3):
@@ -38,7 +38,7 @@ def dilate(backbone: nn.Module) -> nn.Module:
                 conv.stride = (1, 1)
                 rate *= 2  # from the next convolution on
         if block.downsample is not None:
-            block.downsample[0].stride = (1, 1)
+            block.downsample[0].stride = (1, 1)  # the shortcut keeps up with its block
     return backbone
 
 
@@ -121,9 +121,10 @@ class Segmenter(nn.Module):
         super().__init__()
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
-        self.frozen = protocol == "linear-frozen"
+        self.frozen = protocol == "linear-frozen"  # the others fine-tune every weight
         self.backbone = dilate(backbone).requires_grad_(not self.frozen)
         self.backbone.fc = nn.Identity()  # unused: weight decay alone would move it
+        # channels L of layer1, 4 L of layer3, 8 L of layer4
         low, _, middle, high = (getattr(stage[-1], "conv3", stage[-1].conv2).out_channels for stage in
                                 (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4))
         if protocol == "deeplabv3plus":

@@ -187,10 +187,10 @@ class Trainer:
             for encoder in (self.moco.encoder_q, self.moco.encoder_k):
                 encoder.compile(mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
         self.model: nn.Module = self.moco
-        self.without_exchange = contextlib.nullcontext
+        self.no_sync = contextlib.nullcontext
         if ranks.world_size > 1:
             self.model = DistributedDataParallel(self.moco, **{NO_BUFFERS: False})
-            self.without_exchange = self.model.no_sync
+            self.no_sync = self.model.no_sync
         self.statistics = GroupStatistics(self.moco.encoder_q)
         self.trained = [p for p in self.moco.parameters() if p.requires_grad]
         if args.compile:  # a graph's own memory is overwritten by its next replay: gradients add up outside of it
@@ -221,19 +221,19 @@ class Trainer:
         # keys (B, dim) and their first-stage cells (B, 49, C), by the key encoder after its own small step
         moco.update_key_encoder()
         with processes.autocast(self.amp, self.device):
-            keys, cells = moco.keys(view_k, permutation, common and common.of_keys())
+            keys, cells = moco.keys(view_k, permutation, common.of_keys() if common else None)
 
         # query encoder, group by group: gradients add up, and processes exchange them once, with the last group
         starts, stats = range(0, len(slices), args.bn_group), []
         self.statistics.begin()
         for start in starts:
             group = slice(start, start + args.bn_group)
-            exchange = contextlib.nullcontext if start == starts[-1] else self.without_exchange
-            with self.statistics.group(), exchange():
+            sync = contextlib.nullcontext if start == starts[-1] else self.no_sync
+            with self.statistics.group(), sync():
                 with processes.autocast(self.amp, self.device):
-                    loss_global, loss_local = self.model(view_q[group], keys[group], *(
-                        (cells[group], patch_idx[group]) if args.local else (None, None)),
-                        common and common.of_queries(group))
+                    loss_global, loss_local = self.model(
+                        view_q[group], keys[group], cells[group] if args.local else None,
+                        patch_idx[group] if args.local else None, common.of_queries(group) if common else None)
                 loss = moco.total(loss_global, loss_local)  # Eq. 3
                 self.scaler.scale(loss / len(starts)).backward()
             stats.append(torch.stack([loss, loss_global, loss_local, *moco.query_stats]).detach())

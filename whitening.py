@@ -27,10 +27,11 @@ class ZCAWhitening(nn.Module):
         super().__init__()
         if num_features % group_size:
             raise ValueError(f"{num_features} channels do not divide into whitening groups of {group_size}")
-        self.group_size, self.iterations, self.eps, self.momentum = group_size, iterations, eps, momentum
-        groups = num_features // group_size
-        self.weight = nn.Parameter(torch.ones(num_features))
+        self.group_size, self.iterations, self.eps, self.momentum = group_size, iterations, eps, momentum  # D, T
+        groups = num_features // group_size  # G
+        self.weight = nn.Parameter(torch.ones(num_features))  # the affine of the BN that it replaces: (C,)
         self.bias = nn.Parameter(torch.zeros(num_features))
+        # for evaluation: the running means of mu and of Sigma^(-1/2)
         self.register_buffer("running_mean", torch.zeros(groups, group_size, 1))
         self.register_buffer("running_whitening", torch.eye(group_size).repeat(groups, 1, 1))
 
@@ -108,11 +109,11 @@ def fold(backbone: nn.Module) -> nn.Module:
     if isinstance(zca, ZCAWhitening):
         norm = _copy_affine(zca, nn.BatchNorm2d(zca.weight.numel()))
         with torch.no_grad():
-            whitening = zca.running_whitening.double()
+            whitening = zca.running_whitening.double()  # W: (G, D, D)
             filters = conv.weight.double().reshape(*zca.running_mean.shape[:2], -1)  # (G, D, in * kh * kw)
             conv.weight.copy_((whitening @ filters).reshape(conv.weight.shape))
             norm.running_mean.copy_((whitening @ zca.running_mean.double()).flatten())
-            norm.running_var.fill_(1 - norm.eps)
+            norm.running_var.fill_(1 - norm.eps)  # so that BN divides by one
         setattr(block, norm_name, norm.train(backbone.training))
     return backbone
 
