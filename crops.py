@@ -54,7 +54,9 @@ def apply_crops(slices: list[Tensor], labels: list[Tensor], params: Params, size
         box = (slice(top, top + height), slice(left, left + width))
         # of the slice (H, W) only what will be shown is resized: (h, w) -> shown
         part = F.interpolate(image[box][None, None].float(), shown, mode="bilinear", antialias=True)[0, 0]
+        # labels are names, not numbers: the nearest pixel's, nothing between two
         mask = F.interpolate(label[box][None, None].float(), shown, mode="nearest-exact")[0, 0].long()
+        # a slice that is smaller than the crop leaves air and ignored pixels to the right and below
         images[i, : shown[0], : shown[1]] = part.flip(1) if flip else part
         masks[i, : shown[0], : shown[1]] = mask.flip(1) if flip else mask
     # light: added, then multiplied, and clamped after each, in [0, 1]

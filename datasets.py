@@ -190,7 +190,7 @@ class Batches:
     """
 
     def __init__(self, args, slices: int, ranks: processes.Processes):
-        drawn = processes.rng(args.seed, processes.HELD_OUT).permutation(slices)
+        drawn = processes.rng(args.seed, processes.LOOKS).permutation(slices)
         self.held_out, self.trained = np.split(drawn, [min(HELD_OUT, max(2, slices // 8))])
         self.args, self.device, self.steps_per_epoch = args, ranks.device, len(self.trained) // args.batch_size
         share = args.batch_size // ranks.world_size

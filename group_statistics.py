@@ -15,11 +15,12 @@ ALIGN = 64  # numbers; kernels that read several at once need a buffer to begin 
 
 
 class GroupStatistics:
-    """Every group of a step starts from the step's running statistics; `finish` leaves their mean over all groups.
+    """Each group of a step starts from the same running statistics; `finish` leaves their mean over all groups and
+    processes.
 
-    Over those of all processes. num_batches_tracked counts steps. A group's backward must end before the next group
-    starts, since the buffers are restored in place. The buffers of `module` become views of two flat tensors, one of
-    numbers and one of counters, so that each of these is one operation and not one for each of hundreds of buffers.
+    num_batches_tracked counts steps. A group's backward must end before the next group starts, since the buffers are
+    restored in place. The buffers of `module` become views of two flat tensors, one of numbers and one of counters, so
+    that each of these is one operation and not one for each of hundreds of buffers.
     """
 
     def __init__(self, module: nn.Module):
@@ -67,6 +68,7 @@ def _flat(tensors: list[Tensor]) -> Tensor:
     *starts, length = itertools.accumulate((-(-t.numel() // ALIGN) * ALIGN for t in tensors), initial=0)
     flat = tensors[0].new_zeros(length)
     for t, start in zip(tensors, starts, strict=True):
+        # the buffer keeps its name and values, and from now on lies in `flat`
         t.data = flat[start : start + t.numel()].view_as(t).copy_(t)
     return flat
 

@@ -55,13 +55,13 @@ def _sampling(start: Tensor, length: Tensor, side: int) -> Tensor:
 
     A cell's samples, as many as it has pixels, rounded up, are interpolated between the pixels' centres.
     """
-    cell = length * side / CELLS  # pixels
-    sample = torch.arange(-(-side // CELLS), device=start.device)  # (S,): the most that a cell can have
-    count = cell.ceil().clamp(1, len(sample))
-    at = (sample + 0.5) / count[:, None]  # (B, S), in cells
-    at = (torch.arange(CELLS, device=start.device)[:, None] + at[:, None]) * cell[:, None, None]  # (B, 7, S)
+    cell = length * side / CELLS  # (B,), pixels of a cell
+    sample = torch.arange(-(-side // CELLS), device=start.device)  # (P,): the most that a cell can have
+    count = cell.ceil().clamp(1, len(sample))  # (B,): how many of them a cell has
+    at = (sample + 0.5) / count[:, None]  # (B, P), in cells
+    at = (torch.arange(CELLS, device=start.device)[:, None] + at[:, None]) * cell[:, None, None]  # (B, 7, P)
     at = (start[:, None, None] * side + at - 0.5).clamp(0, side - 1)
-    near = (1 - (at[..., None] - torch.arange(side, device=start.device)).abs()).clamp(min=0)  # (B, 7, S, side)
+    near = (1 - (at[..., None] - torch.arange(side, device=start.device)).abs()).clamp(min=0)  # (B, 7, P, side)
     used = (sample < count[:, None]).float()[:, None, :, None]
     return (near * used).sum(2) / count[:, None, None]
 

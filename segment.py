@@ -59,7 +59,7 @@ def separable_conv_module(inputs: int, outputs: int, dilation: int = 1) -> nn.Se
     return nn.Sequential(conv_module(inputs, inputs, 3, dilation, groups=inputs), conv_module(inputs, outputs, 1))
 
 
-def conv_seg(channels: int, classes: int) -> nn.Sequential:
+def cls_seg(channels: int, classes: int) -> nn.Sequential:
     """Dropout of channels and a 1x1 convolution, N(0, 0.01) and zero: the end of every mmseg head."""
     conv = nn.Conv2d(channels, classes, 1)
     nn.init.normal_(conv.weight, std=0.01)
@@ -71,14 +71,14 @@ class LinearHead(nn.Sequential):
     """BN, dropout, 1x1 convolution on layer4: (N, C, h, w) -> (N, classes, h, w). As in VICRegL."""
 
     def __init__(self, channels: int, classes: int):
-        super().__init__(nn.BatchNorm2d(channels), *conv_seg(channels, classes))
+        super().__init__(nn.BatchNorm2d(channels), *cls_seg(channels, classes))
 
 
 class FCNHead(nn.Sequential):
     """mmseg's auxiliary head on layer3: (N, C, h, w) -> (N, classes, h, w); 3x3 to C / 4, then 1x1."""
 
     def __init__(self, channels: int, classes: int):
-        super().__init__(*conv_module(channels, channels // 4, 3), *conv_seg(channels // 4, classes))
+        super().__init__(*conv_module(channels, channels // 4, 3), *cls_seg(channels // 4, classes))
 
 
 class DeepLabV3PlusHead(nn.Module):
@@ -97,7 +97,7 @@ class DeepLabV3PlusHead(nn.Module):
         self.c1_bottleneck = conv_module(low_channels, LOW_WIDTH, 1)
         self.sep_bottleneck = nn.Sequential(separable_conv_module(WIDTH + LOW_WIDTH, WIDTH),
                                             separable_conv_module(WIDTH, WIDTH))
-        self.conv_seg = conv_seg(WIDTH, classes)
+        self.conv_seg = cls_seg(WIDTH, classes)
 
     def forward(self, high: Tensor, low: Tensor) -> Tensor:
         """layer4 (N, C, h, w) and layer1 (N, L, H, W) -> logits (N, classes, H, W)."""
@@ -123,7 +123,7 @@ class Segmenter(nn.Module):
             raise ValueError(f"protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
         self.frozen = protocol == "linear-frozen"  # the others fine-tune every weight
         self.backbone = dilate(backbone).requires_grad_(not self.frozen)
-        self.backbone.fc = nn.Identity()  # unused: weight decay alone would move it
+        self.backbone.fc = nn.Identity()  # unused: DDP refuses parameters without a gradient
         # channels L of layer1, 4 L of layer3, 8 L of layer4
         low, _, middle, high = (getattr(stage[-1], "conv3", stage[-1].conv2).out_channels for stage in
                                 (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4))

@@ -81,7 +81,7 @@ def runs_in(out: Path, phantom: bool) -> list[str]:
 
 
 def squares(store: datasets.Store, size: int) -> torch.Tensor:
-    """The validation slices (N, size, size) uint8, padded to square with air."""
+    """The validation slices (N, size, size) uint8, padded to square with air, then resized."""
     numbers = tqdm(store.of(store.task.cases("val")), "slices", disable=None, leave=False)
     return torch.from_numpy(np.concatenate([prepare.square(store.slice(int(i))[None], size) for i in numbers]))
 
@@ -105,16 +105,15 @@ def main(argv: list[str] | None = None) -> None:
     """The spectrum and the ranks of each backbone's features of the validation slices."""
     args = parse(argv)
     data, phantom = intake.locate(args.data, "BTCV")
-    for key, value in (PHANTOM if phantom else PAPER).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    processes.fill(args, PHANTOM if phantom else PAPER)
     backbones.architecture(args.arch)
     names = [backbones.resolve(n, args.out, phantom) for n in
              args.backbones + args.backbone or runs_in(args.out, phantom)]
     store, ranks, remarks = datasets.open_labelled(args, data)
     if phantom:
         processes.announce_phantom()
-    print(*remarks, sep="\n", end="\n" if remarks else "")
+    for line in remarks:
+        print(line)
     slices, rows = squares(store, max(args.image_size, 32)), []
     for name in tqdm(names, "features", unit="run", disable=None, leave=False):
         backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)

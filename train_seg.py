@@ -33,6 +33,7 @@ from engine import backbones, evaluate, predict, processes, report, runs
 from engine.report import DRAWS
 from segment import PROTOCOLS, Segmenter, loss_bytes
 
+BACKBONE = "moco-local-zca"  # the run that is measured where no other is named
 EVAL_INTERVAL = 4000  # iterations between two points of the validation curve, a checkpoint before each
 LOG_INTERVAL = 10  # iterations between two looks at the loss
 
@@ -55,7 +56,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.common("BTCV")
     prepare.task_flags(parser)
     by_protocol = {key: "/".join(f"{PHANTOM_RECIPES[p][key]}" for p in PROTOCOLS) for key in ("iterations", "lr")}
-    add = parser.with_defaults(PAPER, PHANTOM | by_protocol)
+    by_protocol["whole_slices"] = "/".join("yes" if PHANTOM_RECIPES[p]["whole_slices"] else "no" for p in PROTOCOLS)
+    add = parser.with_defaults(PAPER | {"whole_slices": "no"}, PHANTOM | by_protocol)
     add("--split", help="percent of the training volumes: 12.5, 25 or 100")
     add("--draw", type=whole(0), help="one of the random choices of volumes, 0 to 2 (default: all)")
     add("--protocol", choices=PROTOCOLS, help="default: all three")
@@ -70,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=whole(2), help="crops an iteration, over all processes")
     add("--lr", type=number(above=0), help="learning rate")
     add("--whole-slices", action=argparse.BooleanOptionalAction, help="linear-frozen trains on whole slices instead "
-        "of random crops: their features are computed once, which is fast and not the paper's; the phantom's preset")
+        "of random crops: their features are computed once, which is fast and not the paper's")
     add("--eval-every", type=whole(1), default=EVAL_INTERVAL, metavar="N", help="iterations between two points of the "
         "validation curve, which decides nothing")
     add("--overwrite", action="store_true", help="start over what has been run")
@@ -85,9 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
     """Fill the defaults that all runs share, and refuse what cannot work (BadInput); see `recipe` for the rest."""
-    for key, value in (PHANTOM if phantom else PAPER).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    processes.fill(args, PHANTOM if phantom else PAPER)
     args.phantom = phantom
     if args.split is None:
         raise BadInput("--split is missing: give --split 12.5, 25 or 100 (or --report)")
@@ -117,11 +117,11 @@ def lr(t: int, args: argparse.Namespace) -> float:
 # ----------------------------------------------------------------------------------------------------- backbones
 
 
-def choose_backbones(args, phantom: bool) -> list[str]:
+def choose_backbones(args: argparse.Namespace, phantom: bool) -> list[str]:
     """The names behind --backbone: runs of --out, files, imagenet or random. Raises BadInput for none."""
     prefix, seed = "phantom-" if phantom else "", processes.seed_suffix(args.seed)
     if args.backbone != "all":
-        return [backbones.resolve(args.backbone or f"moco-local-zca{seed}", args.out, phantom)]
+        return [backbones.resolve(args.backbone or BACKBONE + seed, args.out, phantom)]
     rows = [r for r in report.ROWS | report.BEYOND if r not in ("imagenet", "random")]
     folders = {r: args.out / f"{prefix}{r}{seed}" for r in rows}
     present = backbones.pretrained(folders.values())
@@ -132,7 +132,7 @@ def choose_backbones(args, phantom: bool) -> list[str]:
     return ["imagenet" if "imagenet" in inits or not (inits or phantom) else "random", *(f.name for f in present)]
 
 
-def tell_unfinished(args, names: list[str], phantom: bool, ranks: processes.Processes) -> None:
+def announce_unfinished(args: argparse.Namespace, names: list[str], phantom: bool, ranks: processes.Processes) -> None:
     """Say before all work which backbones are runs that have not come to their end: what they are worth will change."""
     for name in names:
         if (args.out / name / "checkpoint.pt").exists():
@@ -147,7 +147,8 @@ def tell_unfinished(args, names: list[str], phantom: bool, ranks: processes.Proc
 class Trainer:
     """Model, optimizer and one iteration; its state is what continuing, and with config.json predicting, needs."""
 
-    def __init__(self, args, model: Segmenter, crops: datasets.Crops, ranks: processes.Processes, amp: str):
+    def __init__(self, args: argparse.Namespace, model: Segmenter, crops: datasets.Crops,
+                 ranks: processes.Processes, amp: str):
         self.args, self.crops, self.store, self.amp = args, crops, crops.store, amp
         self.ranks, self.device = ranks, ranks.device
         self.model = model.to(self.device, memory_format=torch.channels_last)
@@ -165,7 +166,8 @@ class Trainer:
         """One optimizer step on this process's slices and labels -> its loss, a scalar on the device."""
         processes.seed_torch(self.args.seed, processes.DROPOUT, t, self.ranks.rank)
 
-        # images (B, 3, S, S), or layer4's features of whole slices (B, C, S/8, S/8); labels (B, S, S)
+        # images (B, 3, S, S), or of whole slices the `features` that were computed once, of which the linear head needs
+        # the last, layer4's (B, C, S/8, S/8); labels (B, S, S)
         if self.cached:
             layer4, labels = (torch.stack([self.cached[i][part] for i in pairs]) for part in (0, 1))
             images = (None, None, None, layer4)
@@ -230,21 +232,21 @@ def train(trainer: Trainer, run: runs.Run, first: int) -> None:
             pending.append(trainer.step(t, pairs))
             stopping, done = ranks.any(stop.signal != 0), t + 1
             due = done % args.eval_every == 0 or done == args.iterations
-            if logging := len(pending) == LOG_INTERVAL or due or stopping:
+            if log_due := len(pending) == LOG_INTERVAL or due or stopping:
                 losses = processes.mean_over_processes(torch.stack(pending), ranks).tolist()  # waits for the device
                 records = [{"step": step, "loss": loss, "lr": lr(step - 1, args)}
                            for step, loss in enumerate(losses, done - len(losses) + 1)]
                 runs.refuse_non_finite(records, lambda step: [trainer.store.where(*trainer.store.place(i))
                                                               for i in crops.indices(step - 1)], run)
                 run.log(records)
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}")
-                bar.update(len(losses))
+                bar.set_postfix_str(f"loss {records[-1]['loss']:.3f}")
+                bar.update(len(records))
                 pending = []
             if ranks.is_main and done == first + LOG_INTERVAL < args.iterations:
                 left = (time.perf_counter() - started) / LOG_INTERVAL * (args.iterations - done)
                 tqdm.write(f"{title}: about {processes.duration(left)} to go")
             # before the validation, which may take longer than a scheduler waits
-            if due or stopping or (logging and ranks.any(run.overdue(args.checkpoint_minutes))):
+            if due or stopping or (log_due and ranks.any(run.overdue(args.checkpoint_minutes))):
                 run.checkpoint(trainer.state(done))
             if due and done < args.iterations and not stopping:
                 processes.on_main(ranks.is_main, functools.partial(evaluate.validate, trainer, run, done, stop))
@@ -252,6 +254,9 @@ def train(trainer: Trainer, run: runs.Run, first: int) -> None:
             if stopping and done < args.iterations:
                 raise SystemExit(stop.exit_code)
     bar.close()
+
+
+# --------------------------------------------------------------------------------------------------------- a run
 
 
 def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store: datasets.Store, phantom: bool,
@@ -290,8 +295,8 @@ def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store
     processes.on_main(ranks.is_main, lambda: evaluate.finish(trainer, run, config))
 
 
-def configure(args, backbone: backbones.Backbone, protocol: str, draw: int, store: datasets.Store,
-              phantom: bool) -> dict:
+def configure(args: argparse.Namespace, backbone: backbones.Backbone, protocol: str, draw: int,
+              store: datasets.Store, phantom: bool) -> dict:
     """What decides a run's result, and what its model is: config.json."""
     task = store.task
     sums = [hashlib.sha256(task.file(*split).read_bytes()).hexdigest() for split in ((args.split, draw), ("val",))]
@@ -349,8 +354,9 @@ def main(argv: list[str] | None = None) -> None:
         raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {ranks.world_size} processes")
     if ranks.is_main:
         introduce(args, titles, store, phantom, ranks)
-        print(*remarks, sep="\n", end="\n" if remarks else "")
-    tell_unfinished(args, names, phantom, ranks)
+        for line in remarks:
+            print(line)
+    announce_unfinished(args, names, phantom, ranks)
     for name in names:
         for draw in args.draws:
             for protocol in args.protocols:

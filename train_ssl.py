@@ -35,11 +35,6 @@ from local_loss import CELLS
 from moco import MoCo
 from whitening import whiten_last_norm
 
-# The step ends with buffers that are equal everywhere: DDP need not send rank 0's before each forward.
-NO_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(
-    DistributedDataParallel.__init__).parameters else "broadcast_buffers"  # deprecated since torch 2.13
-FEW = 20_000  # slices: below, the paper's settings are looked at for what cannot work
-
 # ------------------------------------------------------------------------------------------------------ settings
 
 MOMENTUM, WEIGHT_DECAY, DIM = 0.9, 1e-4, 128  # mmselfsup's mocov2_resnet50_8xb32-coslr-200e
@@ -50,6 +45,7 @@ PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, b
 # ImageNet weights: MoCo v2 without geometry, which learns from random weights where MoCo v2 with crops does not.
 PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=8, lr=0.01, queue=256, ema=0.99,
                zca_group=64, size=192)
+FEW = 20_000  # slices: below, the paper's settings are looked at for what cannot work
 START = dict(init="random", local=False, zca=False, geometric=False, epochs=6, steps=None, overwrite=False)
 
 
@@ -58,13 +54,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = processes.Parser(prog="train_ssl.py", description=__doc__.split("\n\n")[0],
                               epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
     parser.common("AbdomenCT-1K")
-    add = parser.with_defaults(PAPER, PHANTOM)
+    add = parser.with_defaults(PAPER, PHANTOM | {"init": "phantom-start, trained first"})
     add("--local", action="store_true", help="local loss on the first stage's feature map, Eq. 2")
     add("--zca", action="store_true", help="ZCA whitening in place of the backbone's last BN, Eq. 5")
     add("--geometric", action=argparse.BooleanOptionalAction,
         help="crops and flips (default: unless --local; with it, Eq. 2 takes what both crops show: not the paper's)")
     add("--arch", help="any torchvision resnet")
-    add("--init", help="imagenet, random, a RUN of --out or a FILE; on the phantom its start, which is trained first")
+    add("--init", help="imagenet, random, a RUN of --out or a FILE")
     add("--name", help="of the run (default moco[-local][-zca][-nogeo|-aligned][-seedN])")
     add("--overwrite", action="store_true", help="start over where a run of this name exists")
     add("--size", type=whole(1), help="pixels of a stored slice's side")
@@ -88,9 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
     """Fill the defaults of the paper or of the phantom, and refuse what cannot work. Raises BadInput."""
-    for key, value in (PHANTOM if phantom else PAPER).items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
+    processes.fill(args, PHANTOM if phantom else PAPER)
     if args.geometric is None:
         args.geometric = not args.local
     args.lr = LR * args.batch_size / 256 if args.lr is None else args.lr
@@ -159,6 +153,10 @@ def advice(args: argparse.Namespace, trained: int, horizon: int) -> list[str]:
 
 # --------------------------------------------------------------------------------------------- model and one step
 
+# The step ends with buffers that are equal everywhere: DDP need not send rank 0's before each forward.
+NO_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(
+    DistributedDataParallel.__init__).parameters else "broadcast_buffers"  # deprecated since torch 2.13
+
 
 def build(args: argparse.Namespace, phantom: bool = False) -> MoCo:
     """The two encoders from --init, whitened with --zca; what was opened is noted in `args`. Raises BadInput."""
@@ -180,7 +178,8 @@ def build(args: argparse.Namespace, phantom: bool = False) -> MoCo:
 class Trainer:
     """Model, optimizer and one step."""
 
-    def __init__(self, args, moco: MoCo, batches: datasets.Batches, ranks: processes.Processes, amp: str):
+    def __init__(self, args: argparse.Namespace, moco: MoCo, batches: datasets.Batches, ranks: processes.Processes,
+                 amp: str):
         self.args, self.batches, self.device, self.amp = args, batches, ranks.device, amp
         self.moco = moco.to(self.device, memory_format=torch.channels_last)
         if args.compile:  # on a GPU as CUDA graphs: a group of 32 is hundreds of kernel launches, which cost the most
@@ -228,8 +227,8 @@ class Trainer:
         self.statistics.begin()
         for start in starts:
             group = slice(start, start + args.bn_group)
-            sync = contextlib.nullcontext if start == starts[-1] else self.no_sync
-            with self.statistics.group(), sync():
+            exchange_later = self.no_sync if start != starts[-1] else contextlib.nullcontext
+            with self.statistics.group(), exchange_later():
                 with processes.autocast(self.amp, self.device):
                     loss_global, loss_local = self.model(
                         view_q[group], keys[group], cells[group] if args.local else None,
@@ -283,7 +282,7 @@ class Trainer:
 
 def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: processes.Processes, first: int, last: int
           ) -> None:
-    """Steps `first` to `last`, with log, signs of collapse and checkpoints; a stop request saves and exits."""
+    """Steps `first` to `last`, with log, looks for collapse and checkpoints; a stop request saves and exits."""
     args, batches = trainer.args, trainer.batches
     logger = monitor.MetricLogger(trainer, store, run, ranks, first, last)
 
@@ -294,13 +293,13 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
     asked = time.perf_counter()
     with processes.StopRequest() as stop:
         for t, slices in datasets.prefetch(fetch, range(first, last), args.workers):
-            logger.waited += time.perf_counter() - asked
-            logger.pending.append(trainer.step(t, slices))
+            waited = time.perf_counter() - asked
+            logger.add(trainer.step(t, slices), waited)
             stopping, done = ranks.any(stop.signal != 0), t + 1
             epoch_ends = done % batches.steps_per_epoch == 0 or done == last
-            if logging := len(logger.pending) == monitor.LOG_INTERVAL or epoch_ends or stopping:
-                logger.flush(done, epoch_ends or stopping, epoch_ends)
-            if stopping or done == last or (logging and ranks.any(run.overdue(args.checkpoint_minutes))):
+            if log_due := len(logger.pending) == monitor.LOG_INTERVAL or epoch_ends or stopping:
+                logger.flush(done, say=epoch_ends or stopping, look=epoch_ends)
+            if stopping or done == last or (log_due and ranks.any(run.overdue(args.checkpoint_minutes))):
                 run.checkpoint(trainer.state(done))
             if stopping and done < last:
                 if ranks.is_main:
@@ -308,6 +307,9 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
                 raise SystemExit(stop.exit_code)
             asked = time.perf_counter()
     logger.bar.close()
+
+
+# --------------------------------------------------------------------------------------------------------- a run
 
 
 def pretrain(args: argparse.Namespace, store: datasets.Store, data: Path, phantom: bool, ranks: processes.Processes
@@ -353,7 +355,7 @@ def introduce(trainer: Trainer, store: datasets.Store, phantom: bool, ranks: pro
           f"({store.folder}), {processes.hardware()}")
     print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
           f"{ranks.world_size} process(es), precision {trainer.amp}, {args.image_size} px; about {megabytes:,.0f} MB "
-          f"in {args.out / args.name}; the time needed is told after {monitor.LOG_INTERVAL} steps")
+          f"in {args.out / args.name}; the time needed is printed after {monitor.LOG_INTERVAL} steps")
     if args.init_unfinished:
         print(f"note: {args.init}: {args.init_unfinished}; this run starts from it as it is")
     for line in advice(args, trained, trainer.horizon):

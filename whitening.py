@@ -27,7 +27,8 @@ class ZCAWhitening(nn.Module):
         super().__init__()
         if num_features % group_size:
             raise ValueError(f"{num_features} channels do not divide into whitening groups of {group_size}")
-        self.group_size, self.iterations, self.eps, self.momentum = group_size, iterations, eps, momentum  # D, T
+        self.group_size, self.iterations = group_size, iterations  # D, T
+        self.eps, self.momentum = eps, momentum
         groups = num_features // group_size  # G
         self.weight = nn.Parameter(torch.ones(num_features))  # the affine of the BN that it replaces: (C,)
         self.bias = nn.Parameter(torch.zeros(num_features))
@@ -47,15 +48,15 @@ class ZCAWhitening(nn.Module):
             positions = rows.reshape(-1, groups, size).permute(1, 2, 0)  # (G, D, m), m = N x H x W
             if self.training:
                 mean = positions.mean(2, keepdim=True)  # mu of Eq. 5: (G, D, 1)
-                whitening = self.matrix(positions - mean)  # D L^(-1/2) D^T of Eq. 5: (G, D, D)
+                whitening = self.matrix(positions - mean)  # Sigma^(-1/2) of Eq. 5: (G, D, D)
                 self._update(mean.detach(), whitening.detach())
             else:
                 mean, whitening = self.running_mean.to(wide.dtype), self.running_whitening.to(wide.dtype)
-            # Eq. 5 and the affine, weight * W (x - mu) + bias, as one product: the mean is moved into the shift
+            # with the affine: weight * W (x - mu) + bias, as one product, the mean moved into the shift
             weight, bias = (p.to(wide.dtype).view(groups, size, 1) for p in (self.weight, self.bias))
             scaled = weight * whitening  # (G, D, D)
             shift = bias - scaled @ mean  # (G, D, 1)
-            out = torch.baddbmm(shift.mT, positions.mT, scaled.mT)  # (G, m, D)
+            out = torch.baddbmm(shift.mT, positions.mT, scaled.mT)  # Eq. 5: (G, m, D)
             return out.transpose(0, 1).reshape(rows.shape).movedim(-1, 1).to(x.dtype)
 
     @torch.no_grad()
@@ -74,11 +75,11 @@ class ZCAWhitening(nn.Module):
         eye = torch.eye(self.group_size, dtype=centred.dtype, device=centred.device)
         sigma = centred @ centred.mT / positions + self.eps * eye  # covariance: (G, D, D)
         trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]  # (G, 1, 1)
-        sigma = sigma / trace  # eigenvalues in (0, 1], where the iteration converges
-        p = eye.expand_as(sigma)  # P_0 = I
+        s = sigma / trace  # S: eigenvalues in (0, 1], where the iteration converges
+        p = eye.expand_as(s)  # P_0 = I
         for _ in range(self.iterations):
-            p = 1.5 * p - 0.5 * (p @ p @ p) @ sigma  # P_k = (3 P_{k-1} - P_{k-1}^3 S) / 2
-        return p / trace.sqrt()  # S^(-1/2) -> Sigma^(-1/2)
+            p = 1.5 * p - 0.5 * (p @ p @ p) @ s  # P_k = (3 P_{k-1} - P_{k-1}^3 S) / 2
+        return p / trace.sqrt()  # Sigma^(-1/2) = S^(-1/2) / sqrt(trace)
 
 
 def _last_norm(backbone: nn.Module) -> tuple[nn.Module, str, str]:

@@ -1,19 +1,13 @@
-"""Label maps in and out: ids of a file -> classes on the grid of its volume, and back on that file's own grid."""
+"""Label maps: the ids of a file -> classes on the grid of its volume."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
-from ct.files import replacing
-from ct.volumes import DISPLAY, BadInput, Volume, corner_shift, display, load, scaled
+from ct.volumes import BadInput, Volume, corner_shift, display, load, scaled
 
-# a header's fields that say where a voxel lies
-PLACE = ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
-         "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
 UNKNOWN = 255  # no class: in a label map, ids that the task does not have
 HIGHEST_ID = 65535  # of a label: predictions are written with 16 bits at most
 ROUNDED = 0.05  # by how much a label may lie beside a whole number (editing in floats leaves 2.9999)
@@ -93,23 +87,3 @@ def _whole(path: Path, stored: np.ndarray, header: nib.Nifti1Header) -> Iterator
         if not np.isclose(part, whole, rtol=0, atol=ROUNDED).all():
             raise BadInput(f"{path}: label values are not all whole numbers; resample labels by nearest neighbour")
         yield whole, int((part != whole).sum())
-
-
-def write_labels(path: str | os.PathLike, labels: np.ndarray, volume: Volume) -> None:
-    """Write labels (Z, Y, X) of `volume`'s display grid as NIfTI on the volume file's own grid: uint8, or uint16.
-
-    All that says where a voxel lies is copied from the file's header as it stands, qform and sform each: one computed
-    from the other would move the labels for readers that prefer the other (ITK the qform, where the sform is sheared).
-    The file appears whole or not at all. Raises ValueError when the shape is not the volume's.
-    """
-    if labels.shape != volume.stored.shape:
-        raise ValueError(f"labels of shape {labels.shape} for a volume of {volume.stored.shape}")
-    back = ornt_transform(DISPLAY, io_orientation(volume.affine))
-    stored = labels.astype(np.uint8 if labels.max() <= 255 else np.uint16)
-    data = apply_orientation(stored.transpose(2, 1, 0), back)
-    image = (nib.Nifti2Image if isinstance(volume.header, nib.Nifti2Header) else nib.Nifti1Image)(data, None)
-    image.set_data_dtype(stored.dtype)
-    for field in (*PLACE, "descrip"):  # a phantom's labels stay marked as such
-        image.header[field] = volume.header[field]
-    with replacing(Path(path)) as part:
-        nib.save(image, part)

@@ -89,7 +89,11 @@ def write(folder: str | os.PathLike, seed: int = 0, labelled: int = 30, unlabell
                 path.parent.mkdir(parents=True, exist_ok=True)
         if layout:
             phantom_layouts.describe(layout, part, BTCV_IDS[:labelled])
-        slices = sum(written for _, written in pool.in_processes(_write_patient, jobs, workers, "phantom", "patient"))
+        slices = 0
+        for _, written in pool.in_processes(_write_patient, jobs, workers, "phantom", "patient"):
+            if isinstance(written, BadInput):
+                raise written
+            slices += written
         try:
             part.rename(folder)
         except OSError:

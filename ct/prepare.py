@@ -210,7 +210,7 @@ def task_flags(parser: argparse.ArgumentParser) -> None:
     add("--organs", type=listed, metavar="A,B", help="which of TotalSegmentator's masks; where two overlap, the later "
         "in this list has the voxel (default: all, sorted)")
     add("--val", type=number(above=0, most=0.9), help="share of the patients to validate on, drawn once (default "
-        f"{tasks.HELD_OUT:g})")
+        f"{tasks.VAL_SHARE:g})")
     add("--val-cases", type=Path, metavar="FILE", help="the volumes to validate on instead, an id a line")
     add("--patient-regex", metavar="REGEX", help="what of a volume's id is the patient, whose volumes stay together")
 
@@ -254,7 +254,9 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
         if task := stores.task_of(store, index):
             remarks = tasks.draw_splits(task, [v["id"] for v in index["volumes"]], args.val, args.val_cases,
                                         args.patient_regex)
-            for line in [f"splits: {task.file('val')} and those beside it"] * (not task.of_paper) + remarks:
+            if not task.of_paper:
+                remarks.insert(0, f"splits: {task.file('val')} and those beside it")
+            for line in remarks:
                 print(printable(line))
     if skipped and not args.skip_bad:
         raise SystemExit(1)

@@ -17,7 +17,7 @@ from ct.volumes import BadInput
 
 SHARES = {"12.5": 1 / 8, "25": 1 / 4}  # of the training volumes
 DRAWS = 3
-HELD_OUT = 0.2  # of the patients
+VAL_SHARE = 0.2  # of the patients
 SEED = 13
 # what tells several scans of a patient apart: 0012_venous, 0012-post_contrast
 SUFFIXES = re.compile(r"(?<=\d)([_-][a-z][^_-]*)+$", re.IGNORECASE)
@@ -152,7 +152,7 @@ def _held_out(task: Task, ids: list[str], val: float | None, val_cases: Path | N
               groups: dict[str, list[str]]) -> list[str]:
     """The ids to validate on. Raises BadInput."""
     if val_cases is None:
-        count = round((HELD_OUT if val is None else val) * len(groups))
+        count = round((VAL_SHARE if val is None else val) * len(groups))
         if len(groups) < 2:
             raise BadInput(f"{task.name}: {len(groups)} patient; a split needs two, one to validate on")
         drawn = np.random.default_rng([SEED, 0]).choice(len(groups), min(max(count, 1), len(groups) - 1), False)

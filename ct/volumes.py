@@ -23,9 +23,14 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
+from ct.files import replacing
+
 SUFFIXES = (".nii.gz", ".nii")
 # A file's axes in the order (x, y, z) towards Left, Posterior, Superior; transposed, that is (Z, Y, X).
 DISPLAY = axcodes2ornt(("L", "P", "S"))
+# a header's fields that say where a voxel lies
+PLACE = ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
+         "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
 MAX_VOXELS = 2**31  # 2,147 million: 8,000 slices of 512 x 512. A header that declares more is damaged.
 BLOCK = 1 << 20  # bytes of a compressed file that are read at once
 MAX_RATIO = 1100  # of gzip's compression: deflate cannot do better than 1,032
@@ -92,6 +97,26 @@ def read_volume(path: str | os.PathLike) -> Volume:
     if bad := sum(int((~np.isfinite(read.slice(z))).sum()) for z in parts):
         raise BadInput(f"{path}: {bad} of {data.size} voxels are NaN or infinite; export it again or remove it")
     return read
+
+
+def write_labels(path: str | os.PathLike, labels: np.ndarray, volume: Volume) -> None:
+    """Write labels (Z, Y, X) of `volume`'s display grid as NIfTI on the volume file's own grid: uint8, or uint16.
+
+    All that says where a voxel lies is copied from the file's header as it stands, qform and sform each: one computed
+    from the other would move the labels for readers that prefer the other (ITK the qform, where the sform is sheared).
+    The file appears whole or not at all. Raises ValueError when the shape is not the volume's.
+    """
+    if labels.shape != volume.stored.shape:
+        raise ValueError(f"labels of shape {labels.shape} for a volume of {volume.stored.shape}")
+    back = ornt_transform(DISPLAY, io_orientation(volume.affine))
+    stored = labels.astype(np.uint8 if labels.max() <= 255 else np.uint16)
+    data = apply_orientation(stored.transpose(2, 1, 0), back)
+    image = (nib.Nifti2Image if isinstance(volume.header, nib.Nifti2Header) else nib.Nifti1Image)(data, None)
+    image.set_data_dtype(stored.dtype)
+    for field in (*PLACE, "descrip"):  # a phantom's labels stay marked as such
+        image.header[field] = volume.header[field]
+    with replacing(Path(path)) as part:
+        nib.save(image, part)
 
 
 def is_phantom(path: Path) -> bool:

@@ -62,29 +62,32 @@ def finish(trainer, run: runs.Run, config: dict) -> None:
     if trainer.model.frozen and after != trainer.backbone:
         raise RuntimeError(f"{title}: the frozen backbone changed during training (checksum {trainer.backbone} before, "
                            f"{after} after); its result would not be what it says")
-    counts, surfaces, predicted = {}, {}, {}
+    counts, hd95, predicted = {}, {}, {}
     for record, truth, labels in predictions(trainer):
         case = record["id"]
         counts[case], predicted[case] = metrics.count_slices(labels, truth, len(task.organs)), labels
-        surfaces[case] = distances.hd95_organs(labels, truth, record["spacing"], len(task.organs))
+        hd95[case] = distances.hd95_organs(labels, truth, record["spacing"], len(task.organs))
     table, ids = metrics.join(counts)
     result = {**config, **add_point(run, args.iterations, table, ids),
-              **distances.summarise_hd95(list(surfaces.values())),
+              **distances.summarise_hd95(list(hd95.values())),
               "backbone_before": trainer.backbone, "backbone_after": after,
               "wall_s": round(time.time() - trainer.started, 1), "amp": trainer.amp,
               "processes": trainer.ranks.world_size, "hardware": processes.hardware(), "commit": processes.commit(),
               "date": time.strftime("%Y-%m-%d")}
-    report.write_csv(folder / "dice.csv", [CASE_COLUMNS, *per_case(table, ids, surfaces, task.labels)])
+    report.write_csv(folder / "dice.csv", [CASE_COLUMNS, *per_case(table, ids, hd95, task.labels)])
     runs.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
     runs.write_text(folder / "result.json", json.dumps(result) + "\n")
     occur = sum(dice is not None for dice in result["organs"])
-    counted = f"{occur} organ{'s' * (occur != 1)}, pooled over the validation set"
+    counted = f"{occur} {'organ' if occur == 1 else 'organs'}, pooled over the validation set"
     print(f"{title}: mDS {100 * result['mDS']:.2f} % ({counted}), with background "
           f"{100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
     if args.save_predictions:
         for case, (name, path) in validation_files(trainer.store).items():
             predict.write(folder / "predictions", name, predicted[case], volumes.read_volume(path), task)
-    if config["data"] == "phantom":
+    phantom = config["data"] == "phantom"
+    title = (f"{report.label(config['backbone'], phantom)}, {config['protocol']}, {config['split']} % of the training "
+             f"volumes, draw {config['draw']}")
+    if phantom:
         title += ", on the generated phantom"
     pictures(trainer.store, folder, title, table, ids, predicted)
 
@@ -103,7 +106,7 @@ def pictures(store, folder: Path, title: str, table: np.ndarray, ids: np.ndarray
     if len(curve) > 1:
         figures.attempt(figures.validation, folder / "validation.png", curve, title)
     figures.attempt(figures.overlays, folder / "overlays.png", rows,
-                    f"{title}: validation slices, from the worst to the best mean Dice of their organs",
+                    f"{title}: validation slices that hold most of the organs, from the worst to the best mean Dice",
                     store.task.organs)
 
 
@@ -121,18 +124,18 @@ def spread(table: np.ndarray, number: int) -> list[tuple[int, float]]:
     return [(int(ranked[i]), float(score[ranked[i]])) for i in places]
 
 
-def per_case(table: np.ndarray, volumes: Sequence, surfaces: dict[object, np.ndarray],
+def per_case(table: np.ndarray, volumes: Sequence, hd95: dict[object, np.ndarray],
              labels: dict[int, str]) -> list[list]:
     """A row of CASE_COLUMNS for each volume and class, from which every convention can be computed again.
 
-    labels: {id: name} of the classes, in their order; surfaces: volume id -> `distances.hd95_organs`. Background (id
+    labels: {id: name} of the classes, in their order; hd95: volume id -> `distances.hd95_organs`. Background (id
     0) is listed for its counts; undefined values are "".
     """
     rows, ids = [], np.unique(np.asarray(volumes)).tolist()
     for volume, counted in zip(ids, metrics.volume_counts(table, volumes), strict=True):
-        scores, hd95 = metrics.dice(*counted.T), [[math.nan] * len(distances.HD95), *surfaces[volume]]
+        scores, surface = metrics.dice(*counted.T), [[math.nan] * len(distances.HD95), *hd95[volume]]
         for c, (label, name) in enumerate(labels.items()):
-            shown = ((scores[c], 6), *((x, 3) for x in hd95[c]))
+            shown = ((scores[c], 6), *((x, 3) for x in surface[c]))
             rows.append([volume, label, name, *counted[c].tolist(),
                          *("" if math.isnan(x) else f"{x:.{digits}f}" for x, digits in shown)])
     return rows

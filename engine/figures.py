@@ -113,15 +113,15 @@ def spectrum(path: Path, runs: Sequence[tuple[str, np.ndarray, float]], title: s
         bars.annotate(f"{rank:.1f}", (rank, i), (3, 0), textcoords="offset points", va="center")
     axes.set_yscale("log")
     axes.set_xlim(left=0)
-    axes.set_xlabel("singular value rank index")
+    axes.set_xlabel("index of the singular value, largest first")
     axes.set_ylabel("singular value of the covariance / the largest")
     axes.set_title(title)
     axes.legend()
     bars.set_yticks(range(len(runs)), [name for name, _, _ in runs])
     bars.invert_yaxis()
     bars.set_xlim(0, 1.15 * max(rank for _, _, rank in runs))
-    bars.set_xlabel("dimensions that are used")
-    bars.set_title("effective rank")
+    bars.set_xlabel(f"dimensions that are used, of {max(len(values) for _, values, _ in runs)}")
+    bars.set_title("effective rank: the lower, the more collapsed")
     _save(plt, figure, path)
 
 
@@ -301,7 +301,7 @@ def report(path: Path, cells: Sequence[dict]) -> None:
                  "markersize": 4.5, "fillstyle": "none" if i % 2 else "full"} for i, m in enumerate(methods)}
     step = min(0.22, 0.66 / len(methods))  # aside, so that equal values stay visible
     aside = {m: step * (i - (len(methods) - 1) / 2) for i, m in enumerate(methods)}
-    heights = [0.7 + 0.18 * len(organs) for organs in rows.values()]
+    heights = [0.9 + 0.18 * (1 + len(organs)) for organs in rows.values()]
     figure, grid = plt.subplots(len(rows), len(protocols), figsize=(1.6 + 2.7 * len(protocols), 0.6 + sum(heights)),
                                 squeeze=False, sharex=True, sharey="row", layout="constrained", height_ratios=heights)
     for ((data, split), organs), line in zip(rows.items(), grid, strict=True):
@@ -309,14 +309,16 @@ def report(path: Path, cells: Sequence[dict]) -> None:
         for protocol, axes in zip(protocols, line, strict=True):
             for c in cells:
                 if (c["data"], c["split"], c["protocol"]) == (data, split, protocol):
-                    axes.plot(100 * np.array(c["organs"], float), places + aside[c["method"]], **looks[c["method"]])
-            axes.set_title(f"{protocol}, {split} % of {where}", fontsize=8)
-            axes.hlines(places, 0, 100, color="#e8e8e8", linewidth=0.8, zorder=0)
+                    shown = [*(100 * np.array(c["organs"], float)), np.mean(c["values"])]
+                    axes.plot(shown, np.arange(len(shown)) + aside[c["method"]], **looks[c["method"]])
+            axes.set_title(f"{protocol}, {split} % of the training volumes\n{where}", fontsize=8)
+            axes.hlines([*places, len(organs)], 0, 100, color="#e8e8e8", linewidth=0.8, zorder=0)
             axes.set_xlim(-2, 102)
-        line[0].set_yticks(places, organs)
-        line[0].set_ylim(len(organs) - 0.4, -0.6)
+        line[0].set_yticks([*places, len(organs)], [*organs, "mean (mDS)"])
+        line[0].get_yticklabels()[-1].set_weight("bold")
+        line[0].set_ylim(len(organs) + 0.6, -0.6)
     for axes in grid[-1]:
-        axes.set_xlabel("Dice in %, pooled; mean over draws")
+        axes.set_xlabel("Dice in %, pooled over the validation set")
     handles = [plt.Line2D([], [], label=m, **look) for m, look in looks.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)))
     _save(plt, figure, path)

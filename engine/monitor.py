@@ -25,7 +25,7 @@ class CollapseMonitor:
     def __init__(self, trainer, store):
         self.trainer, args = trainer, trainer.args
         self.slices = torch.from_numpy(store.batch(trainer.batches.held_out))
-        self.views = [augment.draw(processes.rng(args.seed, processes.HELD_OUT, i), len(self.slices), args.geometric)
+        self.views = [augment.draw(processes.rng(args.seed, processes.LOOKS, i), len(self.slices), args.geometric)
                       for i in (1, 2)]
 
     @torch.no_grad()
@@ -94,6 +94,11 @@ class MetricLogger:
         self.seen = ""  # in the last look
         self.pending: list[torch.Tensor] = []  # (7,) a step: STATS
         self.waited, self.since = 0.0, time.perf_counter()  # for slices; since the last flush
+
+    def add(self, stats: torch.Tensor, waited: float) -> None:
+        """One step's STATS, (7,) on the device, and the seconds for which its slices were waited for."""
+        self.pending.append(stats)
+        self.waited += waited
 
     def flush(self, done: int, say: bool, look: bool) -> None:
         """Log what is pending up to step `done`; say: also a line where there is no bar; look: for collapse."""

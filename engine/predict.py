@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import resize
-from ct import intake, label_maps, reading, tasks, volumes
+from ct import intake, reading, tasks, volumes
 from ct.files import checksum
 from ct.volumes import BadInput
 from engine import backbones, processes, runs
@@ -167,7 +167,7 @@ def write(folder: Path, name: str, labels: np.ndarray, read: volumes.Volume, tas
         folder.mkdir(parents=True, exist_ok=True)
         runs.append(folder / SOURCES, [{"prediction": name, "volume": os.path.realpath(read.path),
                                         "checksum": checksum(read.path), "labels": task.labels}])
-        label_maps.write_labels(path, np.array(task.ids)[labels], read)
+        volumes.write_labels(path, np.array(task.ids)[labels], read)
     except OSError as e:
         raise BadInput(f"{path}: cannot be written ({e.strerror}); give another --predict-out") from None
     return path

@@ -5,6 +5,7 @@ Exit codes of the scripts: 0 done; 1 data, files or disk are at fault, as one li
 After 1, once its cause is gone, and after a signal, SIGKILL too, the same command continues where it was.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -28,11 +29,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from ct import command as ct_command
 from ct.command import cause, cores, folder, number, whole
+from ct.prepare import WINDOW
 from ct.volumes import BadInput
 
 # Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
-INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, HELD_OUT = range(9)
-
+INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, LOOKS = range(9)
 
 PATIENCE = timedelta(minutes=30)  # with another process, before it counts as lost
 READERS = 16  # threads of a process at most: each holds a batch
@@ -53,7 +54,7 @@ class Parser(ct_command.Parser):
             "phantom)")
         add("--store", type=folder, help="folder of the prepared slices (default stores/NAME-HASH of --data)")
         add("--out", type=folder, default=Path("runs"), help="folder of all runs and results (default runs)")
-        add("--seed", type=whole(0), default=0)
+        add("--seed", type=whole(0), default=0, help="of all random numbers (%(default)s)")
         add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
             help="mixed precision; auto: bf16 where the hardware computes in it")
         add("--deterministic", action="store_true", help="on a GPU: deterministic algorithms and no TF32, slower; "
@@ -62,23 +63,30 @@ class Parser(ct_command.Parser):
             "next tenth step (default %(default)g); one is always kept at the end and on SIGTERM and Ctrl-C")
         add("--workers", type=whole(0), help="threads that read slices, and processes that prepare them (default: the "
             f"cores there are, to read divided by the processes on this machine and at most {READERS})")
-        add("--window", type=number(), nargs=2, default=(-175.0, 250.0), metavar=("LOW", "HIGH"), help="HU window")
-
+        add("--window", type=number(), nargs=2, default=WINDOW, metavar=("LOW", "HIGH"),
+            help=f"of HU, which becomes 0 to 255 ({WINDOW[0]:g} {WINDOW[1]:g})")
 
     def with_defaults(self, paper: dict, phantom: dict) -> Callable:
         """`add_argument`, whose help ends in the flag's default: `(the paper's) [the phantom's]`, or its own."""
 
         def add(flag: str, help: str = "", **kw) -> None:
             key = flag.removeprefix("--").replace("-", "_")
-            if paper.get(key) is not None:
+            if paper.get(key):
                 help += f" ({paper[key]})"
-            elif kw.get("default") is not None:
+            elif kw.get("default"):
                 help += " (%(default)s)"
-            if phantom.get(key) is not None:
+            if phantom.get(key):
                 help += f" [{phantom[key]}]"
             self.add_argument(flag, help=help, **kw)
 
         return add
+
+
+def fill(args: argparse.Namespace, defaults: dict) -> None:
+    """Set what the command line left open, in place."""
+    for key, value in defaults.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
 
 
 def command(main):
@@ -113,7 +121,7 @@ def launched() -> tuple[int, int, int]:
         if not value.isdecimal():
             raise BadInput(f"{name}={value!r} in the environment: no number; start with torchrun, or unset {name}")
         numbers[name] = int(value)
-    rank, world_size, local = numbers.values()
+    rank, world_size, local_rank = numbers.values()
     needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise BadInput(f"WORLD_SIZE={world_size} in the environment without {', '.join(missing)}; start with torchrun, "
@@ -121,7 +129,7 @@ def launched() -> tuple[int, int, int]:
     if rank >= world_size:
         raise BadInput(f"RANK={rank} in the environment, but WORLD_SIZE={world_size}; start with torchrun, or unset "
                        "both")
-    return rank, world_size, local
+    return rank, world_size, local_rank
 
 
 @dataclass(frozen=True)
@@ -158,12 +166,13 @@ def start(deterministic: bool = False) -> Processes:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on the GPU
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    _, world_size, local = launched()
-    here = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # all of them find it, the one that tells it too
+    _, world_size, local_rank = launched()
+    # all of them find it, the one that says it, too
+    here = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if cuda and here > torch.cuda.device_count():
         raise BadInput(f"{here} processes on this machine for {torch.cuda.device_count()} GPUs; lower "
                        "--nproc-per-node")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if world_size > 1:

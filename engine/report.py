@@ -182,12 +182,12 @@ def markdown(report: Sequence[dict]) -> str:
         views = {r for c in own for r in c["remarks"] if r.startswith("views")}
         if views:
             text.append(f"- pre-training: {' / '.join(sorted(views))}")
-        text += ["", "| split | method | " + " | ".join(columns) + " |",
-                 "|---" * (2 + len(protocols) * (1 + beside)) + "|"]
+        text += ["", f"| split | method | {' | '.join(columns)} |"]
+        text.append("|---" * (text[-1].count("|") - 1) + "|")
         for split, method in dict.fromkeys((c["split"], c["method"]) for c in own):
             line = [c for c in own if (c["split"], c["method"]) == (split, method)]
             remarks = sorted({r for c in line for r in c["remarks"]} - (views if len(views) == 1 else set()))
-            shown = [f"{split} %", method + f" ({'; '.join(remarks)})" * bool(remarks)]
+            shown = [f"{split} %", f"{method} ({'; '.join(remarks)})" if remarks else method]
             for c in line:
                 shown += [c["paper"], _mean(c["values"])] if beside else [_mean(c["values"])]
             text.append("| " + " | ".join(shown) + " |")

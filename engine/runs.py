@@ -223,18 +223,18 @@ class Run:
             if not path.exists():
                 continue
             try:
-                state = load(path)
+                state, loaded = load(path), path
                 break
             except BadInput as e:
                 print(f"{e}; going back to the checkpoint before it", file=sys.stderr)
         if state is None and (self.path.exists() or self.previous.exists()):
             raise BadInput(f"{self.folder}: no checkpoint there can be loaded; start over with --overwrite")
-        if state and path == self.previous and self.path.exists():
+        if state and loaded == self.previous and self.path.exists():
             os.replace(self.path, self.damaged)  # out of the way: it must not take the good one's place
         log = self.folder / "log.jsonl"
         if log.exists():
-            kept = [r for r in read_log(log) if state and r["step"] <= state["step"]]
-            write_text(log, "".join(json.dumps(r) + "\n" for r in kept))
+            records = [r for r in read_log(log) if state and r["step"] <= state["step"]]
+            write_text(log, "".join(json.dumps(r) + "\n" for r in records))
         return state
 
     def checkpoint(self, state: dict) -> None:

@@ -152,7 +152,8 @@ def test_a_new_time_costs_a_checksum_once(abdomen, tmp_path, monkeypatch):
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     os.utime(abdomen / "part0" / "Case_00002_0000.nii.gz", ns=(1, 1))
     real, read = stores.checksum, []
-    monkeypatch.setattr(stores, "checksum", lambda path: read.append(path.name) or real(path))
+    for module in (stores, prepare):  # of sources; of what is written
+        monkeypatch.setattr(module, "checksum", lambda path: read.append(path.name) or real(path))
     for _ in range(2):
         datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     assert read == ["Case_00002_0000.nii.gz"]

@@ -35,9 +35,9 @@ DOCS = {str(p.relative_to(ROOT)): re.sub(r"^#SBATCH .*", "", p.read_text(), flag
 README, ALL = DOCS["README.md"], "\n".join(DOCS.values())
 MODULES = {str(p.relative_to(ROOT).with_suffix("")): p for folder in (".", "ct", "engine", "tools")
            for p in (ROOT / folder).glob("*.py")} | {"tests/stress": ROOT / "tests/stress.py"}
-# flags of torchrun and of TensorBoard, checked against nothing here
+# flags of torchrun, Slurm and TensorBoard, checked against nothing here
 OTHERS = {"--max-restarts", "--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint",
-          "--rdzv-id", "--logdir"}
+          "--rdzv-id", "--logdir", "--cpus-per-task"}
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.M | re.S)
 
 
@@ -200,12 +200,12 @@ def test_the_pages_are_reached_from_readme():
 
 # Programs of others that the documents call; `RECORD` notes the call of each, and nothing is done.
 PROGRAMS = ("python", "torchrun", "make", "curl", "md5sum", "unzip", "mkdir", "rm", "pip", "git", "sbatch", "scontrol",
-            "head", "tensorboard")
+            "head", "tensorboard", "grep", "cat")
 RECORD = "".join(f"{p}() {{ record {p} \"$@\"; }}\n" for p in PROGRAMS) + r"""
 record() { local call; call=$(printf '%s\037' "$@"); printf '%s\036' "$call" >> "$CALLS"; }  # one write: whole
-srun() { "$@"; }
+srun() { shift 2; "$@"; }  # its --cpus-per-task and the number
 """
-SLURM = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "1", "SLURM_NNODES": "2"}
+SLURM = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "1", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "32"}
 
 
 def calls(text: str, folder: Path) -> list[list[str]]:
@@ -330,7 +330,7 @@ RUNS = {
     "svd_spectrum --backbone --data --labels": HERE,
     "svd_spectrum --positions": HERE,
     "datasets audit --data": "tests/test_datasets.py::test_audit_names_duplicates_and_odd_volumes",
-    "datasets audit --data --kind": "tests/test_layouts.py::test_ids_are_found_and_read_once",
+    "datasets audit --data --labels": "tests/test_layouts.py::test_names_come_from_a_file",
     "datasets audit --data --verify": "tests/test_datasets.py::test_verify_finds_a_flipped_bit_and_what_was_deleted",
     "datasets prepare --data": "tests/test_datasets.py::test_both_commands_end_with_what_was_skipped_or_odd",
     "ct/phantom --layout --out": "tests/test_phantom.py::test_command",
@@ -350,7 +350,7 @@ CANNOT = {
     "tools/bench": MINUTES, "tools/bench --peers": MINUTES, "tools/study --seg --ssl": MINUTES,
     "make test": THIS, "make lint": THIS, "pytest": THIS,
     "sbatch": CLUSTER, "scontrol": CLUSTER,
-    "head": TOOL, "md5sum": TOOL, "mkdir": TOOL, "unzip": TOOL, "tensorboard": TOOL,
+    "head": TOOL, "md5sum": TOOL, "mkdir": TOOL, "unzip": TOOL, "tensorboard": TOOL, "grep": TOOL, "cat": TOOL,
 }
 SCRIPTS = {"datasets", "train_ssl", "train_seg", "svd_spectrum", "ct/phantom", "tools/bench", "tools/study",
            "tests/stress"}
@@ -426,7 +426,7 @@ def test_every_command_is_read_by_its_own_parser(page, monkeypatch):
 
 
 def test_the_search_for_commands_sees_loops_lines_that_go_on_and_what_is_wrong(tmp_path, monkeypatch):
-    told = calls("for x in 1 2; do\n  python train_seg.py \\\n --split $x  # so\ndone\nsrun torchrun -- train_ssl.py "
+    told = calls("for x in 1 2; do\n  python train_seg.py \\\n --split $x  # so\ndone\nsrun -c 4 torchrun -- train_ssl.py "
                  "--local &", tmp_path)
     assert told == [["python", "train_seg.py", "--split", "1"], ["python", "train_seg.py", "--split", "2"],
                     ["torchrun", "--", "train_ssl.py", "--local"]]
@@ -447,6 +447,16 @@ def test_the_three_commands_and_the_two_targets_stand_as_they_are_run():
     named = {arguments[0] for page, script, arguments in COMMANDS if (page, script) == ("README.md", "make")}
     assert {"demo", "test", "setup"} <= named <= set(targets)
     assert {arguments[0] for _, script, arguments in COMMANDS if script == "make"} <= set(targets)
+
+
+def test_the_jumps_of_reading_land():
+    """The block of shell at the top of the walk through the code, run: each equation has one line."""
+    [block] = [code for _, language, code in FENCE.findall(DOCS["docs/reading.md"]) if language == "bash"]
+    lines = subprocess.run(["/bin/bash", "-c", block], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for equation, file in (("1", "moco"), ("2", "local_loss"), ("5", "whitening")):
+        assert re.findall(rf"^(\w+)\.py:\d+:.*# Eq\. {equation}\b", lines, re.M) == [file], equation
+    assert set(re.findall(r"^(\w+)\.py:\d+:.*# Eq\. 3\b", lines, re.M)) == {"moco", "train_ssl"}
+    assert "_foreach_lerp_" in lines and lines.endswith("".join(f"{c}\n" for c in tasks.BTCV.cases("12.5", 0)))
 
 
 def test_the_planned_runs_are_those_of_the_commands():

@@ -143,13 +143,15 @@ def test_validation_and_report(drawn):
               "protocol": "linear-frozen", "mDS": 0.25, "organs": [0.25] * 12 + [None]}
     others = [result | {"backbone": f"run{i}", "draw": 0} for i in range(9)]  # more than there are markers
     drawn(figures.report, report.cells([result, *others], ("linear-frozen", "a", "b")))
-    assert {"linear-frozen, 25 % of generated phantom", "Random weights", "run8", "pancreas"} <= set(drawn.texts)
+    title = "linear-frozen, 25 % of the training volumes\ngenerated phantom"
+    assert {title, "mean (mDS)", "Random weights", "run8", "pancreas"} <= set(drawn.texts)
 
 
 def test_spectrum_draws_no_numerical_zeros_and_is_readable_in_grey(drawn):
     runs = [(f"run {i}", np.array([2.0, 1.0, 1e-20]), 1.9) for i in range(len(figures.STYLES))]
     drawn(figures.spectrum, runs, "title")
-    assert all(len(line) == 2 for line in drawn.lines) and {"run 0", "1.9", "effective rank"} <= set(drawn.texts)
+    assert all(len(line) == 2 for line in drawn.lines)
+    assert {"run 0", "1.9", "effective rank: the lower, the more collapsed"} <= set(drawn.texts)
     assert len({str(line) for _, line in figures.STYLES}) == len(figures.STYLES)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import datasets
-from ct import audit, label_maps, layouts, pool, prepare, reading, stores, tasks, volumes
+from ct import audit, layouts, pool, prepare, reading, stores, tasks, volumes
 from ct.volumes import BadInput
 
 AFFINE = np.diag([-1.5, -1.5, 5.0, 1.0])  # LPS
@@ -131,7 +131,7 @@ def test_ids_of_labels_become_classes_in_their_order(tmp_path):
     assert store.volumes[0]["voxels"] == np.bincount(label(2)[label(2) < 3], minlength=3)[[0, 2, 1]].tolist()
     back = np.array(store.task.ids)[truth.transpose(2, 1, 0)]
     read = volumes.read_volume(folder / f"imagesTr/{CASES[0]}.nii.gz")
-    label_maps.write_labels(tmp_path / "out.nii.gz", back, read)
+    volumes.write_labels(tmp_path / "out.nii.gz", back, read)
     np.testing.assert_array_equal(nib.load(tmp_path / "out.nii.gz").dataobj, np.array([0, 700, 4])[label(0)])
 
 

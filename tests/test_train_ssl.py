@@ -243,8 +243,8 @@ def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, sma
     trainer = train_ssl.Trainer(args, train_ssl.build(args), datasets.Batches(args, len(store), ranks), ranks,
                                 "off")
     before = {k: v.clone() for k, v in trainer.moco.state_dict().items()}
-    signs = monitor.CollapseMonitor(trainer, store)
-    told = signs.look(2)
+    collapse = monitor.CollapseMonitor(trainer, store)
+    told = collapse.look(2)
     assert trainer.moco.encoder_q.training
     assert all(torch.equal(v, before[k]) for k, v in trainer.moco.state_dict().items())
     images = torch.nn.functional.interpolate(
@@ -255,7 +255,7 @@ def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, sma
     with torch.no_grad():
         features = trainer.moco.encoder_q.backbone.eval()(images)
         embeddings = trainer.moco.encoder_q.projector(features)
-        drawn = [augment.draw(processes.rng(0, processes.HELD_OUT, i), len(images)) for i in (1, 2)]
+        drawn = [augment.draw(processes.rng(0, processes.LOOKS, i), len(images)) for i in (1, 2)]
         slices = torch.from_numpy(store.batch(trainer.batches.held_out))
         queries, keys = (encoder.eval()(augment.apply(slices, d, 64))[1] for encoder, d in
                          zip((trainer.moco.encoder_q, trainer.moco.encoder_k), drawn, strict=True))
@@ -282,17 +282,17 @@ def test_warnings_look_at_gap_and_rank_together_once_the_queue_was_full_for_an_e
     ranks = processes.Processes(0, 1, torch.device("cpu"))
     trainer = train_ssl.Trainer(args, train_ssl.build(args), datasets.Batches(args, len(store), ranks), ranks,
                                 "off")
-    signs = monitor.CollapseMonitor(trainer, store)
+    collapse = monitor.CollapseMonitor(trainer, store)
     healthy = {"held_out_gap": 0.3, "effective_rank": 100.0, "instance_accuracy": 0.5, "instance_chance": 0.1}
     full = trainer.batches.steps_per_epoch + args.queue // args.batch_size
-    assert signs.warning(healthy, full) == ""
-    apart = signs.warning(healthy | {"held_out_gap": 0.01}, full)
+    assert collapse.warning(healthy, full) == ""
+    apart = collapse.warning(healthy | {"held_out_gap": 0.01}, full)
     assert "does not tell slices apart" in apart and "effective rank means nothing" in apart
     assert all(flag in apart for flag in ("--init", "--queue", "--lr"))
-    assert "dimensional collapse" in signs.warning(healthy | {"effective_rank": 0.05}, full)
-    assert "dimensional collapse" not in signs.warning(healthy | {"effective_rank": 0.05, "held_out_gap": 0.0}, full)
+    assert "dimensional collapse" in collapse.warning(healthy | {"effective_rank": 0.05}, full)
+    assert "dimensional collapse" not in collapse.warning(healthy | {"effective_rank": 0.05, "held_out_gap": 0.0}, full)
     for bad in ({"held_out_gap": 0.0}, {"effective_rank": 0.05}):
-        assert signs.warning(healthy | bad, full - 1) == ""
+        assert collapse.warning(healthy | bad, full - 1) == ""
 
 
 class Brightness(torch.nn.Module):
@@ -333,9 +333,9 @@ def test_a_model_that_only_drifts_brings_the_warning(flags, tmp_path, small_phan
         moco(images, keys, None, None)
         moco.enqueue(keys)
     assert moco.query_stats[0] == 1  # the queue's accuracy
-    signs = monitor.CollapseMonitor(trainer, store)
-    told = signs.look(full)
-    assert ("does not tell slices apart" in signs.warning(told, full)) is not apart
+    collapse = monitor.CollapseMonitor(trainer, store)
+    told = collapse.look(full)
+    assert ("does not tell slices apart" in collapse.warning(told, full)) is not apart
     assert (told["held_out_gap"] > 0.1) is apart
     assert (told["instance_accuracy"] > 2 * told["instance_chance"]) is apart
 

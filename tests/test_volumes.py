@@ -11,8 +11,8 @@ import pytest
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from ct import reading, volumes
-from ct.label_maps import read_labels, write_labels
-from ct.volumes import BadInput, read_volume
+from ct.label_maps import read_labels
+from ct.volumes import BadInput, read_volume, write_labels
 
 RAS = np.diag([0.8, 0.7, 2.5, 1.0])
 RAS[:3, 3] = (-10, 20, 30)

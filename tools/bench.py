@@ -307,22 +307,27 @@ def memory(table: Table, s: Setting) -> None:
     if s.quick or (s.device.type == "cpu" and sys.platform != "linux"):
         table.skip(what, "--quick" if s.quick else "on a CPU only under Linux", most=1.3)
         return
-    small, large = (gpu_memory(batch) if s.device.type == "cuda" else float(subprocess.run(
-        [sys.executable, "-c", MEMORY, str(batch)], text=True, capture_output=True, check=True, cwd=ROOT).stdout)
-        for batch in (64, 256))
+    peak = gpu_memory if s.device.type == "cuda" else cpu_memory
+    small, large = peak(64), peak(256)
     shown = f"{large / small:.2f} ({large:.2f} GiB / {small:.2f} GiB; {s.device.type})"
     table.add(what, large / small, shown, most=1.3)
 
 
+def cpu_memory(batch: int) -> float:
+    """GiB of a process of its own at the peak of a step."""
+    command = [sys.executable, "-c", MEMORY, str(batch)]
+    return float(subprocess.run(command, text=True, capture_output=True, check=True, cwd=ROOT).stdout)
+
+
 def gpu_memory(batch: int) -> float:
     """GiB that torch has allocated at the peak of a step, the second one: the first also makes the momentum buffers."""
-    s = Setting(False)
+    s, before = Setting(False), torch.cuda.memory_allocated()  # what other rows still hold
     s.batch = batch
     trainer, slices = s.trainer("--local", "--zca"), s.slices()
     trainer.step(0, slices)
     torch.cuda.reset_peak_memory_stats()
     trainer.step(1, slices)
-    return torch.cuda.max_memory_allocated() / 2**30
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 @processes.command

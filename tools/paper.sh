@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole paper, as a loop of the commands that docs/training.md explains: `make paper` says what it takes. Whatever is done is
-# skipped by the commands themselves; the plan below only tells.
+# The whole paper, as a loop of the commands that docs/training.md explains: `make paper` says what it takes. Whatever is
+# done is skipped by the commands themselves; the plan below only prints.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${BIN:=.venv/bin}"

@@ -21,10 +21,12 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 def pil_transform(channels: int) -> Callable:
     """MoCo v2's view of a PIL image by torchvision: for 3 channels with hue and grayscale, for 1 without."""
-    jitter = v2.ColorJitter(0.4, 0.4, *((0.4, 0.1) if channels == 3 else ()))
+    if channels == 3:
+        colour = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
+    else:
+        colour = [v2.RandomApply([v2.ColorJitter(0.4, 0.4)], 0.8)]
     return v2.Compose([
-        v2.RandomResizedCrop(224, (0.2, 1.0)), v2.RandomApply([jitter], 0.8),
-        *[v2.RandomGrayscale(0.2)] * (channels == 3), v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], 0.5),
+        v2.RandomResizedCrop(224, (0.2, 1.0)), *colour, v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], 0.5),
         v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
         v2.Normalize([0.45] * channels, [0.225] * channels)])
 
