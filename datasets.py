@@ -95,8 +95,8 @@ class Store:
         self.folder, self.kind, self.skipped = folder, index["kind"], index["skipped"]
         self.volumes, self.size, self.window = index["volumes"], index["size"], index["window"]
         self.data, self.task = index["data"], task_of(folder, index)
-        self.name = name_of(Path(self.data))
         self.is_phantom = any(v["phantom"] for v in self.volumes)
+        self.name = "phantom" if self.is_phantom else name_of(Path(self.data))  # in configs, results and tables
         self.ends = np.cumsum([v["slices"] for v in self.volumes])
         # files that stay open. Others are opened for each read: slices are drawn at random, so to keep the last ones
         # instead of the first would save no more

@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     what = f"{rows[0].vectors:,} vectors ({kind} {len(slices)} slices)"
     where = "the phantom's validation slices" if phantom else f"{store.name}, validation slices"
     path = args.out / ("spectrum-positions" if args.positions else "spectrum")
-    written = write(path, "phantom" if phantom else store.name, f"{where}; {what}", rows)
+    written = write(path, store.name, f"{where}; {what}", rows)
     print(f"{', '.join(map(str, written))}: {what}")
 
 

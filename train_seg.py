@@ -259,19 +259,20 @@ def train(trainer: Trainer, run: runs.Run, first: int) -> None:
 # --------------------------------------------------------------------------------------------------------- a run
 
 
-def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store: datasets.Store, phantom: bool,
+def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store: datasets.Store,
             ranks: processes.Processes) -> None:
     """One run: one backbone, protocol, split and draw, from the start or its checkpoint to its result."""
     args = recipe(args, protocol)
     whitening = "fold" if protocol == "linear-frozen" else args.whitening
     # before the run folder: a backbone that does not fit leaves nothing behind
-    backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, whitening, phantom, args.row)
+    backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, whitening, store.is_phantom,
+                                       args.row)
     seed = processes.seed_suffix(args.seed)  # a run of this seed has it in its name already
     title = f"{backbone.name.removesuffix(seed)}{seed}-{protocol}-{args.split}-{draw}"
     if store.task.recorded:  # not BTCV's organs
         title += f"-{store.task.prefix}"
     folder = args.out / "seg" / title
-    config = configure(args, backbone, protocol, draw, store, phantom)
+    config = configure(args, backbone, protocol, draw, store)
     run = runs.Run(folder, config, args.overwrite, ranks.is_main)
     # main decides for all: another machine's view of a shared folder may be seconds old
     if processes.on_main(ranks.is_main, (folder / "result.json").exists):
@@ -296,7 +297,7 @@ def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store
 
 
 def configure(args: argparse.Namespace, backbone: backbones.Backbone, protocol: str, draw: int,
-              store: datasets.Store, phantom: bool) -> dict:
+              store: datasets.Store) -> dict:
     """What decides a run's result, and what its model is: config.json."""
     task = store.task
     sums = [hashlib.sha256(task.file(*split).read_bytes()).hexdigest() for split in ((args.split, draw), ("val",))]
@@ -305,21 +306,22 @@ def configure(args: argparse.Namespace, backbone: backbones.Backbone, protocol: 
             "whitening": "fold" if protocol == "linear-frozen" else args.whitening, "iterations": args.iterations,
             "crop_size": args.crop_size, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
             "whole_slices": args.whole_slices, "window": list(args.window),
-            "data": "phantom" if phantom else store.name, "slices": len(store),
+            "data": store.name, "slices": len(store),
             "cases": task.cases(args.split, draw),
             "store": store.contents({*task.cases(args.split, draw), *task.cases("val")}),
             "split_sha256": sums[0], "validation_sha256": sums[1], **task.recorded}
 
 
-def introduce(args: argparse.Namespace, titles: list[str], store: datasets.Store, phantom: bool,
-              ranks: processes.Processes) -> None:
+def introduce(args: argparse.Namespace, titles: list[str], store: datasets.Store, ranks: processes.Processes) -> None:
     """Say what will be run, on what, and the memory that its classes take."""
-    if phantom:
+    if store.is_phantom:
         processes.announce_phantom()
-    iterations = dict.fromkeys(f"{recipe(args, p).iterations:,}" for p in args.protocols)
+    recipes = [recipe(args, protocol) for protocol in args.protocols]
+    iterations = dict.fromkeys(f"{r.iterations:,}" for r in recipes)
+    shown = dict.fromkeys("whole slices" if r.whole_slices else "crops" for r in recipes)
     print(f"{len(titles) * len(args.protocols) * len(args.draws)} run(s): {', '.join(titles)} x "
           f"{', '.join(args.protocols)} x {len(args.draws)} draw(s) of {args.split} %, {'/'.join(iterations)} "
-          f"iterations of {args.batch_size} crops of {args.crop_size} px each, in {args.out / 'seg'}; "
+          f"iterations of {args.batch_size} {'/'.join(shown)} of {args.crop_size} px each, in {args.out / 'seg'}; "
           f"{processes.hardware()}")
     organs, crops = len(store.task.organs) - 1, args.batch_size // ranks.world_size
     needed = max(loss_bytes(p, crops, organs + 1, args.crop_size) for p in args.protocols)
@@ -353,16 +355,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.batch_size % ranks.world_size:
         raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {ranks.world_size} processes")
     if ranks.is_main:
-        introduce(args, titles, store, phantom, ranks)
+        introduce(args, titles, store, ranks)
         for line in remarks:
             print(line)
     announce_unfinished(args, names, phantom, ranks)
     for name in names:
         for draw in args.draws:
             for protocol in args.protocols:
-                measure(args, name, protocol, draw, store, phantom, ranks)
+                measure(args, name, protocol, draw, store, ranks)
     if ranks.is_main:
-        here = report.data_of({"data": "phantom" if phantom else store.name, "slices": len(store)})
+        here = report.data_of({"data": store.name, "slices": len(store)})
         print(report.markdown([c for c in report.cells_of(args.out) if (c["data"] + ",").startswith(f"{here},")]))
 
 

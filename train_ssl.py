@@ -312,19 +312,18 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
 # --------------------------------------------------------------------------------------------------------- a run
 
 
-def pretrain(args: argparse.Namespace, store: datasets.Store, data: Path, phantom: bool, ranks: processes.Processes
-             ) -> None:
+def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.Processes) -> None:
     """One run, from the start or its checkpoint to backbone.pth. Raises BadInput."""
     check_groups(args, ranks.world_size)
     batches = datasets.Batches(args, len(store), ranks)
     if not batches.steps_per_epoch:
-        raise BadInput(f"{data}: {len(store)} slices are fewer than one batch of {args.batch_size} besides "
+        raise BadInput(f"{store.data}: {len(store)} slices are fewer than one batch of {args.batch_size} besides "
                        f"{len(batches.held_out)} held-out ones; lower --batch-size")
-    moco = build(args, phantom)  # before the run folder: weights that do not fit leave nothing behind
+    moco = build(args, store.is_phantom)  # before the run folder: weights that do not fit leave nothing behind
     not_in_config = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
                      "checkpoint_minutes", "init_unfinished")
     config = {k: v for k, v in vars(args).items() if k not in not_in_config}
-    config |= {"data": "phantom" if phantom else store.name, "volumes": len(store.volumes), "slices": len(store),
+    config |= {"data": store.name, "volumes": len(store.volumes), "slices": len(store),
                "store": store.contents()}
     run = runs.Run(args.out / args.name, config, args.overwrite, ranks.is_main)
     saved = run.resume()
@@ -334,7 +333,7 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, data: Path, phanto
     first = trainer.load(saved) if saved else 0
     last = trainer.horizon if args.steps is None else min(trainer.horizon, args.steps)
     if ranks.is_main:
-        introduce(trainer, store, phantom, ranks, first, last)
+        introduce(trainer, store, ranks, first, last)
     if first < last:
         train(trainer, store, run, ranks, first, last)
     if ranks.is_main:
@@ -344,11 +343,10 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, data: Path, phanto
                         math.log(1 + args.queue))
 
 
-def introduce(trainer: Trainer, store: datasets.Store, phantom: bool, ranks: processes.Processes, first: int, last: int
-              ) -> None:
+def introduce(trainer: Trainer, store: datasets.Store, ranks: processes.Processes, first: int, last: int) -> None:
     """Say what will be done, on what, and what it takes."""
     args, trained = trainer.args, len(trainer.batches.trained)
-    if phantom:
+    if store.is_phantom:
         processes.announce_phantom()
     megabytes = sum(p.numel() for p in trainer.moco.encoder_q.parameters()) * 4 * 3 * 2 / 1e6 + args.queue * DIM * 8e-6
     print(f"{args.name}: {args.arch} from {args.init} on {len(store):,} slices of {len(store.volumes):,} volumes "
@@ -385,8 +383,8 @@ def main(argv: list[str] | None = None) -> None:
     trained = (args.out / args.init / "backbone.pth").exists
     if args.init == start_of(args) and not processes.on_main(ranks.is_main, trained):
         settings = vars(args) | PHANTOM | START | dict(name=args.init, size=args.size)
-        pretrain(argparse.Namespace(**settings), store, data, phantom, ranks)
-    pretrain(args, store, data, phantom, ranks)
+        pretrain(argparse.Namespace(**settings), store, ranks)
+    pretrain(args, store, ranks)
 
 
 if __name__ == "__main__":

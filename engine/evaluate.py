@@ -106,7 +106,7 @@ def pictures(store, folder: Path, title: str, table: np.ndarray, ids: np.ndarray
     if len(curve) > 1:
         figures.attempt(figures.validation, folder / "validation.png", curve, title)
     figures.attempt(figures.overlays, folder / "overlays.png", rows,
-                    f"{title}: validation slices that hold most of the organs, from the worst to the best mean Dice",
+                    f"{title}\nvalidation slices that hold most of the organs, from the worst to the best mean Dice",
                     store.task.organs)
 
 
