@@ -25,6 +25,7 @@ from ct.volumes import BadInput
 
 BTCV_IDS = (*range(1, 11), *range(21, 41))  # img0001 is patient 1
 UNLABELLED = 1000  # Case_00001 is patient 1001
+UNLABELLED_PATIENTS = 40
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPI", "ASR")  # of the axes on disk; the affine tells readers which
 
 
@@ -58,8 +59,9 @@ def _masks(label: Path | dict[int, Path] | None) -> dict[int | None, Path]:
     return label if isinstance(label, dict) else {None: label} if label else {}
 
 
-def write(folder: str | os.PathLike, seed: int = 0, labelled: int = 30, unlabelled: int = 40,
-          shape: tuple[int, int, int] = (40, 192, 192), workers: int | None = None, layout: str | None = None) -> int:
+def write(folder: str | os.PathLike, seed: int = 0, labelled: int = len(BTCV_IDS),
+          unlabelled: int = UNLABELLED_PATIENTS, shape: tuple[int, int, int] = (40, 192, 192),
+          workers: int | None = None, layout: str | None = None) -> int:
     """Write the phantom: `labelled` patients under BTCV's ids, `unlabelled` ones as AbdomenCT-1K's cases.
 
     BTCV/RawData/Training/{img/img,label/label}0001.nii.gz are patient(seed, 1) and so on;
@@ -122,15 +124,17 @@ def main(argv: list[str] | None = None) -> None:
     """Write the phantom that the flags ask for, and say how much it is."""
     parser = Parser(description="Write a generated abdomen in both data sets' layouts.")
     parser.add_argument("--out", type=Path, default=Path("data/phantom"), help="folder to make (%(default)s)")
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--seed", type=whole(0), default=0, help="of all random numbers (%(default)s)")
     parser.add_argument("--layout", choices=phantom_layouts.LAYOUTS, help="labelled patients alone, in this layout")
-    parser.add_argument("--labelled", type=whole(0), default=30, help="patients under BTCV's ids, at most 30")
-    parser.add_argument("--unlabelled", type=whole(0), help="patients as cases of AbdomenCT-1K (40, or 0)")
+    parser.add_argument("--labelled", type=whole(0), default=len(BTCV_IDS),
+                        help="patients under BTCV's ids, at most %(default)s")
+    parser.add_argument("--unlabelled", type=whole(0), help="patients as cases of AbdomenCT-1K "
+                        f"({UNLABELLED_PATIENTS}; none with --layout)")
     args = parser.parse_args(argv)
     if args.layout and args.unlabelled:
         parser.error(f"--layout {args.layout} has labelled patients alone; leave --unlabelled out")
     if args.unlabelled is None:
-        args.unlabelled = 0 if args.layout else 40
+        args.unlabelled = 0 if args.layout else UNLABELLED_PATIENTS
     start = time.perf_counter()
     slices = write(args.out, args.seed, args.labelled, args.unlabelled, layout=args.layout)
     print(f"{args.labelled} labelled and {args.unlabelled} unlabelled patients, {slices} slices in {args.out}, "
