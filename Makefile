@@ -42,7 +42,7 @@ paper: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The long forms of the reliability tests: kills, fuzzing, full disk, signals, two nodes, soak. About an hour.
+# The long forms of the reliability tests: kills, fuzzing, full disk, signals, two nodes, soak. About half an hour.
 stress: setup
 	$(BIN)/python tests/stress.py
 

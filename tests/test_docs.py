@@ -348,7 +348,7 @@ DOWNLOADS, MINUTES, THIS = "downloads", "takes minutes to hours", "is, or holds,
 CLUSTER, TOOL = "needs a cluster", "a tool of others"
 CANNOT = {
     "make setup": DOWNLOADS, "pip": DOWNLOADS, "curl": DOWNLOADS,
-    "make demo": MINUTES, "make stress": MINUTES, "tests/stress --files --kills --minutes --seed": MINUTES,
+    "make demo": MINUTES, "make stress": MINUTES, "tests/stress --files --kills --minutes": MINUTES,
     "tools/bench": MINUTES, "tools/bench --peers": MINUTES, "tools/study --seg --ssl": MINUTES,
     "make test": THIS, "make lint": THIS, "pytest": THIS,
     "sbatch": CLUSTER, "scontrol": CLUSTER,
