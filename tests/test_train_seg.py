@@ -16,7 +16,6 @@ import pytest
 import torch
 import torchvision
 
-import crops
 import datasets
 import resize
 import svd_spectrum
@@ -271,7 +270,7 @@ def test_crops_show_images_and_labels_at_the_same_place(scale):
     label = torch.from_numpy(np.kron(np.arange(9).reshape(3, 3), np.ones((16, 16), np.uint8)).astype(np.uint8))
     params = {"scale": np.array([scale]), "place": np.array([[0.3, 0.8]]), "flip": np.array([False]),
               "brightness": np.zeros(1), "contrast": np.ones(1)}
-    images, masks = crops.apply_crops([label * 20], [label], params, size)
+    images, masks = datasets.apply_crops([label * 20], [label], params, size)
     grey = (images[0, 0] * 0.229 + 0.485) * 255 / 20
     window = round(side / scale)
     shown = min(size, round(side * size / window))
@@ -285,7 +284,7 @@ def test_crops_show_images_and_labels_at_the_same_place(scale):
     steady = (inside[1:-1, 1:-1] == inside[:-2, 1:-1]) & (inside[1:-1, 1:-1] == inside[2:, 1:-1]) \
         & (inside[1:-1, 1:-1] == inside[1:-1, :-2]) & (inside[1:-1, 1:-1] == inside[1:-1, 2:])
     assert (grey[:shown, :shown][1:-1, 1:-1][steady] - inside[1:-1, 1:-1][steady]).abs().max() < 0.5
-    flipped = crops.apply_crops([label * 20], [label], params | {"flip": np.array([True])}, size)[1]
+    flipped = datasets.apply_crops([label * 20], [label], params | {"flip": np.array([True])}, size)[1]
     assert torch.equal(flipped[0, :shown, :shown], masks[0, :shown, :shown].flip(1))
 
 
@@ -356,9 +355,9 @@ def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_
 
     def each_time(trainer, t, pairs):
         processes.seed_torch(trainer.args.seed, processes.DROPOUT, t)
-        drawn = crops.undrawn_crops(len(pairs))
+        drawn = datasets.undrawn_crops(len(pairs))
         images, labels = ([torch.from_numpy(trainer.store.slice(i, label)) for i in pairs] for label in (False, True))
-        loss = trainer.model(*crops.apply_crops(images, labels, drawn, trainer.args.crop_size))
+        loss = trainer.model(*datasets.apply_crops(images, labels, drawn, trainer.args.crop_size))
         loss.backward()
         trainer.optimizer.param_groups[0]["lr"] = train_seg.lr(t, trainer.args)
         trainer.optimizer.step()
