@@ -93,6 +93,7 @@ def command(main):
 
     @wraps(main)
     def wrapped(argv=None, *more):
+        """`main`, ending as above."""
         with contextlib.redirect_stdout(_outliving(sys.stdout)), contextlib.redirect_stderr(_outliving(sys.stderr)):
             try:
                 try:

@@ -231,7 +231,7 @@ def overlays(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.nd
     lines = -(-len(rows) // 2)
     legend, below = _legend((c for _, _, *maps in rows for c in np.union1d(*maps)), names, 10.6)
     figure, grid = plt.subplots(lines, 7, figsize=(10.6, 1.83 * lines + 0.15 + below), squeeze=False,
-                                layout="constrained", width_ratios=[1, 1, 1, 0.06, 1, 1, 1])  # a gap between the two
+                                layout="constrained", width_ratios=[1, 1, 1, 0.06, 1, 1, 1])  # a gap between two slices
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.02, wspace=0, hspace=0.01)
     for axes in grid.flat:
         axes.axis("off")

@@ -70,6 +70,7 @@ class Parser(ct_command.Parser):
         """`add_argument`, whose help ends in the flag's default: `(the paper's) [the phantom's]`, or its own."""
 
         def add(flag: str, help: str = "", **kw) -> None:
+            """One flag, as `add_argument` takes it."""
             key = flag.removeprefix("--").replace("-", "_")
             if paper.get(key):
                 help += f" ({paper[key]})"
@@ -95,6 +96,7 @@ def command(main):
     @ct_command.command
     @wraps(main)
     def wrapped(argv=None):
+        """`main`, ending in one line also where memory is short; leaves the group of processes."""
         try:
             launched()
             return main(argv)

@@ -95,6 +95,7 @@ def lightly_step(arch: str, size: int, batch: int, queue: int, device: torch.dev
     a, b = (torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=LAYOUTS[layout]) for _ in "ab")
 
     def step() -> None:
+        """EMA, keys of the shuffled batch, loss, backward, SGD."""
         update_momentum(query, key, m=0.999)
         with processes.autocast(amp, device):
             embedding = query(a)

@@ -72,6 +72,7 @@ def read_at_once(store: datasets.Store, count: int, duration: float = 0.5) -> fl
     ready, rates = context.Barrier(count, timeout=60), context.SimpleQueue()
 
     def read(seed: int) -> None:
+        """One process's share; puts its slices/s into `rates`."""
         rng, slices = np.random.default_rng(seed), 0
         ready.wait()
         start = time.perf_counter()
