@@ -14,8 +14,18 @@ from torch import Tensor
 CELLS = 7  # cells along a side of the feature map
 
 
+def widen(x: Tensor) -> Tensor:
+    """Half types as float32; what is wider stays as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors (..., C) divided by their length, in at least float32: their products are cosines."""
+    return F.normalize(widen(x), dim=-1)
+
+
 def pool_cells(features: Tensor) -> Tensor:
-    """Average-pool (B, C, H, W) into its 7 x 7 cells: (B, 49, C), float32.
+    """Average-pool (B, C, H, W) into its 7 x 7 cells: (B, 49, C), at least float32.
 
     A cell has H // 7 x W // 7 pixels; the remainder at the right and lower border is cropped.
     Raises ValueError when a side has fewer than 7 pixels.
@@ -26,12 +36,12 @@ def pool_cells(features: Tensor) -> Tensor:
                          "use larger images")
     cropped = features[..., : height * CELLS, : width * CELLS]  # (B, C, 7 height, 7 width)
     with torch.autocast(features.device.type, enabled=False):
-        pooled = F.avg_pool2d(cropped.float(), (height, width))  # (B, C, 7, 7)
+        pooled = F.avg_pool2d(widen(cropped), (height, width))  # (B, C, 7, 7)
         return pooled.flatten(2).mT  # (B, 49, C)
 
 
 def pool_boxes(features: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
-    """Average-pool a part of each map (B, C, H, W), divided into 7 x 7 cells: (B, 49, C), float32. Beyond the paper.
+    """Average-pool a part of each map (B, C, H, W), in 7 x 7 cells: (B, 49, C), at least float32. Beyond the paper.
 
     boxes (B, 4): top, left, height, width of the part as fractions of the view before its flip; flip (B,) bool:
     the view, and so the map, is mirrored left to right. Cells come in the order of the view before its flip, so
@@ -41,11 +51,11 @@ def pool_boxes(features: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
     """
     height, width = features.shape[2:]
     with torch.autocast(features.device.type, enabled=False):
-        top, left, tall, wide = boxes.to(features.device, torch.float32).unbind(1)
+        maps = widen(features).movedim(1, -1)  # (B, H, W, C): a view, and free of copies in channels_last
+        top, left, tall, wide = boxes.to(maps).unbind(1)
         rows, columns = _sampling(top, tall, height), _sampling(left, wide, width)  # (B, 7, H), (B, 7, W)
         mirrored = flip.to(features.device)[:, None, None]
         columns = torch.where(mirrored, columns.flip(2), columns)
-        maps = features.float().movedim(1, -1)  # (B, H, W, C): a view, and free of copies in channels_last
         lines = (rows @ maps.flatten(2)).unflatten(2, (width, -1))  # (B, 7, W x C) -> (B, 7, W, C)
         return (columns[:, None] @ lines).flatten(1, 2)  # (B, 7, 7, C) -> (B, 49, C)
 
@@ -62,7 +72,7 @@ def _sampling(start: Tensor, length: Tensor, side: int) -> Tensor:
     at = (torch.arange(CELLS, device=start.device)[:, None] + at[:, None]) * cell[:, None, None]  # (B, 7, P)
     at = (start[:, None, None] * side + at - 0.5).clamp(0, side - 1)
     near = (1 - (at[..., None] - torch.arange(side, device=start.device)).abs()).clamp(min=0)  # (B, 7, P, side)
-    used = (sample < count[:, None]).float()[:, None, :, None]
+    used = (sample < count[:, None])[:, None, :, None]
     return (near * used).sum(2) / count[:, None, None]
 
 
@@ -77,12 +87,12 @@ def local_info_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     """Eq. 2 for patch features (B, K, C) of the two views -> scalar, the mean over the B x K locations.
 
     sim is the cosine similarity over `temperature`; the denominator runs over all K locations, the positive
-    included. Float32. Raises ValueError for K > 49 or differing shapes.
+    included. In at least float32. Raises ValueError for K > 49 or differing shapes.
     """
     if query.shape != key.shape or query.shape[1] > CELLS**2:
         raise ValueError(f"patches {tuple(query.shape)} and {tuple(key.shape)}: expected equal (B, K <= 49, C)")
     with torch.autocast(query.device.type, enabled=False):
-        query, key = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=2) for x in (query, key))
+        query, key = unit(query), unit(key)
         logits = query @ key.mT / temperature  # (B, K, K): location i of one view against every location j of the other
         labels = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)  # (B, K): i against i
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())  # Eq. 2: (B x K, K) against (B x K,)

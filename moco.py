@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from group_statistics import GroupStatistics, world_size
-from local_loss import local_info_nce, pool_boxes, pool_cells, take_patches
+from local_loss import local_info_nce, pool_boxes, pool_cells, take_patches, unit
 from resize import normalise
 
 
@@ -104,7 +104,7 @@ class MoCo(nn.Module):
         for images, places in zip(shuffled.split(self.group), mine.split(self.group), strict=True):
             with self.statistics_k.group():
                 first, embedding = self.encoder_k(images)  # (g, C, S/4, S/4), (g, dim)
-            keys.append(F.normalize(embedding.float(), dim=1))
+            keys.append(unit(embedding))
             if self.local and parts:
                 boxes, flips = (part[places] for part in parts)
                 cells.append(pool_boxes(first, boxes, flips))  # (g, 49, C)
@@ -140,9 +140,9 @@ class MoCo(nn.Module):
         return loss_global, local_info_nce(query, key, self.temperature_local)
 
     def global_loss(self, embedding: Tensor, keys: Tensor) -> Tensor:
-        """Eq. 1 for embeddings (g, dim) of queries and their keys (g, dim) -> scalar, in float32."""
+        """Eq. 1 for embeddings (g, dim) of queries and their keys (g, dim) -> scalar, in at least float32."""
         with torch.autocast(embedding.device.type, enabled=False):
-            query = F.normalize(embedding.float(), dim=1)
+            query = unit(embedding)
             positive = (query * keys).sum(1, keepdim=True)  # (g, 1): cosine to the own key
             negatives = query @ self.queue.mT  # (g, queue): to earlier slices' keys
             nearest = (positive > negatives.amax(1, keepdim=True)).float()
