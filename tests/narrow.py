@@ -2,6 +2,7 @@
 
 import math
 
+import nibabel as nib
 import numpy as np
 import torch
 from torch import nn
@@ -94,9 +95,73 @@ def trainer(args, seed: int = 0) -> train_ssl.Trainer:
 
 
 def slices(args, seed: int) -> torch.Tensor:
-    """A batch of slices (N, H, H) uint8: blots of a few pixels, each slice its own."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (args.batch_size, args.size // 8, args.size // 8))
-    return torch.from_numpy(coarse.repeat(8, 1).repeat(8, 2).astype(np.uint8))
+    """A batch of slices (N, H, H) uint8: blots of 8 pixels with noise, each slice its own."""
+    rng, side = np.random.default_rng(seed), args.size
+    blots = rng.integers(0, 200, (args.batch_size, side // 8, side // 8)).repeat(8, 1).repeat(8, 2)
+    return torch.from_numpy((blots + rng.integers(0, 56, blots.shape)).astype(np.uint8))
+
+
+def ct_flags(folder) -> list[str]:
+    """Write two small CT volumes, of whole numbers from numpy and so the same everywhere; flags of a run on them."""
+    rng, data = np.random.default_rng(0), folder / "ct"
+    if not data.exists():
+        data.mkdir()
+        for name in ("a", "b"):
+            blots = rng.integers(-400, 300, (12, 12, 16)).repeat(8, 0).repeat(8, 1)
+            hu = (blots + rng.integers(-50, 50, blots.shape)).astype(np.int16)  # (96, 96, 16)
+            nib.save(nib.Nifti1Image(hu, np.diag([-1.5, -1.5, 5.0, 1.0])), data / f"{name}.nii.gz")
+    flags = ("--init random --arch resnet_basic --local --zca --zca-group 4 --geometric --image-size 64 --size 96 "
+             "--batch-size 8 --bn-group 4 --queue 32 --epochs 3 --lr 0.002 --ema 0.9 --amp off --workers 1")
+    return [*flags.split(), "--data", str(data), "--store", str(folder / "store")]
+
+
+def projections(state: dict) -> dict[str, list[float]]:
+    """Two numbers for each tensor by name: it times two drawn unit vectors. Weights that differ by d give differences
+    of the length of d over the root of their number."""
+    found = {}
+    for name, value in state.items():
+        drawn = np.random.default_rng(0).uniform(-1, 1, (2, value.numel()))
+        drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+        found[name] = (drawn @ value.double().numpy().ravel()).tolist()
+    return found
+
+
+def dyadic_boxes(monkeypatch) -> None:
+    """Let crops be 32 or 64 pixels of 128, before they are rounded to pixels; some pairs then share too little.
+
+    Fractions of such sides are exact in float32, too, in which boxes go to a device.
+    """
+    draw = augment.draw
+
+    def drawn(rng, batch_size, geometric=True):
+        params = draw(rng, batch_size, geometric)
+        if geometric:
+            length = rng.choice([32, 64], (batch_size, 2))
+            box = np.concatenate([rng.integers(0, 129 - length), length], 1)
+            params["box"] = (box + rng.uniform(-0.4, 0.4, box.shape)).clip(0, 128) / 128
+        return params
+
+    monkeypatch.setattr(augment, "draw", drawn)
+
+
+def plain_views(monkeypatch) -> None:
+    """Let views be float64 and of plain arithmetic: the crop's nearest pixels, brightness, contrast, flip.
+
+    Those of `augment.pair` are float32, which another machine rounds otherwise. In some steps that is enough for an
+    activation to change its sign, and with it the gradient, in its fourth digit.
+    """
+    def view(batch, params, size):
+        top, left, height, width = np.rint(params["box"] * batch.shape[1]).T[:, :, None]  # (N, 1) each
+        at = (np.arange(size) + 0.5) / size
+        rows, columns = (top + at * height).astype(int), (left + at * width).astype(int)  # (N, size)
+        images = batch[np.arange(len(batch))[:, None, None], rows[:, :, None], columns[:, None]] / 255
+        images = (images * params["brightness"][:, None, None]).clip(0, 1)
+        images = (0.5 + (images - 0.5) * params["contrast"][:, None, None]).clip(0, 1)
+        images = np.where(params["flip"][:, None, None], images[..., ::-1], images)
+        return torch.from_numpy(images)[:, None]
+
+    monkeypatch.setattr(augment, "pair", lambda batch, params_q, params_k, size: tuple(
+        view(batch.numpy(), params, size) for params in (params_q, params_k)))
 
 
 def double_views(monkeypatch) -> list[tuple]:

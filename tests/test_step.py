@@ -1,6 +1,8 @@
 """A step of pre-training against an independent one, against its own past, and what is drawn for it."""
 
 import math
+import shutil
+from pathlib import Path
 
 import narrow
 import numpy as np
@@ -10,7 +12,6 @@ from torch import nn
 from torch.func import functional_call
 from torchvision.ops import roi_align
 
-import augment
 import datasets
 import train_ssl
 from engine import processes
@@ -196,25 +197,9 @@ def assert_equal_state(trainer, reference):
 
 
 
-def drawn_boxes(monkeypatch):
-    """Crops of 32 or 64 pixels of 128, before they are rounded to pixels. Fractions of such are exact in float32, too,
-    in which boxes go to the device; and some pairs share too little."""
-    draw = augment.draw
-
-    def drawn(rng, batch_size, geometric=True):
-        params = draw(rng, batch_size, geometric)
-        if geometric:
-            length = rng.choice([32, 64], (batch_size, 2))
-            box = np.concatenate([rng.integers(0, 129 - length), length], 1)
-            params["box"] = (box + rng.uniform(-0.4, 0.4, box.shape)).clip(0, 128) / 128
-        return params
-
-    monkeypatch.setattr(augment, "draw", drawn)
-
-
 def steps_of_both(monkeypatch, flags, count=3):
     """Yields (trainer, reference, t, stats of the one, stats of the other) after each step."""
-    drawn_boxes(monkeypatch)
+    narrow.dyadic_boxes(monkeypatch)
     args = narrow.settings(COMMON + flags)
     trainer = narrow.trainer(args)
     reference = Reference(args, {k: v.clone() for k, v in trainer.moco.state_dict().items()})
@@ -256,6 +241,28 @@ def test_a_run_starts_from_equal_encoders_and_a_queue_of_unit_length():
             assert torch.equal(value, state[name.replace("encoder_q.", "encoder_k.")])
     assert all(p.requires_grad for p in moco.encoder_q.parameters())
     assert not any(p.requires_grad for p in moco.encoder_k.parameters())
+
+
+def test_a_whitened_start_keeps_its_outputs(tmp_path):
+    """A run whose last norm is a whitening, given by --init: its backbone, the whitening folded into a convolution."""
+    def part(state, prefix):
+        return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+    run = Path(__file__).parent / "golden" / "moco-local-zca-aligned"
+    shutil.copytree(run, tmp_path / run.name)
+    plain, whitened = (narrow.settings(COMMON + f" --arch resnet_basic --out {tmp_path} --init {run.name}" + more)
+                       for more in ("", " --zca --zca-group 4"))
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+    expected, found = network(whitened, part(saved, "encoder_q.")), narrow.NETWORKS["resnet_basic"]().double()
+    found.fc = expected.fc = nn.Identity()
+    opened, anew = (part(train_ssl.build(args).state_dict(), "encoder_q.backbone.") for args in (plain, whitened))
+    found.load_state_dict(opened)
+    images = torch.rand(4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    outputs = found.eval()(images)
+    assert outputs.std(0).mean() > 0.1  # they tell images apart
+    torch.testing.assert_close(outputs, expected.eval()(images), rtol=1e-4, atol=1e-5)  # the weights are float32
+    for name in opened.keys() & anew.keys() - {"layer4.0.bn2.running_mean"}:  # whitened anew, with fresh statistics
+        assert torch.equal(opened[name], anew[name]), name
 
 
 # ------------------------------------------------------------------------------------------ what is drawn for a step
