@@ -115,10 +115,10 @@ def retouch(images: Tensor, params: Params) -> Tensor:
 
 
 def common_parts(query: Params, key: Params, side: int) -> tuple[NDArray, NDArray, NDArray]:
-    """What two views of slices of `side` pixels both show: (boxes in the first, in the second, which pairs to use).
+    """What two views of slices of `side` pixels both show: (boxes in the first, in the second, usable pairs).
 
     Boxes (N, 4) float64 as `local_loss.pool_boxes` takes them: top, left, height, width as fractions of the view
-    before its flip. Pairs (M,) int64: those whose common part has both sides of at least LEAST of the slice's; the
+    before its flip. Usable (N,) bool: pairs whose common part has both sides of at least LEAST of the slice's; the
     boxes of the others are whole views.
     """
     boxes = [pixel_boxes(p["box"], side) / side for p in (query, key)]  # (N, 4) each, fractions of the slice
@@ -127,7 +127,7 @@ def common_parts(query: Params, key: Params, side: int) -> tuple[NDArray, NDArra
     usable = (length >= LEAST).all(1)  # (N,)
     query, key = (np.where(usable[:, None], np.concatenate([(start - b[:, :2]) / b[:, 2:], length / b[:, 2:]], 1),
                            [0.0, 0.0, 1.0, 1.0]) for b in boxes)
-    return query, key, usable.nonzero()[0]
+    return query, key, usable
 
 
 def jitter(images: Tensor, brightness: NDArray, contrast: NDArray, contrast_first: NDArray) -> Tensor:

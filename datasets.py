@@ -183,6 +183,34 @@ def prefetch(fetch: Callable, steps: range, workers: int | None = None) -> Itera
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def on_device(batches: Iterator[tuple[int, torch.Tensor]], device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    """`prefetch`'s batches on the device, to a GPU copied while the step before is at work (67 MB at the paper's size).
+
+    They are to be pinned, as `resize.pinned` leaves them. On a CPU they come as they are.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream, previous = torch.cuda.Stream(device), None
+    for step, batch in batches:
+        with torch.cuda.stream(stream):
+            copy = batch.to(device, non_blocking=True)
+            ready = stream.record_event()
+        if previous:
+            yield _received(*previous)
+        previous = step, copy, ready
+    if previous:
+        yield _received(*previous)
+
+
+def _received(step: int, copy: torch.Tensor, ready: torch.cuda.Event) -> tuple[int, torch.Tensor]:
+    """A copy that the current stream may use: it waits, and the host does not."""
+    current = torch.cuda.current_stream(copy.device)
+    current.wait_event(ready)
+    copy.record_stream(current)
+    return step, copy
+
+
 class Batches:
     """Which slices, views, shuffle and patches step t has: a function of (seed, t) alone.
 
@@ -214,8 +242,12 @@ class Batches:
         """What both views of each pair of the global batch show, for Eq. 2 with geometry."""
         query, key = (augment.draw(processes.rng(self.args.seed, purpose, t), self.args.batch_size)
                       for purpose in (processes.VIEW_Q, processes.VIEW_K))
-        boxes_q, boxes_k, pairs = augment.common_parts(query, key, self.args.size)
-        return CommonParts(boxes_q, query["flip"], boxes_k, key["flip"], pairs, self.rank_slice.start, self.device)
+        boxes_q, boxes_k, usable = augment.common_parts(query, key, self.args.size)
+        # a group's local loss is the mean over its usable pairs, a batch's that over its groups
+        groups = usable.reshape(-1, self.args.bn_group)
+        weights = groups / np.maximum(groups.sum(1, keepdims=True), 1) * self.args.bn_group
+        return CommonParts(boxes_q, query["flip"], boxes_k, key["flip"], weights.ravel(), self.rank_slice.start,
+                           self.device)
 
     def permutation(self, t: int) -> torch.Tensor:
         """The order (N,) in which the global batch's keys are encoded: Shuffling BN."""
@@ -235,7 +267,7 @@ class CommonParts:
     flip_q: np.ndarray  # (N,)
     boxes_k: np.ndarray
     flip_k: np.ndarray
-    pairs: np.ndarray  # (M,): those that share enough
+    weights: np.ndarray  # (N,): of each pair in the mean over images, 1 on average over a group's; 0 of unusable pairs
     start: int  # of this process's share of the global batch
     device: torch.device
 
@@ -243,11 +275,11 @@ class CommonParts:
         """Boxes (N, 4) and flips (N,) on the device, for `MoCo.keys`."""
         return resize.to_device(self.boxes_k, self.device), resize.to_device(self.flip_k, self.device)
 
-    def of_queries(self, group: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Boxes (g, 4), flips (g,) and usable pairs (m,) of a group of this process's images, for `MoCo.forward`."""
-        here = slice(self.start + group.start, self.start + group.stop)  # in the global batch
-        pairs = self.pairs[(self.pairs >= here.start) & (self.pairs < here.stop)] - here.start
-        return tuple(resize.to_device(x, self.device) for x in (self.boxes_q[here], self.flip_q[here], pairs))
+    def of_queries(self, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Boxes (p, 4), flips (p,), weights (p,) of a pass over this process's images, for `MoCo.forward`."""
+        here = slice(self.start + part.start, self.start + part.stop)  # in the global batch
+        weights = self.weights[here] / (here.stop - here.start)
+        return tuple(resize.to_device(x, self.device) for x in (self.boxes_q[here], self.flip_q[here], weights))
 
 
 def draw_crops(rng: np.random.Generator, batch_size: int) -> augment.Params:

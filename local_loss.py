@@ -83,8 +83,10 @@ def take_patches(cells: Tensor, patch_idx: Tensor) -> Tensor:
     return cells.gather(1, patch_idx[..., None].expand(-1, -1, cells.shape[2]))  # (B, K, 1) -> (B, K, C)
 
 
-def local_info_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+def local_info_nce(query: Tensor, key: Tensor, temperature: float, weights: Tensor | None = None) -> Tensor:
     """Eq. 2 for patch features (B, K, C) of the two views -> scalar, the mean over the B x K locations.
+
+    weights (B,): of the images, whose weighted sum takes the place of the mean over them.
 
     sim is the cosine similarity over `temperature`; the denominator runs over all K locations, the positive
     included. In at least float32. Raises ValueError for K > 49 or differing shapes.
@@ -95,4 +97,7 @@ def local_info_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
         query, key = unit(query), unit(key)
         logits = query @ key.mT / temperature  # (B, K, K): location i of one view against every location j of the other
         labels = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)  # (B, K): i against i
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())  # Eq. 2: (B x K, K) against (B x K,)
+        if weights is None:
+            return F.cross_entropy(logits.flatten(0, 1), labels.flatten())  # Eq. 2: (B x K, K) against (B x K,)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")  # (B x K,)
+        return losses.view(labels.shape).mean(1) @ weights.to(losses)  # (B,) . (B,)

@@ -6,22 +6,23 @@ of the encoder (an exponential moving average, EMA), so that the queue's entries
 
 Batch statistics would give the answer away: a query could recognise the key that was normalised together with
 it. Shuffling BN therefore encodes the keys in another order than the queries, on other devices. Here a device is
-a micro-batch: both encoders run one group of `group` images (32, the paper's batch per device) at a time, keys in
-shuffled order, so that one process with 8 groups computes what 8 processes with one group compute. BN and
-whitening see one group.
+a group of `group` images (32, the paper's batch per device): BN and whitening see one group, and all else runs over
+a pass, as many groups as the memory has room for. So one process with 8 groups computes what 8 processes with one
+group compute.
 
-Shapes: B images of this process, N of the global batch (B x processes), g of a group, dim of an embedding, C channels
+Shapes: B images of this process, N of the global batch (B x processes), p of a pass, dim of an embedding, C channels
 of the first stage, S pixels of a view's side.
 """
 
 import copy
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from group_statistics import GroupStatistics, world_size
+from group_norms import end_step, group_norms, world_size
 from local_loss import local_info_nce, pool_boxes, pool_cells, take_patches, unit
 from resize import normalise
 
@@ -60,18 +61,18 @@ class MoCo(nn.Module):
 
     backbone: a torchvision ResNet (its fc is dropped), whitened beforehand or not; it becomes the query
     encoder's, a copy the key encoder's. dim: embedding size. queue: number of keys kept. group: images that
-    share batch statistics. local: keep first-stage cells for Eq. 2.
+    share batch statistics. local: keep first-stage cells for Eq. 2. groups_per_pass: how many groups run at once; it
+    changes the memory that a step takes, and results by rounding only.
     """
 
     def __init__(self, backbone: nn.Module, dim: int = 128, queue: int = 65536, group: int = 32, ema: float = 0.999,
                  temperature: float = 0.2, local: bool = False, temperature_local: float = 0.2,
-                 lambda_local: float = 1.0):
+                 lambda_local: float = 1.0, groups_per_pass: int = 1):
         super().__init__()
-        self.group, self.ema, self.local = group, ema, local
+        self.group, self.ema, self.local, self.groups_per_pass = group, ema, local, groups_per_pass
         self.temperature, self.temperature_local, self.lambda_local = temperature, temperature_local, lambda_local
-        self.encoder_q = Encoder(backbone, dim)
+        self.encoder_q = group_norms(Encoder(backbone, dim), group)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)  # no gradient: it follows by EMA
-        self.statistics_k = GroupStatistics(self.encoder_k)
         self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))  # (queue, dim), unit length
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64))  # the oldest key, replaced next
         # of the last forward: share of queries nearest to their own key, mean cosine to it, mean cosine to the queue
@@ -81,6 +82,15 @@ class MoCo(nn.Module):
     def update_key_encoder(self) -> None:
         """key <- ema * key + (1 - ema) * query, for parameters; the key encoder has its own buffers."""
         torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.ema)
+
+    def passes(self, encoder: Encoder, batch: int) -> Iterator[slice]:
+        """Which of this process's images run together, pass after pass: one step of an encoder's running statistics."""
+        size = self.groups_per_pass * self.group
+        for start in range(0, batch, size):
+            part = slice(start, min(start + size, batch))
+            encoder.groups.begin(part.start, part.stop, batch, self.queue.device)
+            yield part
+        end_step(encoder)
 
     @torch.no_grad()
     def keys(self, view_k: Tensor, permutation: Tensor, parts: tuple[Tensor, Tensor] | None = None
@@ -98,56 +108,48 @@ class MoCo(nn.Module):
         mine = permutation.view(processes, batch)[rank]  # (B,)
         shuffled = _gather(view_k)[mine]  # (B, 1 or 3, S, S)
 
-        # encode, each group with its own batch statistics
-        keys, cells = [], []
-        self.statistics_k.begin()
-        for images, places in zip(shuffled.split(self.group), mine.split(self.group), strict=True):
-            with self.statistics_k.group():
-                first, embedding = self.encoder_k(images)  # (g, C, S/4, S/4), (g, dim)
-            keys.append(unit(embedding))
-            if self.local and parts:
-                boxes, flips = (part[places] for part in parts)
-                cells.append(pool_boxes(first, boxes, flips))  # (g, 49, C)
-            elif self.local:
-                cells.append(pool_cells(first))  # (g, 49, C)
-        self.statistics_k.finish()
+        # encode, pass by pass, each group with its own batch statistics
+        keys, cells = zip(*(self.encode_keys(shuffled[part], parts and tuple(x[mine[part]] for x in parts))
+                            for part in self.passes(self.encoder_k, batch)), strict=True)
 
         # unshuffle: the keys of all processes, of which this one's images take theirs
         back = permutation.argsort().view(processes, batch)[rank]  # (B,)
         keys = _gather(torch.cat(keys))[back]  # (B, dim)
         return keys, _gather(torch.cat(cells))[back] if self.local else None
 
+    def encode_keys(self, views: Tensor, parts: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
+        """One pass's views (p, 1 or 3, S, S) -> keys (p, dim), unit length, and cells (p, 49, C) or None."""
+        first, embedding = self.encoder_k(views)  # (p, C, S/4, S/4), (p, dim)
+        return unit(embedding), self.cells(first, parts) if self.local else None
+
+    def cells(self, first: Tensor, parts: tuple[Tensor, Tensor] | None) -> Tensor:
+        """First-stage features (p, C, S/4, S/4) -> the 49 cells (p, 49, C) of the whole maps, or of `pool_boxes`."""
+        return pool_boxes(first, *parts) if parts else pool_cells(first)
+
     def forward(self, view_q: Tensor, keys: Tensor, cells: Tensor | None, patch_idx: Tensor | None,
                 parts: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """One group's views (g, 1 or 3, S, S), keys, cells and patches -> (L_global, L_local).
+        """One pass's views (p, 1 or 3, S, S), keys, cells and patches -> (L_global, L_local), means over its images.
 
-        patch_idx: (g, K) int64, which of an image's 49 cells are its patches. parts: boxes (g, 4) and flips (g,) for
-        `pool_boxes`, and which of the g pairs Eq. 2 is taken over, (M,) int64.
+        patch_idx: (p, K) int64, which of an image's 49 cells are its patches. parts: boxes (p, 4) and flips (p,) for
+        `pool_boxes`, and the images' weights (p,) in Eq. 2 in place of its mean.
         """
-        first, embedding = self.encoder_q(view_q)  # (g, C, S/4, S/4), (g, dim)
+        first, embedding = self.encoder_q(view_q)  # (p, C, S/4, S/4), (p, dim)
         loss_global = self.global_loss(embedding, keys)
         if not self.local:
             return loss_global, torch.zeros_like(loss_global)
-        if parts:
-            boxes, flips, pairs = parts
-            own = pool_boxes(first, boxes, flips)  # (g, 49, C)
-            own, cells, patch_idx = own[pairs], cells[pairs], patch_idx[pairs]
-        else:
-            own = pool_cells(first)  # (g, 49, C)
-        if not len(own):  # a group none of whose pairs shows a common part has no local loss
-            return loss_global, own.sum()
-        query, key = take_patches(own, patch_idx), take_patches(cells, patch_idx)  # (g, K, C) each
-        return loss_global, local_info_nce(query, key, self.temperature_local)
+        own, weights = self.cells(first, parts and parts[:2]), parts and parts[2]  # (p, 49, C), (p,)
+        query, key = take_patches(own, patch_idx), take_patches(cells, patch_idx)  # (p, K, C) each
+        return loss_global, local_info_nce(query, key, self.temperature_local, weights)
 
     def global_loss(self, embedding: Tensor, keys: Tensor) -> Tensor:
-        """Eq. 1 for embeddings (g, dim) of queries and their keys (g, dim) -> scalar, in at least float32."""
+        """Eq. 1 for embeddings (p, dim) of queries and their keys (p, dim) -> scalar, in at least float32."""
         with torch.autocast(embedding.device.type, enabled=False):
             query = unit(embedding)
-            positive = (query * keys).sum(1, keepdim=True)  # (g, 1): cosine to the own key
-            negatives = query @ self.queue.mT  # (g, queue): to earlier slices' keys
+            positive = (query * keys).sum(1, keepdim=True)  # (p, 1): cosine to the own key
+            negatives = query @ self.queue.mT  # (p, queue): to earlier slices' keys
             nearest = (positive > negatives.amax(1, keepdim=True)).float()
             self.query_stats = torch.stack([nearest.mean(), positive.mean(), negatives.mean()]).detach()
-            logits = torch.cat([positive, negatives], 1) / self.temperature  # (g, 1 + queue)
+            logits = torch.cat([positive, negatives], 1) / self.temperature  # (p, 1 + queue)
             labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)  # the own key stands first
             return F.cross_entropy(logits, labels)  # Eq. 1
 

@@ -29,8 +29,7 @@ import resize
 from ct import audit, intake, prepare, stores
 from ct.command import number, whole
 from ct.volumes import BadInput
-from engine import backbones, figures, monitor, processes, runs
-from group_statistics import GroupStatistics
+from engine import backbones, figures, monitor, passes, processes, runs
 from local_loss import CELLS
 from moco import MoCo
 from whitening import whiten_last_norm
@@ -78,7 +77,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--patches", type=whole(1), default=20, help="K of Eq. 2")
     add("--zca-group", type=whole(1), help="channels whitened together")
     add("--zca-iterations", type=whole(1), default=5, help="T of Newton's iteration")
-    add("--compile", action="store_true", help="torch.compile the encoders")
+    add("--groups-per-pass", type=whole(1), metavar="N", help="groups that run at once; more need memory and change "
+        "results by rounding only (default: on a GPU as many as fit)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile a pass (default: on a GPU, where at "
+        f"least {passes.COMPILED_FROM:,} steps are to come; it takes one or two minutes to be ready)")
     return parser.parse_args(argv)
 
 
@@ -182,20 +184,18 @@ class Trainer:
                  amp: str):
         self.args, self.batches, self.device, self.amp = args, batches, ranks.device, amp
         self.moco = moco.to(self.device, memory_format=torch.channels_last)
-        if args.compile:  # on a GPU as CUDA graphs: a group of 32 is hundreds of kernel launches, which cost the most
-            for encoder in (self.moco.encoder_q, self.moco.encoder_k):
-                encoder.compile(mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
+        self.moco.groups_per_pass = args.groups_per_pass or passes.choose(self.moco, args, amp, ranks)
+        if args.compile:  # a pass is one graph; looks at held-out slices, one an epoch, are not worth their own
+            self.moco.compile(dynamic=False)
+            self.moco.encode_keys = torch.compile(self.moco.encode_keys, dynamic=False)
         self.model: nn.Module = self.moco
         self.no_sync = contextlib.nullcontext
         if ranks.world_size > 1:
-            self.model = DistributedDataParallel(self.moco, **{NO_BUFFERS: False})
+            self.model = DistributedDataParallel(self.moco, gradient_as_bucket_view=True, **{NO_BUFFERS: False})
             self.no_sync = self.model.no_sync
-        self.statistics = GroupStatistics(self.moco.encoder_q)
         self.trained = [p for p in self.moco.parameters() if p.requires_grad]
-        if args.compile:  # a graph's own memory is overwritten by its next replay: gradients add up outside of it
-            for p in self.trained:
-                p.grad = torch.zeros_like(p)
-        self.optimizer = torch.optim.SGD(self.trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
+        self.optimizer = torch.optim.SGD(self.trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY,
+                                         fused=self.device.type == "cuda")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.skipped = 0  # steps that fp16's scaler left out
         self.gap = None  # of the last look at the held-out slices
@@ -222,21 +222,19 @@ class Trainer:
         with processes.autocast(self.amp, self.device):
             keys, cells = moco.keys(view_k, permutation, common.of_keys() if common else None)
 
-        # query encoder, group by group: gradients add up, and processes exchange them once, with the last group
-        starts, stats = range(0, len(slices), args.bn_group), []
-        self.statistics.begin()
-        for start in starts:
-            group = slice(start, start + args.bn_group)
-            exchange_later = self.no_sync if start != starts[-1] else contextlib.nullcontext
-            with self.statistics.group(), exchange_later():
+        # query encoder, pass by pass: gradients add up, and processes exchange them once, with the last pass
+        stats = 0
+        for part in moco.passes(moco.encoder_q, len(slices)):
+            share = (part.stop - part.start) / len(slices)
+            exchange_later = self.no_sync if part.stop < len(slices) else contextlib.nullcontext
+            with exchange_later():
                 with processes.autocast(self.amp, self.device):
                     loss_global, loss_local = self.model(
-                        view_q[group], keys[group], cells[group] if args.local else None,
-                        patch_idx[group] if args.local else None, common.of_queries(group) if common else None)
+                        view_q[part], keys[part], cells[part] if args.local else None,
+                        patch_idx[part] if args.local else None, common.of_queries(part) if common else None)
                 loss = moco.total(loss_global, loss_local)  # Eq. 3
-                self.scaler.scale(loss / len(starts)).backward()
-            stats.append(torch.stack([loss, loss_global, loss_local, *moco.query_stats]).detach())
-        self.statistics.finish()
+                self.scaler.scale(loss * share).backward()
+            stats += share * torch.stack([loss, loss_global, loss_local, *moco.query_stats]).detach()
 
         # update
         for parameters in self.optimizer.param_groups:
@@ -245,11 +243,11 @@ class Trainer:
         norm = runs.gradient_norm(self.trained)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=not args.compile)
+        self.optimizer.zero_grad()
 
         # enqueue
         moco.enqueue(keys)
-        return torch.cat([torch.stack(stats).mean(0), norm[None]])
+        return torch.cat([stats, norm[None]])
 
     def count_skipped(self, records: list[dict]) -> None:
         """Under fp16 a gradient that is not finite ends no run: the scaler leaves its step out, counted here."""
@@ -264,17 +262,17 @@ class Trainer:
         """What checkpoint.pt holds after so many steps: all that continuing, and opening the backbone, need."""
         return {"step": step, "model": self.moco.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "skipped": self.skipped, "gap": self.gap, "amp": self.amp,
-                "threads": torch.get_num_threads(), "arch": self.args.arch, "horizon": self.horizon,
+                "threads": torch.get_num_threads(), "groups_per_pass": self.moco.groups_per_pass,
+                "arch": self.args.arch, "horizon": self.horizon,
                 "view_px": self.args.image_size, "slice_px": self.args.size,
                 "zca": [self.args.zca_group, self.args.zca_iterations] if self.args.zca else []}
 
-    def load(self, state: dict) -> int:
-        """Go on from a checkpoint; returns its step."""
+    def load(self, state: dict) -> None:
+        """Go on from a checkpoint."""
         runs.load_weights(self.moco, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped, self.gap = state["skipped"], state["gap"]
-        return state["step"]
 
 
 # ------------------------------------------------------------------------------------------------------- the loop
@@ -292,9 +290,12 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
 
     asked = time.perf_counter()
     with processes.StopRequest() as stop:
-        for t, slices in datasets.prefetch(fetch, range(first, last), args.workers):
+        ahead = datasets.prefetch(fetch, range(first, last), args.workers)
+        for t, slices in datasets.on_device(ahead, ranks.device):
             waited = time.perf_counter() - asked
             logger.add(trainer.step(t, slices), waited)
+            if t == first and args.compile:
+                logger.compiled()
             stopping, done = ranks.any(stop.signal != 0), t + 1
             epoch_ends = done % batches.steps_per_epoch == 0 or done == last
             if log_due := len(logger.pending) == monitor.LOG_INTERVAL or epoch_ends or stopping:
@@ -321,7 +322,7 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
                        f"{len(batches.held_out)} held-out ones; lower --batch-size")
     moco = build(args, store.is_phantom)  # before the run folder: weights that do not fit leave nothing behind
     not_in_config = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
-                     "checkpoint_minutes", "init_unfinished")
+                     "checkpoint_minutes", "init_unfinished", "groups_per_pass")
     config = {k: v for k, v in vars(args).items() if k not in not_in_config}
     config |= {"data": store.name, "volumes": len(store.volumes), "slices": len(store),
                "store": store.contents()}
@@ -329,9 +330,14 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
     saved = run.resume()
     amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
     runs.announce_changes(saved, amp, ranks)
+    horizon, first = args.epochs * batches.steps_per_epoch, saved["step"] if saved else 0
+    last = horizon if args.steps is None else min(horizon, args.steps)
+    if args.compile is None:
+        args.compile = passes.worth_compiling(args, last - first, ranks.device)
     trainer = Trainer(args, moco, batches, ranks, amp)
-    first = trainer.load(saved) if saved else 0
-    last = trainer.horizon if args.steps is None else min(trainer.horizon, args.steps)
+    if saved:
+        trainer.load(saved)
+        passes.keep(moco, args, saved, ranks)
     if ranks.is_main:
         introduce(trainer, store, ranks, first, last)
     if first < last:
@@ -352,8 +358,9 @@ def introduce(trainer: Trainer, store: datasets.Store, ranks: processes.Processe
     print(f"{args.name}: {args.arch} from {args.init} on {len(store):,} slices of {len(store.volumes):,} volumes "
           f"({store.folder}), {processes.hardware()}")
     print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
-          f"{ranks.world_size} process(es), precision {trainer.amp}, {args.image_size} px; about {megabytes:,.0f} MB "
-          f"in {args.out / args.name}; the time needed is printed after {monitor.LOG_INTERVAL} steps")
+          f"{ranks.world_size} process(es), {trainer.moco.groups_per_pass} in one pass, precision {trainer.amp}, "
+          f"{args.image_size} px; about {megabytes:,.0f} MB in {args.out / args.name}; the time needed is printed "
+          f"after {monitor.LOG_INTERVAL} steps" + ", of which the first compiles for a minute or two" * args.compile)
     if args.init_unfinished:
         print(f"note: {args.init}: {args.init_unfinished}; this run starts from it as it is")
     for line in advice(args, trained, trainer.horizon):

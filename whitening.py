@@ -13,14 +13,19 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from group_norms import Groups
+
 
 class ZCAWhitening(nn.Module):
     """Whitens (N, C, H, W) or (N, C) over all positions, in G = C / D groups of D = `group_size` channels.
 
     Training uses the batch's own mean and whitening matrix and updates their running averages (of the
-    matrix, not of the covariance); evaluation uses these. Computed in at least float32 whatever the input's
-    type or autocast; the output has the input's type. Raises ValueError when D does not divide C.
+    matrix, not of the covariance); evaluation uses these. With `groups` set, each group of images in training is
+    whitened by its own. Computed in at least float32 whatever the input's type or autocast; the output has the
+    input's type. Raises ValueError when D does not divide C.
     """
+
+    groups: Groups | None = None  # of images, as `group_norms` sets it; None: the batch is one
 
     def __init__(self, num_features: int, group_size: int = 64, iterations: int = 5, eps: float = 1e-5,
                  momentum: float = 0.1):
@@ -41,29 +46,34 @@ class ZCAWhitening(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Eq. 5 and the affine: (N, C, H, W) or (N, C) -> the same shape and type."""
-        groups, size = self.running_mean.shape[:2]  # G, D
+        blocks, size = self.running_mean.shape[:2]  # G, D
+        count = self.groups.of(len(x)) if self.training and self.groups else 1  # P groups of images
         with torch.autocast(x.device.type, enabled=False):
             wide = x if x.dtype == torch.float64 else x.float()
             rows = wide.movedim(1, -1)  # (N, H, W, C): a view, and free of copies in channels_last
-            positions = rows.reshape(-1, groups, size).permute(1, 2, 0)  # (G, D, m), m = N x H x W
+            positions = rows.reshape(count, -1, blocks, size).transpose(1, 2)  # (P, G, m, D), m = N / P x H x W
+            positions = positions.flatten(0, 1).mT  # (P x G, D, m): P is one more batch dimension of all products
             if self.training:
-                mean = positions.mean(2, keepdim=True)  # mu of Eq. 5: (G, D, 1)
-                whitening = self.matrix(positions - mean)  # Sigma^(-1/2) of Eq. 5: (G, D, D)
-                self._update(mean.detach(), whitening.detach())
+                mean = positions.mean(2, keepdim=True)  # mu of Eq. 5: (P x G, D, 1)
+                whitening = self.matrix(positions - mean)  # Sigma^(-1/2) of Eq. 5: (P x G, D, D)
+                self._update(*(s.detach().unflatten(0, (count, blocks)).mean(0) for s in (mean, whitening)))
             else:
                 mean, whitening = self.running_mean.to(wide.dtype), self.running_whitening.to(wide.dtype)
             # with the affine: weight * W (x - mu) + bias, as one product, the mean moved into the shift
-            weight, bias = (p.to(wide.dtype).view(groups, size, 1) for p in (self.weight, self.bias))
-            scaled = weight * whitening  # (G, D, D)
-            shift = bias - scaled @ mean  # (G, D, 1)
-            out = torch.baddbmm(shift.mT, positions.mT, scaled.mT)  # Eq. 5: (G, m, D)
-            return out.transpose(0, 1).reshape(rows.shape).movedim(-1, 1).to(x.dtype)
+            weight, bias = (p.to(wide.dtype).view(blocks, size, 1).repeat(count, 1, 1)
+                            for p in (self.weight, self.bias))  # (P x G, D, 1)
+            scaled = weight * whitening  # (P x G, D, D)
+            shift = bias - scaled @ mean  # (P x G, D, 1)
+            out = torch.baddbmm(shift.mT, positions.mT, scaled.mT)  # Eq. 5: (P x G, m, D)
+            out = out.unflatten(0, (count, blocks)).transpose(1, 2)  # (P, m, G, D)
+            return out.reshape(rows.shape).movedim(-1, 1).to(x.dtype)
 
     @torch.no_grad()
     def _update(self, mean: Tensor, whitening: Tensor) -> None:
         """running <- (1 - momentum) running + momentum of this batch, for the mean and for the whitening matrix."""
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype), self.momentum)
+        share = self.groups.share(self.momentum) if self.groups else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype), share)
 
     def matrix(self, centred: Tensor) -> Tensor:
         """Sigma^(-1/2) of centred (G, D, m) after T Newton steps: (G, D, D)."""

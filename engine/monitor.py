@@ -100,6 +100,13 @@ class MetricLogger:
         self.pending.append(stats)
         self.waited += waited
 
+    def compiled(self) -> None:
+        """After the first step, in which the compiler ran: say how long it took, and leave it out of all rates."""
+        self.pending[-1].tolist()  # waits for the device
+        if self.ranks.is_main:
+            tqdm.write(f"compiled; the first step took {processes.duration(time.perf_counter() - self.since)}")
+        self.since = time.perf_counter()
+
     def flush(self, done: int, say: bool, look: bool) -> None:
         """Log what is pending up to step `done`; say: also a line where there is no bar; look: for collapse."""
         trainer, args = self.trainer, self.args

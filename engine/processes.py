@@ -103,8 +103,8 @@ def command(main):
         except (torch.OutOfMemoryError, RuntimeError) as e:
             if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
                 raise
-            raise BadInput("not enough memory; lower --batch-size, --bn-group, --queue or the sizes in pixels, and run "
-                           "it again") from None
+            raise BadInput("not enough memory; lower --groups-per-pass, --batch-size, --queue or the sizes in pixels, "
+                           "and run it again") from None
         finally:
             if dist.is_available() and dist.is_initialized():
                 dist.destroy_process_group()

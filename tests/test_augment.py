@@ -14,7 +14,8 @@ import resize
 from local_loss import pool_boxes
 
 SIDE = 96
-RESAMPLERS = [resize.crops_one_by_one, resize.crops_by_products]
+# with what each may differ by, of 255 grey levels: float32's rounding, and half precision's
+RESAMPLERS = [(resize.crops_one_by_one, 0.001), (resize.crops_by_products, 0.25)]
 BOXES = [  # top, left, height, width in pixels of a slice of SIDE
     (0, 0, 96, 96),  # the whole
     (10, 3, 50, 50),
@@ -39,36 +40,36 @@ def part(params, index):
     return {name: values[index] for name, values in params.items()}
 
 
-@pytest.mark.parametrize("resample", RESAMPLERS)
+@pytest.mark.parametrize("resample, levels", RESAMPLERS)
 @pytest.mark.parametrize("size", [24, 64, 160])
-def test_resamplers_equal_torchvision(resample, size):
+def test_resamplers_equal_torchvision(resample, levels, size):
     batch = noise(len(BOXES))
     crops = resample(batch, np.array(BOXES), size)
     assert crops.shape == (len(BOXES), size, size) and crops.dtype == torch.float32
     for crop, image, box in zip(crops, batch, BOXES, strict=True):
         expected = TF.resized_crop(image[None].float() / 255, *box, [size, size], antialias=True)
-        torch.testing.assert_close(crop[None], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(crop[None], expected, atol=levels / 255, rtol=0)
 
 
-@pytest.mark.parametrize("resample", RESAMPLERS)
-def test_resamplers_equal_torchvision_at_full_size(resample):
+@pytest.mark.parametrize("resample, levels", RESAMPLERS)
+def test_resamplers_equal_torchvision_at_full_size(resample, levels):
     batch, boxes = noise(4, 512), resize.pixel_boxes(augment.draw(np.random.default_rng(2), 4)["box"], 512)
     for crop, image, box in zip(resample(batch, boxes, 224), batch, boxes.tolist(), strict=True):
         expected = TF.resized_crop(image[None].float() / 255, *box, [224, 224], antialias=True)
-        torch.testing.assert_close(crop[None], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(crop[None], expected, atol=levels / 255, rtol=0)
 
 
-@pytest.mark.parametrize("resample", RESAMPLERS)
+@pytest.mark.parametrize("resample, levels", RESAMPLERS)
 @pytest.mark.parametrize("size", [24, 64, 160])
 @pytest.mark.parametrize("smooth", [0, 3])
-def test_resamplers_equal_pillows_within_a_grey_level(resample, size, smooth):
+def test_resamplers_equal_pillows_within_a_grey_level(resample, levels, size, smooth):
     batch = np.stack([gaussian_filter(image, smooth) for image in noise(len(BOXES), seed=1).numpy()])
     crops = resample(torch.from_numpy(batch), np.array(BOXES), size)
     for crop, image, (top, left, height, width) in zip(crops, batch, BOXES, strict=True):
         box = Image.fromarray(image).crop((left, top, left + width, top + height))  # resize's own looks beyond the box
         expected = np.asarray(box.resize((size, size), Image.Resampling.BILINEAR), np.float32)
-        # half a level when Pillow rounds its columns, half when it rounds its rows, and float32
-        assert np.abs(255 * crop.numpy() - expected).max() < 1.001
+        # half a level when Pillow rounds its columns, half when it rounds its rows, and what is ours
+        assert np.abs(255 * crop.numpy() - expected).max() < 1 + levels
 
 
 def test_pixel_boxes_are_rounded_and_inside():
@@ -336,9 +337,9 @@ def test_a_gpu_gives_the_same_views_without_a_wait():
         pair = augment.pair(on_device, params, other, 224)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(views.cpu(), augment.apply(batch, params, 224), atol=1e-3, rtol=0)
+    torch.testing.assert_close(views.cpu(), augment.apply(batch, params, 224), atol=0.25 * 1.4 / 255 / 0.224, rtol=0)
     for view, expected in zip(pair, augment.pair(batch, params, other, 224), strict=True):
-        torch.testing.assert_close(view.cpu(), expected, atol=2e-4, rtol=0)
+        torch.testing.assert_close(view.cpu(), expected, atol=0.25 * 1.4**2 / 255, rtol=0)  # jitter stretches
 
 
 @pytest.mark.parametrize("side", [192, 512])
@@ -347,6 +348,7 @@ def test_common_parts_show_the_same_places(side):
     n, stride, size = 64, 4, 64
     query, key = (augment.draw(np.random.default_rng(seed), n) for seed in (1, 2))
     *boxes, usable = augment.common_parts(query, key, side)
+    usable = usable.nonzero()[0]
     assert 0 < len(usable) <= n
     cells, pixels = [], []
     for params, box in zip((query, key), boxes, strict=True):

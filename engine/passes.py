@@ -1,0 +1,111 @@
+"""How many groups of a step run in one pass: as many as the device has room for."""
+
+import copy
+import importlib.util
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from engine import processes
+from local_loss import CELLS
+from moco import Encoder, MoCo
+
+PASSING = 1.25  # bytes of a pass in bytes that it keeps for its backward: what is passing comes on top
+WORKSPACE = 0.3e9  # bytes of cuDNN's and cuBLAS's own
+USABLE = 0.9  # of what is free
+COMPILED_FROM = 5000  # steps: at 50 ms saved in each, compiling for 100 s pays after 2,000
+CPU_SIDE = 96  # pixels of a view's side: up to here one pass over all groups was the faster one on a CPU
+
+
+def kept_bytes(encoder: Encoder, side: int, amp: str) -> int:
+    """What a forward keeps of one image (1, 1, side, side) for its backward: 44 MB of ResNet-50 at 224 px in bf16.
+
+    Of each convolution two maps: its output, which the norm needs, and what norm and ReLU make of it, which the next
+    convolution needs.
+    """
+    shapes, numbers = copy.deepcopy(encoder).to("meta").eval(), []
+    for layer in shapes.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda layer, images, out: numbers.append(out.numel()))
+    shapes(torch.empty(1, 1, side, side, device="meta"))
+    return 2 * sum(numbers) * (4 if amp == "off" else 2)
+
+
+def groups_that_fit(moco: MoCo, args, amp: str, free: int) -> int:
+    """The largest number of groups for a pass in `free` bytes, by arithmetic; 1 where not even that fits."""
+    weights = sum(p.numel() for p in moco.encoder_q.parameters())
+    fixed = (4 * 4 * weights  # query, key, gradient, momentum
+             + 4 * moco.queue.numel() + args.batch_size * (args.size**2 + 2 * 4 * args.image_size**2) + WORKSPACE)
+    logits = 3 * 4 * (1 + len(moco.queue))  # of an image: themselves, their softmax, their gradient
+    image = PASSING * kept_bytes(moco.encoder_q, args.image_size, amp) + logits
+    return max(1, int((USABLE * free - fixed) / (image * args.bn_group)))
+
+
+def choose(moco: MoCo, args, amp: str, ranks: processes.Processes) -> int:
+    """The groups that run in one pass where none are asked for: on a GPU the most that fit, tried before training.
+
+    On a CPU all groups of small images, where launches count; one of larger ones, whose maps leave its caches.
+    """
+    most = args.batch_size // ranks.world_size // args.bn_group
+    if ranks.device.type != "cuda":
+        return most if args.image_size <= CPU_SIDE else 1
+    groups = min(most, groups_that_fit(moco, args, amp, torch.cuda.mem_get_info(ranks.device)[0]))
+    while groups > 1:
+        try:
+            attempt(moco, args, amp, ranks.device, groups)
+            break
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            groups = -(-groups // 2)
+            print(f"note: {2 * groups} groups in one pass do not fit into this GPU's memory; trying {groups}",
+                  file=sys.stderr)
+    if ranks.world_size > 1:
+        least = torch.tensor(groups)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        groups = int(least)
+    return groups
+
+
+def keep(moco: MoCo, args, saved: dict, ranks: processes.Processes) -> None:
+    """Go on with the groups per pass of a checkpoint where none are asked for and as many fit; say where they differ.
+
+    They move the last digits, as the precision does. Checkpoints without the number had one group at a time.
+    """
+    before, most = saved.get("groups_per_pass", 1), args.batch_size // ranks.world_size // args.bn_group
+    if args.groups_per_pass is None:
+        moco.groups_per_pass = min(before, moco.groups_per_pass)
+    if min(moco.groups_per_pass, most) != min(before, most) and ranks.is_main:
+        print(f"note: {before} groups ran in one pass and {moco.groups_per_pass} do from here on; the last digits will "
+              "move", file=sys.stderr)
+
+
+def worth_compiling(args, steps: int, device: torch.device) -> bool:
+    """Whether to compile where --compile is left open: on a GPU that Triton knows, for so many steps to come.
+
+    Not with --deterministic, which a compiler does not promise.
+    """
+    return (steps >= COMPILED_FROM and not args.deterministic and device.type == "cuda"
+            and torch.cuda.get_device_capability(device) >= (7, 0) and importlib.util.find_spec("triton") is not None)
+
+
+def attempt(moco: MoCo, args, amp: str, device: torch.device, groups: int) -> None:
+    """One pass forward and backward on blank views, after which the model is as it was. Raises OutOfMemoryError."""
+    before = [b.clone() for b in moco.buffers()]
+    views = torch.zeros(groups * args.bn_group, 1, args.image_size, args.image_size, device=device)
+    patch_idx = torch.arange(min(args.patches, CELLS**2), device=device).expand(len(views), -1)
+    try:
+        with processes.autocast(amp, device):
+            with torch.no_grad():
+                keys, cells = moco.encode_keys(views, None)
+            loss = moco.total(*moco.forward(views, keys, cells, patch_idx))
+        loss.backward()
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(moco.buffers(), before, strict=True):
+                buffer.copy_(value)
+        moco.zero_grad(set_to_none=True)
+
+
+
