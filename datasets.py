@@ -243,11 +243,7 @@ class Batches:
         query, key = (augment.draw(processes.rng(self.args.seed, purpose, t), self.args.batch_size)
                       for purpose in (processes.VIEW_Q, processes.VIEW_K))
         boxes_q, boxes_k, usable = augment.common_parts(query, key, self.args.size)
-        # a group's local loss is the mean over its usable pairs, a batch's that over its groups
-        groups = usable.reshape(-1, self.args.bn_group)
-        weights = groups / np.maximum(groups.sum(1, keepdims=True), 1) * self.args.bn_group
-        return CommonParts(boxes_q, query["flip"], boxes_k, key["flip"], weights.ravel(), self.rank_slice.start,
-                           self.device)
+        return CommonParts(boxes_q, query["flip"], boxes_k, key["flip"], usable, self.rank_slice.start, self.device)
 
     def permutation(self, t: int) -> torch.Tensor:
         """The order (N,) in which the global batch's keys are encoded: Shuffling BN."""
@@ -267,7 +263,7 @@ class CommonParts:
     flip_q: np.ndarray  # (N,)
     boxes_k: np.ndarray
     flip_k: np.ndarray
-    weights: np.ndarray  # (N,): of each pair in the mean over images, 1 on average over a group's; 0 of unusable pairs
+    usable: np.ndarray  # (N,): whether a pair shares enough
     start: int  # of this process's share of the global batch
     device: torch.device
 
@@ -276,10 +272,9 @@ class CommonParts:
         return resize.to_device(self.boxes_k, self.device), resize.to_device(self.flip_k, self.device)
 
     def of_queries(self, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Boxes (p, 4), flips (p,), weights (p,) of a pass over this process's images, for `MoCo.forward`."""
+        """Boxes (p, 4), flips (p,), usable pairs (p,) of a pass over this process's images, for `MoCo.forward`."""
         here = slice(self.start + part.start, self.start + part.stop)  # in the global batch
-        weights = self.weights[here] / (here.stop - here.start)
-        return tuple(resize.to_device(x, self.device) for x in (self.boxes_q[here], self.flip_q[here], weights))
+        return tuple(resize.to_device(x[here], self.device) for x in (self.boxes_q, self.flip_q, self.usable))
 
 
 def draw_crops(rng: np.random.Generator, batch_size: int) -> augment.Params:

@@ -131,13 +131,16 @@ class MoCo(nn.Module):
         """One pass's views (p, 1 or 3, S, S), keys, cells and patches -> (L_global, L_local), means over its images.
 
         patch_idx: (p, K) int64, which of an image's 49 cells are its patches. parts: boxes (p, 4) and flips (p,) for
-        `pool_boxes`, and the images' weights (p,) in Eq. 2 in place of its mean.
+        `pool_boxes`, and (p,) bool, which images Eq. 2 is taken over: a group's loss is the mean over these, 0 without.
         """
         first, embedding = self.encoder_q(view_q)  # (p, C, S/4, S/4), (p, dim)
         loss_global = self.global_loss(embedding, keys)
         if not self.local:
             return loss_global, torch.zeros_like(loss_global)
-        own, weights = self.cells(first, parts and parts[:2]), parts and parts[2]  # (p, 49, C), (p,)
+        own, weights = self.cells(first, parts and parts[:2]), None  # (p, 49, C)
+        if parts:
+            usable = parts[2].view(-1, self.group).to(own)  # (groups, images of a group)
+            weights = (usable / usable.sum(1, keepdim=True).clamp(min=1) / len(usable)).flatten()  # (p,)
         query, key = take_patches(own, patch_idx), take_patches(cells, patch_idx)  # (p, K, C) each
         return loss_global, local_info_nce(query, key, self.temperature_local, weights)
 
@@ -147,7 +150,7 @@ class MoCo(nn.Module):
             query = unit(embedding)
             positive = (query * keys).sum(1, keepdim=True)  # (p, 1): cosine to the own key
             negatives = query @ self.queue.mT  # (p, queue): to earlier slices' keys
-            nearest = (positive > negatives.amax(1, keepdim=True)).float()
+            nearest = (positive > negatives.amax(1, keepdim=True)).to(positive)
             self.query_stats = torch.stack([nearest.mean(), positive.mean(), negatives.mean()]).detach()
             logits = torch.cat([positive, negatives], 1) / self.temperature  # (p, 1 + queue)
             labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)  # the own key stands first

@@ -8,7 +8,6 @@ import torch
 import torchvision
 from torch import nn
 
-from group_statistics import GroupStatistics
 from moco import Encoder, MoCo
 from whitening import whiten_last_norm
 
@@ -86,24 +85,6 @@ def test_keys_come_back_in_order_and_see_the_statistics_of_their_shuffled_group(
     assert keys.norm(dim=1).allclose(torch.ones(8)) and not keys.requires_grad
     # shuffling matters: other company, other keys
     assert not torch.allclose(moco.keys(views, torch.arange(8))[0], keys, atol=1e-3)
-
-
-def test_running_statistics_are_the_mean_over_groups_and_count_steps():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
-    parts = [torch.randn(4, 3, 8, 8) * (i + 1) for i in range(3)]
-    alone = [copy.deepcopy(net) for _ in parts]
-    for n, part in zip(alone, parts, strict=True):
-        n(part)
-    statistics = GroupStatistics(net)
-    for part in parts:
-        with statistics.group():
-            out = net(part)
-        out.sum().backward()
-    statistics.finish()
-    for name in ("running_mean", "running_var"):
-        torch.testing.assert_close(getattr(net[1], name), torch.stack([getattr(n[1], name) for n in alone]).mean(0))
-    assert net[1].num_batches_tracked == 1
 
 
 def test_an_encoder_is_one_graph_for_the_compiler():
