@@ -36,7 +36,7 @@ class Groups:
         # the same as a tensor, copied once: a compiler takes it for an input, and a number for another program
         place = (self.part, self.left, device)
         if place not in self.known:
-            self.known[place] = torch.tensor(place[:2]).to(device)  # (2,)
+            self.known[place] = torch.tensor(place[:2], dtype=torch.float64).to(device)  # (2,)
         self.fractions = self.known[place]
 
     def of(self, batch: int) -> int:
@@ -110,11 +110,16 @@ def by_formula(x, weight, bias, running_mean, running_var, count: int, share: fl
     parts = x.unflatten(0, (count, -1)).to(weight.dtype)  # (P, g, C, H, W)
     var, mean = torch.var_mean(parts, (1, 3, 4), correction=0, keepdim=True)  # (P, 1, C, 1, 1)
     out = (parts - mean) * ((var + eps).rsqrt() * weight[:, None, None]) + bias[:, None, None]  # Eq. 4
-    with torch.no_grad():
-        positions = parts.numel() // mean.numel()  # of a group; the running variance is the unbiased one
-        running_mean.lerp_(mean.detach().mean(0).flatten(), share)
-        running_var.lerp_(var.detach().mean(0).flatten() * (positions / (positions - 1)), share)
+    positions = parts.numel() // mean.numel()  # of a group; the running variance is the unbiased one
+    move(running_mean, mean.mean(0).flatten(), share)
+    move(running_var, var.mean(0).flatten() * (positions / (positions - 1)), share)
     return out.to(x.dtype).flatten(0, 1)
+
+
+@torch.no_grad()
+def move(running: Tensor, mean: Tensor, share: float | Tensor) -> None:
+    """Running statistics, in place, a share of the way to those of a pass."""
+    running.add_(share * (mean.to(running.dtype) - running))
 
 
 def group_norms(encoder: nn.Module, images: int) -> nn.Module:

@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from group_norms import Groups
+from group_norms import Groups, move
 
 
 class ZCAWhitening(nn.Module):
@@ -56,7 +56,9 @@ class ZCAWhitening(nn.Module):
             if self.training:
                 mean = positions.mean(2, keepdim=True)  # mu of Eq. 5: (P x G, D, 1)
                 whitening = self.matrix(positions - mean)  # Sigma^(-1/2) of Eq. 5: (P x G, D, D)
-                self._update(*(s.detach().unflatten(0, (count, blocks)).mean(0) for s in (mean, whitening)))
+                share = self.groups.share(self.momentum) if self.groups else self.momentum
+                for running, found in ((self.running_mean, mean), (self.running_whitening, whitening)):
+                    move(running, found.unflatten(0, (count, blocks)).mean(0), share)
             else:
                 mean, whitening = self.running_mean.to(wide.dtype), self.running_whitening.to(wide.dtype)
             # with the affine: weight * W (x - mu) + bias, as one product, the mean moved into the shift
@@ -67,13 +69,6 @@ class ZCAWhitening(nn.Module):
             out = torch.baddbmm(shift.mT, positions.mT, scaled.mT)  # Eq. 5: (P x G, m, D)
             out = out.unflatten(0, (count, blocks)).transpose(1, 2)  # (P, m, G, D)
             return out.reshape(rows.shape).movedim(-1, 1).to(x.dtype)
-
-    @torch.no_grad()
-    def _update(self, mean: Tensor, whitening: Tensor) -> None:
-        """running <- (1 - momentum) running + momentum of this batch, for the mean and for the whitening matrix."""
-        share = self.groups.share(self.momentum) if self.groups else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_whitening.lerp_(whitening.to(self.running_whitening.dtype), share)
 
     def matrix(self, centred: Tensor) -> Tensor:
         """Sigma^(-1/2) of centred (G, D, m) after T Newton steps: (G, D, D)."""

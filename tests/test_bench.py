@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import datasets
 import train_ssl
-from engine import backbones, processes, runs
+from engine import backbones, passes, processes, runs
 from tools import bench, measure, peers, stores
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:whitening")
@@ -67,6 +67,7 @@ def on_gpu(small, monkeypatch):
             return build(*args)
 
     monkeypatch.setattr(train_ssl, "build", built)
+    monkeypatch.setattr(passes, "choose", lambda moco, args, *_: args.batch_size // args.bn_group)
     monkeypatch.setattr(backbones, "checksum", lambda module: "")
     monkeypatch.setattr(nn.Module, "to", to_fake)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)

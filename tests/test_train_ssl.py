@@ -99,9 +99,12 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys, aligned
 
 @pytest.mark.parametrize("aligned", [False, True])
 def test_one_process_with_two_groups_equals_two_processes(flags, tmp_path, aligned):
-    """Every loss and every tensor of backbone.pth, buffers included, in float32 on gloo."""
+    """Every loss and every tensor of backbone.pth, buffers included, in float32 on gloo, group by group.
+
+    In passes of other sizes convolutions round otherwise: test_passes.py has these, in float64.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    method = ["--local", "--zca", *["--geometric"] * aligned, "--steps", 3]
+    method = ["--local", "--zca", *["--geometric"] * aligned, "--steps", 3, "--groups-per-pass", 1]
     # "--": without it argparse of Python before 3.12.7 takes --local for an option of torchrun
     two = subprocess.Popen([*command, "--", "train_ssl.py", *flags(tmp_path / "2", *method)],
                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -389,32 +392,19 @@ def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
 @pytest.mark.parametrize("amp", ["bf16", "off"])
 @pytest.mark.parametrize("more", [(), ("--local", "--zca"), ("--local", "--zca", "--geometric"), ("--no-geometric",)])
 def test_a_step_on_a_gpu_waits_for_nothing(flags, tmp_path, request, more, amp):
-    args = train_ssl.parse(flags(tmp_path, "--size", 128, *more))
+    args = train_ssl.parse(flags(tmp_path, "--size", 128, "--groups-per-pass", 2, *more))
     train_ssl.resolve_defaults(args, True)
     moco = train_ssl.build(args, True)
     device, waits = request.getfixturevalue("fake_gpu")
     ranks = processes.Processes(0, 1, device)
     trainer = train_ssl.Trainer(args, moco, datasets.Batches(args, 100, ranks), ranks, amp)
-    for p in trainer.trained:
-        p.grad = torch.zeros_like(p)
     for t in range(2):
+        for p in trainer.trained:
+            p.grad = torch.zeros_like(p)
         slices = resize.pinned(torch.zeros(args.batch_size, 128, 128, dtype=torch.uint8), device)
         with waits() as seen:
             record = trainer.step(t, slices)
         assert record.device == device and seen.copies > 5 and not seen.found
-        for p in trainer.trained:
-            p.grad = torch.zeros_like(p)
-
-
-def test_compiling_changes_no_number(flags, tmp_path, monkeypatch):
-    """All that --compile changes but the compiler: gradients that stay in place. The compiler itself takes minutes."""
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compiled.append(type(self).__name__))
-    for out, more in (("plain", ()), ("compiled", ("--compile",))):
-        train_ssl.main(flags(tmp_path / out, "--local", "--zca", "--steps", 3, *more))
-    assert compiled == ["Encoder", "Encoder"]
-    one, other = (outcome(tmp_path / x / "phantom-moco-local-zca")[2] for x in ("plain", "compiled"))
-    assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_checkpoints_come_by_the_clock_and_at_the_end(flags, tmp_path, monkeypatch):
