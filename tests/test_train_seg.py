@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import datasets
@@ -548,8 +549,69 @@ def test_an_iteration_on_a_gpu_waits_for_nothing(flags, small_phantom, monkeypat
     args = train_seg.recipe(args, protocol)
     crops = datasets.Crops(args, store, store.of(tasks.cases("12.5", 0)), ranks)
     trainer = train_seg.Trainer(args, model, crops, ranks, amp)
+    fused = []  # torch has no fake kernel for it
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda weights, *rest, **kw: fused.append(len(weights)))
     for t in range(2):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
         pairs = crops.fetch(t)
         with waits() as seen:
             loss = trainer.step(t, pairs)
         assert loss.device == device and seen.copies == 3 and not seen.found
+    assert fused == [sum(p.requires_grad for p in model.parameters())] * 2
+
+
+def test_a_checkpoint_of_another_device_keeps_this_ones_optimizer(flags, small_phantom):
+    """Fused on a GPU, where fp16's scaler would else trust one that is not; not on a CPU."""
+    store = datasets.prepare(small_phantom / "BTCV", small_phantom.parent / "seg", "segment")
+    args = train_seg.parse(flags("--split", "12.5", "--protocol", "linear-frozen"))
+    train_seg.resolve_defaults(args, True)
+    ranks, args = processes.Processes(0, 1, torch.device("cpu")), train_seg.recipe(args, "linear-frozen")
+    crops = datasets.Crops(args, store, store.of(tasks.cases("12.5", 0)), ranks)
+    trainer = train_seg.Trainer(args, Segmenter(backbones.architecture("resnet18"), "linear-frozen"), crops, ranks,
+                                "off")
+    state = trainer.state(1)
+    state["optimizer"]["param_groups"][0]["fused"] = True
+    trainer.load(state)
+    assert trainer.optimizer.param_groups[0]["fused"] is None
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_iterations_loss_compiles_as_one_graph(protocol, monkeypatch):
+    """Its loss and gradients by the compiler's tracing of both passes, in bf16 as on a GPU; prediction goes without."""
+    torch.manual_seed(0)
+    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    model, count = Segmenter(net, protocol), CompileCounterWithBackend("aot_eager")
+    images, labels, found = torch.randn(2, 3, 64, 64), torch.randint(0, 14, (2, 64, 64)), []
+    for compiled in (False, True, True):
+        if compiled and not count.frame_count:
+            model.compile(dynamic=False, fullgraph=True, backend=count)
+        model.zero_grad()
+        processes.seed_torch(0, processes.DROPOUT)
+        with processes.autocast("bf16", images.device):
+            loss = model(images, labels)
+        loss.backward()
+        found.append(torch.cat([loss.detach()[None], *(p.grad.ravel() for p in model.parameters() if p.requires_grad)]))
+        predict.slices(model, torch.zeros(2, 40, 50, dtype=torch.uint8), 64, "off")
+    assert count.frame_count == 1
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=1e-2, atol=1e-3 * found[0].abs().max().item())
+
+
+def test_compiling_changes_no_number_and_no_setting(flags, tmp_path, monkeypatch, capsys):
+    """A run whose loss goes through the compiler's tracing alone, across a validation and a start that continues it."""
+    real, count = torch.nn.Module.compile, CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: real(self, backend=count, fullgraph=True, **kw))
+    monkeypatch.setattr(train_seg, "EVAL_INTERVAL", 2)
+    args = flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random", "--iterations", 4)
+    train_seg.main([*args, "--out", str(tmp_path / "plain")])
+    asked, answer = [], processes.Processes.any
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(processes.Processes, "any", lambda self, flag: asked.append(1) or len(asked) == 3
+                  or answer(self, flag))
+        train_seg.main([*args, "--compile", "--out", str(tmp_path / "compiled")])
+    train_seg.main([*args, "--compile", "--out", str(tmp_path / "compiled")])
+    plain, compiled = (tmp_path / x / "seg/random-linear-frozen-25-1" for x in ("plain", "compiled"))
+    for name in ("log.jsonl", "validation.jsonl", "config.json"):
+        assert (plain / name).read_text() == (compiled / name).read_text()
+    assert count.frame_count == 1 and "compiled in" in capsys.readouterr().out
