@@ -184,8 +184,7 @@ class Segmenter(nn.Module):
 def _cross_entropy(coarse: Tensor, labels: Tensor) -> Tensor:
     """Logits (N, classes, h, w), resized to the labels (N, H, W) -> the mean over all pixels, ignored ones as zero.
 
-    As by mmseg's default (`avg_non_ignore=False`): so a pixel weighs the same in every crop and every process, and a
-    batch without labels gives 0, not NaN.
+    mmseg's default (`avg_non_ignore=False`): a pixel weighs the same in every crop and process; no label gives 0.
     """
     # log-softmax reads a class after the other: logits in channels_last would be copied for it at their full size
     logits = _resize(coarse.float().contiguous(), labels.shape[1:])
