@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import augment
 import resize
@@ -301,33 +300,33 @@ def undrawn_crops(batch_size: int) -> augment.Params:
             "contrast": ones}
 
 
-def apply_crops(slices: list[torch.Tensor], labels: list[torch.Tensor], params: augment.Params, size: int
-                ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slices and label maps (H, W) uint8, of any sizes -> images (N, 3, size, size), labels (N, size, size) int64.
+def crop_boxes(shapes: np.ndarray, params: augment.Params, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the crops show of slices of these heights and widths (N, 2), as drawn: (boxes, their sides in the crop).
 
-    The part of a slice that the crop will show is resized, images bilinear with antialiasing, labels to the
-    nearest pixel; where the resized slice is smaller than the crop, the rest is 0 (air) and 255 (ignored).
+    Boxes (N, 4) int64: top, left, height, width in pixels of the slice; sides (N, 2) int64 in pixels of the crop, below
+    `size` where the resized slice is smaller than the crop.
     """
-    images = torch.zeros(len(slices), size, size, device=slices[0].device)
-    masks = torch.full_like(images, 255, dtype=torch.int64)
-    rows = zip(slices, labels, *(params[k].tolist() for k in ("scale", "place", "flip")), strict=True)
-    for i, (image, label, scale, place, flip) in enumerate(rows):
-        # to resize the slice by a scale and crop it is to crop a window of side / scale and resize that
-        window = max(1, round(min(image.shape) / scale))  # side of the crop in pixels of the slice
-        (top, height), (left, width) = ((round(p * max(0, side - window)), min(side, window))
-                                        for p, side in zip(place, image.shape, strict=True))
-        shown = tuple(min(size, max(1, round(side * size / window))) for side in (height, width))
-        box = (slice(top, top + height), slice(left, left + width))
-        # of the slice (H, W) only what will be shown is resized: (h, w) -> shown
-        part = F.interpolate(image[box][None, None].float(), shown, mode="bilinear", antialias=True)[0, 0]
-        # labels are names, not numbers: the nearest pixel's, nothing between two
-        mask = F.interpolate(label[box][None, None].float(), shown, mode="nearest-exact")[0, 0].long()
-        # a slice that is smaller than the crop leaves air and ignored pixels to the right and below
-        images[i, : shown[0], : shown[1]] = part.flip(1) if flip else part
-        masks[i, : shown[0], : shown[1]] = mask.flip(1) if flip else mask
+    # to resize the slice by a scale and crop it is to crop a window of side / scale and resize that
+    window = np.maximum(1, np.rint(shapes.min(1) / params["scale"]))[:, None]  # side of the crop in pixels of the slice
+    lengths = np.minimum(shapes, window)
+    starts = np.rint(params["place"] * np.maximum(0, shapes - window))
+    shown = np.clip(np.rint(lengths * size / window), 1, size)
+    return np.concatenate([starts, lengths], axis=1).astype(np.int64), shown.astype(np.int64)
+
+
+def apply_crops(slices: torch.Tensor, labels: torch.Tensor, shapes: np.ndarray, params: augment.Params, size: int
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slices and label maps (N, H, W) uint8 -> images (N, 3, size, size), labels (N, size, size) int64.
+
+    shapes (N, 2): how much of each is a slice, from the top left; the rest is padding. The part of a slice that the
+    crop will show is resized, images bilinear with antialiasing, labels to the nearest pixel; where the resized slice
+    is smaller than the crop, the rest is 0 (air) and 255 (ignored). On a GPU the host waits for nothing.
+    """
+    crop = resize.labelled_by_products if slices.is_cuda else resize.labelled_one_by_one
+    images, masks = crop(slices, labels, *crop_boxes(shapes, params, size), params["flip"], size)
     # light: added, then multiplied, and clamped after each, in [0, 1]
-    brightness, contrast = (resize.to_device(params[k], images.device)[:, None, None]
-                            for k in ("brightness", "contrast"))
+    light = np.stack([params["brightness"], params["contrast"]])
+    brightness, contrast = resize.to_device(light, images.device)[:, :, None, None]  # (N, 1, 1) each
     images = images.div_(255).add_(brightness).clamp_(0, 1).mul_(contrast).clamp_(0, 1)
     return resize.normalise(images), masks
 
@@ -352,29 +351,36 @@ class Crops:
         places = range(t * self.args.batch_size, (t + 1) * self.args.batch_size)
         return [int(self.order(p // len(self.slices))[p % len(self.slices)]) for p in places]
 
-    def fetch(self, t: int) -> list:
-        """What iteration t reads for this process: pairs of slice and labels; slice numbers where features are kept."""
+    def fetch(self, t: int) -> list[int] | tuple[torch.Tensor, np.ndarray]:
+        """What iteration t reads for this process, see `read`; slice numbers where features are kept."""
         indices = self.indices(t)[self.rank_slice]
-        return indices if self.args.whole_slices else self.pairs(indices)
+        return indices if self.args.whole_slices else self.read(indices)
 
-    def pairs(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Slices by their numbers and their labels, each (H, W) uint8, on the CPU."""
-        return [tuple(resize.pinned(torch.from_numpy(self.store.slice(i, label)), self.device)
-                      for label in (False, True)) for i in indices]
+    def read(self, indices: list[int]) -> tuple[torch.Tensor, np.ndarray]:
+        """Slices by their numbers and their labels: (2, B, H, W) uint8 on the CPU, and the shape (B, 2) of each.
 
-    def apply(self, t: int, pairs: list) -> tuple[torch.Tensor, torch.Tensor]:
+        Smaller ones are padded to the right and below: so all are one copy to the device.
+        """
+        pairs = [[self.store.slice(i, label) for i in indices] for label in (False, True)]
+        shapes = np.array([image.shape for image in pairs[0]])
+        stacked = np.zeros((2, len(indices), *shapes.max(0)), np.uint8)
+        for out, arrays in zip(stacked, pairs, strict=True):
+            for padded, one, (height, width) in zip(out, arrays, shapes.tolist(), strict=True):
+                padded[:height, :width] = one
+        return resize.pinned(torch.from_numpy(stacked), self.device), shapes
+
+    def apply(self, t: int, read: tuple[torch.Tensor, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """The crops of iteration t of what `fetch` read: images (B, 3, S, S) and labels (B, S, S) on the device."""
         drawn = draw_crops(processes.rng(self.args.seed, processes.CROPS, t), self.args.batch_size)
-        return self._crop({k: v[self.rank_slice] for k, v in drawn.items()}, pairs)
+        return self._crop({k: v[self.rank_slice] for k, v in drawn.items()}, *read)
 
     def whole(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Slices by their numbers, whole, and their labels at the size of a crop."""
-        return self._crop(undrawn_crops(len(indices)), self.pairs(indices))
+        return self._crop(undrawn_crops(len(indices)), *self.read(indices))
 
-    def _crop(self, drawn: augment.Params, pairs: list) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = zip(*pairs, strict=True)
-        return apply_crops([i.to(self.device, non_blocking=True) for i in images],
-                                   [x.to(self.device, non_blocking=True) for x in labels], drawn, self.args.crop_size)
+    def _crop(self, drawn: augment.Params, stacked: torch.Tensor, shapes: np.ndarray
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+        return apply_crops(*stacked.to(self.device, non_blocking=True), shapes, drawn, self.args.crop_size)
 
 
 def main(argv: list[str] | None = None) -> None:

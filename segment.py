@@ -166,10 +166,9 @@ class Segmenter(nn.Module):
         Cross entropy at the labels' size, for DeepLabv3+ plus AUX_WEIGHT times that of the auxiliary head.
         """
         features = self.features(images) if isinstance(images, Tensor) else images
-        loss = _cross_entropy(_resize(self.coarse(features), labels.shape[1:]), labels)
+        loss = _cross_entropy(self.coarse(features), labels)
         if self.auxiliary_head is not None:
-            auxiliary = _resize(self.auxiliary_head(features[2]).float(), labels.shape[1:])  # (N, classes, H, W)
-            loss = loss + AUX_WEIGHT * _cross_entropy(auxiliary, labels)
+            loss = loss + AUX_WEIGHT * _cross_entropy(self.auxiliary_head(features[2]), labels)
         return loss
 
     def coarse(self, features: tuple[Tensor, ...]) -> Tensor:
@@ -182,11 +181,13 @@ class Segmenter(nn.Module):
         return logits.float()
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over all pixels, an ignored one counting as zero: mmseg's default (`avg_non_ignore=False`).
+def _cross_entropy(coarse: Tensor, labels: Tensor) -> Tensor:
+    """Logits (N, classes, h, w), resized to the labels (N, H, W) -> the mean over all pixels, ignored ones as zero.
 
-    So a pixel weighs the same in every crop and every process, and a batch without labels gives 0, not NaN.
+    mmseg's default (`avg_non_ignore=False`): a pixel weighs the same in every crop and process; no label gives 0.
     """
+    # log-softmax reads a class after the other: logits in channels_last would be copied for it at their full size
+    logits = _resize(coarse.float().contiguous(), labels.shape[1:])
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none").mean()
 
 

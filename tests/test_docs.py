@@ -22,12 +22,17 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
+import torch
+import torchvision
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.run import get_args_parser
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import metrics
 from ct import phantom, tasks
 from engine.report import DRAWS, PRINTED, ROWS
-from segment import PROTOCOLS
+from segment import PROTOCOLS, Segmenter
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -300,6 +305,7 @@ RUNS = {
     "train_ssl --local": HERE,
     "train_ssl --local --seed --zca": HERE,
     "train_ssl --no-geometric --zca": HERE,
+    "train_seg --compile": "tests/test_train_seg.py::test_compiling_changes_no_number_and_no_setting",
     "train_seg --split": "tests/test_train_seg.py::test_three_protocols_leave_results_and_are_skipped_when_done",
     "train_seg --report": "tests/test_train_seg.py::test_report_states_mean_deviation_and_what_was_not_run",
     "train_seg --draw --save-predictions --split":
@@ -480,9 +486,56 @@ def test_the_planned_runs_are_those_of_the_commands():
                for protocol, cell in zip(PROTOCOLS, cells, strict=True) if cell for draw in range(DRAWS[split])]
     assert sorted(started) == sorted(printed)
     assert int(re.search(r"(\d+) segmentation runs", text)[1]) == len(started)
-    hours = {"linear-frozen": 6, "linear-finetune": 19, "deeplabv3plus": 36}
-    assert all(f"{n} {'GPU-hours' if p == 'linear-frozen' else 'for'}" in page for p, n in hours.items())
-    assert abs(sum(hours[protocol] for _, _, protocol, _ in started) - 1300) < 50
+    hours = {p: [float(h) for h in re.findall(r"([\d.]+) h", re.search(rf"\| iteration, {p} \|.*", page)[0])]
+             for p in PROTOCOLS}
+    for low, high, runs in ((40, 91, [p for _, _, p, _ in started]), (53, 117, PROTOCOLS * 27),
+                            (46, 99, [p for _, _, p, _ in started] + ["linear-frozen"] * 18)):
+        assert f"{low} to {high} GPU-hours" in page
+        assert [round(sum(hours[p][i] for p in runs)) for i in (0, 1)] == pytest.approx([low, high], abs=1)
+
+
+class Work(TorchDispatchMode):
+    """Floating point operations of convolutions, and bytes that all operations read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.flop = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        read, written = ([x for x in tree_leaves(y) if isinstance(x, torch.Tensor)] for y in ((args, kwargs), out))
+        if not (func.is_view or name.startswith(("empty", "new_empty", "detach", "device", "_unsafe_view"))):
+            self.bytes += sum(x.numel() * x.element_size() for x in read + written)
+        if name == "convolution":
+            self.flop += 2 * out.numel() * args[1][0].numel()
+        elif name == "convolution_backward":  # of its input, its weights, or both
+            self.flop += 2 * args[0].numel() * args[2][0].numel() * sum(args[-1][:2])
+        return out
+
+
+def test_the_costs_are_those_of_what_a_step_computes_and_moves():
+    """The table of training.md, counted with tensors without content, and its times by the step's own rates."""
+    rows = dict(re.findall(r"^\| (?:iteration, )?(step|[\w-]+)[^|]* (\|(?: [\d.]+ \|){2}.*)$", DOCS["docs/training.md"],
+                           re.M))
+    step, hours = 0.074 * 4.8 / 3.35, {"step": 168_000 / 3600} | dict.fromkeys(PROTOCOLS, 40_000 / 3600)
+    work = {name: Work() for name in hours}
+    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        net, views = torchvision.models.resnet50(), torch.empty(256, 3, 224, 224)
+        with work["step"]:
+            with torch.no_grad():
+                net(views)
+            net(views).float().mean().backward()
+        crops, labels = torch.empty(16, 3, 512, 512), torch.empty(16, 512, 512, dtype=torch.int64)
+        for protocol in PROTOCOLS:
+            model = Segmenter(torchvision.models.resnet50(), protocol)
+            with work[protocol]:
+                model.loss(crops, labels).backward()
+    for name, seen in work.items():
+        flop, moved, *times = (float(x) for x in re.findall(r" ([\d.]+)", rows[name]))
+        assert (seen.flop / 1e12, seen.bytes / 1e9) == (pytest.approx(flop, abs=0.05), pytest.approx(moved, abs=0.5))
+        by_bytes, by_flop = (step * getattr(seen, x) / getattr(work["step"], x) for x in ("bytes", "flop"))
+        expected = [1000 * by_bytes, hours[name] * by_bytes, 1000 * by_flop, hours[name] * by_flop]
+        assert times == pytest.approx(expected, rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------- what no other test runs

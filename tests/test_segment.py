@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import segment
 from engine.backbones import checksum
@@ -216,6 +217,27 @@ def test_logits_are_float32_under_autocast(protocol):
         assert model(images).dtype == torch.float32
         loss = model.loss(images, labels)
     assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+class LogSoftmax(TorchDispatchMode):
+    """Notes whether what log-softmax is given lies as it reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._log_softmax.default:
+            self.dense.append(args[0].is_contiguous())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_logits_need_no_copy_at_full_size(protocol):
+    model = Segmenter(resnet("resnet18"), protocol).to(memory_format=torch.channels_last)
+    with LogSoftmax() as seen:
+        model.loss(*batch(33, 49))
+    assert seen.dense == [True] * (2 if protocol == "deeplabv3plus" else 1)
 
 
 class Logits(nn.Module):

@@ -9,12 +9,16 @@ import shutil
 import signal
 import statistics
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 import torchvision
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import datasets
 import resize
@@ -270,7 +274,8 @@ def test_crops_show_images_and_labels_at_the_same_place(scale):
     label = torch.from_numpy(np.kron(np.arange(9).reshape(3, 3), np.ones((16, 16), np.uint8)).astype(np.uint8))
     params = {"scale": np.array([scale]), "place": np.array([[0.3, 0.8]]), "flip": np.array([False]),
               "brightness": np.zeros(1), "contrast": np.ones(1)}
-    images, masks = datasets.apply_crops([label * 20], [label], params, size)
+    one = (label[None] * 20, label[None], np.array([label.shape]))
+    images, masks = datasets.apply_crops(*one, params, size)
     grey = (images[0, 0] * 0.229 + 0.485) * 255 / 20
     window = round(side / scale)
     shown = min(size, round(side * size / window))
@@ -284,8 +289,63 @@ def test_crops_show_images_and_labels_at_the_same_place(scale):
     steady = (inside[1:-1, 1:-1] == inside[:-2, 1:-1]) & (inside[1:-1, 1:-1] == inside[2:, 1:-1]) \
         & (inside[1:-1, 1:-1] == inside[1:-1, :-2]) & (inside[1:-1, 1:-1] == inside[1:-1, 2:])
     assert (grey[:shown, :shown][1:-1, 1:-1][steady] - inside[1:-1, 1:-1][steady]).abs().max() < 0.5
-    flipped = datasets.apply_crops([label * 20], [label], params | {"flip": np.array([True])}, size)[1]
+    flipped = datasets.apply_crops(*one, params | {"flip": np.array([True])}, size)[1]
     assert torch.equal(flipped[0, :shown, :shown], masks[0, :shown, :shown].flip(1))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, but for views and what only allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not (func.is_view or func.overloadpacket.__name__ in ("detach", "empty", "new_empty", "_unsafe_view")):
+            self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("crop", [resize.labelled_one_by_one, resize.labelled_by_products])
+def test_crops_of_slices_of_any_shape_are_those_of_a_loop(crop, monkeypatch):
+    """Both ways against a crop at a time by torch: images to a hundredth of a grey level, labels exactly."""
+    rng, size = np.random.default_rng(0), 40
+    shapes = np.concatenate([rng.integers(5, 150, (28, 2)), [[64, 64], [41, 150], [150, 41], [1, 1]]])
+    slices, labels = ([rng.integers(0, top, s, np.uint8) for s in shapes] for top in (256, 14))
+    store = SimpleNamespace(slice=lambda i, label=False: (labels if label else slices)[i])
+    args = SimpleNamespace(seed=3, batch_size=len(shapes), crop_size=size, whole_slices=False)
+    crops = datasets.Crops(args, store, np.arange(len(shapes)), processes.Processes(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(resize, "labelled_one_by_one", crop)
+    order, (images, masks) = crops.indices(5), crops.apply(5, crops.fetch(5))
+    drawn = datasets.draw_crops(processes.rng(3, processes.CROPS, 5), len(shapes))
+    smaller = 0
+    for n, i in enumerate(order):
+        window = max(1, round(min(shapes[i]) / drawn["scale"][n]))
+        (y, h), (x, w) = ((round(p * max(0, side - window)), min(side, window))
+                          for p, side in zip(drawn["place"][n], shapes[i].tolist(), strict=True))
+        h_shown, w_shown = (min(size, max(1, round(side * size / window))) for side in (h, w))
+        part, mask = (torch.from_numpy(a[i][y : y + h, x : x + w])[None, None].float() for a in (slices, labels))
+        part = torch.nn.functional.interpolate(part, (h_shown, w_shown), mode="bilinear", antialias=True)[0, 0] / 255
+        mask = torch.nn.functional.interpolate(mask, (h_shown, w_shown), mode="nearest-exact")[0, 0].long()
+        rest = (0, size - w_shown, 0, size - h_shown)
+        part, mask = (torch.nn.functional.pad(a.flip(1) if drawn["flip"][n] else a, rest, value=air)
+                      for a, air in ((part, 0), (mask, 255)))
+        part = ((part + drawn["brightness"][n]).clamp(0, 1) * drawn["contrast"][n]).clamp(0, 1)
+        assert torch.equal(masks[n], mask)
+        torch.testing.assert_close(images[n, 0] * 0.229 + 0.485, part.float(), rtol=0, atol=0.01 / 255)
+        smaller += h_shown < size or w_shown < size
+    assert 5 < smaller < len(shapes) - 5 and 5 < drawn["flip"].sum() < len(shapes) - 5
+
+
+def test_batched_crops_are_as_many_operations_for_any_batch():
+    counts = []
+    for batch in (2, 16):
+        slices = torch.zeros(2, batch, 50, 60, dtype=torch.uint8)
+        boxes = datasets.crop_boxes(np.tile([50, 60], (batch, 1)), drawn := datasets.undrawn_crops(batch), 32)
+        with Operations() as operations:
+            resize.labelled_by_products(*slices, *boxes, drawn["flip"], 32)
+        counts.append(operations.seen)
+    assert counts[0] == counts[1] and counts[0].total() <= 45, counts
 
 
 def test_prediction_is_made_at_the_masks_own_resolution():
@@ -355,9 +415,7 @@ def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_
 
     def each_time(trainer, t, pairs):
         processes.seed_torch(trainer.args.seed, processes.DROPOUT, t)
-        drawn = datasets.undrawn_crops(len(pairs))
-        images, labels = ([torch.from_numpy(trainer.store.slice(i, label)) for i in pairs] for label in (False, True))
-        loss = trainer.model(*datasets.apply_crops(images, labels, drawn, trainer.args.crop_size))
+        loss = trainer.model(*trainer.crops.whole(pairs))
         loss.backward()
         trainer.optimizer.param_groups[0]["lr"] = train_seg.lr(t, trainer.args)
         trainer.optimizer.step()
@@ -491,8 +549,69 @@ def test_an_iteration_on_a_gpu_waits_for_nothing(flags, small_phantom, monkeypat
     args = train_seg.recipe(args, protocol)
     crops = datasets.Crops(args, store, store.of(tasks.cases("12.5", 0)), ranks)
     trainer = train_seg.Trainer(args, model, crops, ranks, amp)
+    fused = []  # torch has no fake kernel for it
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda weights, *rest, **kw: fused.append(len(weights)))
     for t in range(2):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
         pairs = crops.fetch(t)
         with waits() as seen:
             loss = trainer.step(t, pairs)
-        assert loss.device == device and seen.copies > 4 and not seen.found
+        assert loss.device == device and seen.copies == 3 and not seen.found
+    assert fused == [sum(p.requires_grad for p in model.parameters())] * 2
+
+
+def test_a_checkpoint_of_another_device_keeps_this_ones_optimizer(flags, small_phantom):
+    """Fused on a GPU, where fp16's scaler would else trust one that is not; not on a CPU."""
+    store = datasets.prepare(small_phantom / "BTCV", small_phantom.parent / "seg", "segment")
+    args = train_seg.parse(flags("--split", "12.5", "--protocol", "linear-frozen"))
+    train_seg.resolve_defaults(args, True)
+    ranks, args = processes.Processes(0, 1, torch.device("cpu")), train_seg.recipe(args, "linear-frozen")
+    crops = datasets.Crops(args, store, store.of(tasks.cases("12.5", 0)), ranks)
+    trainer = train_seg.Trainer(args, Segmenter(backbones.architecture("resnet18"), "linear-frozen"), crops, ranks,
+                                "off")
+    state = trainer.state(1)
+    state["optimizer"]["param_groups"][0]["fused"] = True
+    trainer.load(state)
+    assert trainer.optimizer.param_groups[0]["fused"] is None
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_iterations_loss_compiles_as_one_graph(protocol, monkeypatch):
+    """Its loss and gradients by the compiler's tracing of both passes, in bf16 as on a GPU; prediction goes without."""
+    torch.manual_seed(0)
+    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    model, count = Segmenter(net, protocol), CompileCounterWithBackend("aot_eager")
+    images, labels, found = torch.randn(2, 3, 64, 64), torch.randint(0, 14, (2, 64, 64)), []
+    for compiled in (False, True, True):
+        if compiled and not count.frame_count:
+            model.compile(dynamic=False, fullgraph=True, backend=count)
+        model.zero_grad()
+        processes.seed_torch(0, processes.DROPOUT)
+        with processes.autocast("bf16", images.device):
+            loss = model(images, labels)
+        loss.backward()
+        found.append(torch.cat([loss.detach()[None], *(p.grad.ravel() for p in model.parameters() if p.requires_grad)]))
+        predict.slices(model, torch.zeros(2, 40, 50, dtype=torch.uint8), 64, "off")
+    assert count.frame_count == 1
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], rtol=1e-2, atol=1e-3 * found[0].abs().max().item())
+
+
+def test_compiling_changes_no_number_and_no_setting(flags, tmp_path, monkeypatch, capsys):
+    """A run whose loss goes through the compiler's tracing alone, across a validation and a start that continues it."""
+    real, count = torch.nn.Module.compile, CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: real(self, backend=count, fullgraph=True, **kw))
+    monkeypatch.setattr(train_seg, "EVAL_INTERVAL", 2)
+    args = flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random", "--iterations", 4)
+    train_seg.main([*args, "--out", str(tmp_path / "plain")])
+    asked, answer = [], processes.Processes.any
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(processes.Processes, "any", lambda self, flag: asked.append(1) or len(asked) == 3
+                  or answer(self, flag))
+        train_seg.main([*args, "--compile", "--out", str(tmp_path / "compiled")])
+    train_seg.main([*args, "--compile", "--out", str(tmp_path / "compiled")])
+    plain, compiled = (tmp_path / x / "seg/random-linear-frozen-25-1" for x in ("plain", "compiled"))
+    for name in ("log.jsonl", "validation.jsonl", "config.json"):
+        assert (plain / name).read_text() == (compiled / name).read_text()
+    assert count.frame_count == 1 and "compiled in" in capsys.readouterr().out

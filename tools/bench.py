@@ -267,26 +267,36 @@ def startup(table: Table, folder: Path, s: Setting) -> None:
     table.add("growth: start-up with 10 times the slices", taken[1062] / taken[106])
 
 
+SEGMENTATION = {"linear-frozen": 1.25, "linear-finetune": 1.25, "deeplabv3plus": None}  # whose decoder is no overhead
+
+
 def segmentation(table: Table, s: Setting) -> None:
-    """One iteration of the frozen linear protocol against the bare forward of its dilated backbone."""
+    """One iteration of each protocol against its dilated backbone alone: forward and, where it is trained, backward."""
     side, rng = 96 if s.quick else 224, np.random.default_rng(0)
-    args = train_seg.parse(["--split", "100", "--protocol", "linear-frozen", "--crop-size", str(side)])
-    train_seg.resolve_defaults(args, False)
-    args = train_seg.recipe(args, "linear-frozen")
-    noise = SimpleNamespace(slice=lambda i, label=False: rng.integers(0, 14 if label else 256, (SIDE, SIDE), np.uint8))
-    crops = datasets.Crops(args, noise, np.arange(args.batch_size), s.ranks)
-    model = Segmenter(backbones.architecture(s.arch), "linear-frozen")
-    trainer, pairs = train_seg.Trainer(args, model, crops, s.ranks, s.amp), crops.fetch(0)
-    ready = torch.randn(args.batch_size, 3, side, side, device=s.device).contiguous(memory_format=torch.channels_last)
+    for protocol, most in SEGMENTATION.items():
+        args = train_seg.parse(["--split", "100", "--protocol", protocol, "--crop-size", str(side)])
+        train_seg.resolve_defaults(args, False)
+        args = train_seg.recipe(args, protocol)
+        noise = SimpleNamespace(slice=lambda i, label=False: rng.integers(0, 14 if label else 256, (SIDE, SIDE),
+                                                                         np.uint8))
+        crops = datasets.Crops(args, noise, np.arange(args.batch_size), s.ranks)
+        model = Segmenter(backbones.architecture(s.arch), protocol)
+        trainer, read = train_seg.Trainer(args, model, crops, s.ranks, s.amp), crops.fetch(0)
+        ready = torch.randn(args.batch_size, 3, side, side, device=s.device)
+        ready = ready.contiguous(memory_format=torch.channels_last)
 
-    def bare() -> None:
-        with torch.no_grad(), processes.autocast(s.amp, s.device):
-            model.features(ready)
+        def bare(model=model, ready=ready) -> None:
+            with processes.autocast(s.amp, s.device):
+                layer4 = model.features(ready)[3]
+            if not model.frozen:
+                layer4.float().mean().backward()
+                model.zero_grad()
 
-    found = medians(s.repeats, iteration=lambda: trainer.step(0, pairs), bare=bare)
-    ratio = found["iteration"] / found["bare"]
-    table.add(f"linear-frozen iteration, {args.batch_size} crops of {side} px / bare forward, {s.arch} at stride 8",
-              ratio, f"{ratio:.3f} ({found['iteration']:.2f} s / {found['bare']:.2f} s)", most=1.25)
+        found = medians(s.repeats, iteration=lambda t=trainer, read=read: t.step(0, read), bare=bare)
+        ratio = found["iteration"] / found["bare"]
+        table.add(f"{protocol} iteration, {args.batch_size} crops of {side} px / bare forward"
+                  f"{'' if model.frozen else ' and backward'}, {s.arch} at stride 8", ratio,
+                  f"{ratio:.3f} ({1000 * found['iteration']:.1f} ms / {1000 * found['bare']:.1f} ms)", most=most)
 
 
 MEMORY = """
