@@ -27,17 +27,13 @@ class Groups:
 
     def __init__(self, images: int):
         self.images = images  # of a group
-        self.known: dict[tuple, Tensor] = {}
         self.begin(0, 1, 1, torch.device("cpu"))
 
     def begin(self, first: int, last: int, total: int, device: torch.device) -> None:
         """A pass over the images `first` to `last` - 1 of the `total` that this process has in the step."""
         self.part, self.left = (last - first) / total, (total - last) / total
-        # the same as a tensor, copied once: a compiler takes it for an input, and a number for another program
-        place = (self.part, self.left, device)
-        if place not in self.known:
-            self.known[place] = torch.tensor(place[:2], dtype=torch.float64).to(device)  # (2,)
-        self.fractions = self.known[place]
+        # the same as tensors: a compiler takes these for inputs, and other numbers for another program
+        self.as_tensors = [torch.full((), x, dtype=torch.float64, device=device) for x in (self.part, self.left)]
 
     def of(self, batch: int) -> int:
         """Groups of a pass over so many images. Raises ValueError where they do not divide into groups."""
@@ -47,7 +43,7 @@ class Groups:
 
     def share(self, momentum: float) -> float | Tensor:
         """How far a pass moves running statistics towards the mean over its groups, all in one move."""
-        part, left = self.fractions.unbind() if torch.compiler.is_compiling() else (self.part, self.left)
+        part, left = self.as_tensors if torch.compiler.is_compiling() else (self.part, self.left)
         return momentum * part / (1 - momentum * left)
 
     def shares(self, count: int, momentum: float) -> list[float]:

@@ -160,10 +160,7 @@ class Trainer:
         if ranks.world_size > 1:
             self.net = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model))
         trained = [p for p in model.parameters() if p.requires_grad]
-        # one pass over the weights instead of several; where fp16's scaler skips the first step, torch's fused kernel
-        # leaves the momentum unset, and goes on with it
-        self.fused = (self.device.type == "cuda" and amp != "fp16") or None
-        self.optimizer = torch.optim.SGD(trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=self.fused)
+        self.optimizer = runs.sgd(trained, args.lr, MOMENTUM, WEIGHT_DECAY, amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.backbone = backbones.checksum(model.backbone)  # before training
         self.cached = self.features_once() if args.whole_slices else None
@@ -218,9 +215,7 @@ class Trainer:
     def load(self, state: dict) -> int:
         """Go on from a checkpoint; returns its step."""
         runs.load_weights(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["fused"] = self.fused  # the checkpoint may come from another device
+        runs.load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.backbone, self.started = state["backbone"], time.time() - state["wall_s"]
         return state["step"]

@@ -194,8 +194,7 @@ class Trainer:
             self.model = DistributedDataParallel(self.moco, gradient_as_bucket_view=True, **{NO_BUFFERS: False})
             self.no_sync = self.model.no_sync
         self.trained = [p for p in self.moco.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(self.trained, args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY,
-                                         fused=self.device.type == "cuda")
+        self.optimizer = runs.sgd(self.trained, args.lr, MOMENTUM, WEIGHT_DECAY, amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.skipped = 0  # steps that fp16's scaler left out
         self.gap = None  # of the last look at the held-out slices
@@ -270,7 +269,7 @@ class Trainer:
     def load(self, state: dict) -> None:
         """Go on from a checkpoint."""
         runs.load_weights(self.moco, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        runs.load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped, self.gap = state["skipped"], state["gap"]
 
