@@ -29,18 +29,26 @@ def kept_bytes(encoder: Encoder, side: int, amp: str) -> int:
     for layer in shapes.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda layer, images, out: numbers.append(out.numel()))
+        elif hasattr(layer, "running_whitening"):
+            layer.forward = lambda images: images  # its shape is all that counts here; autocast knows no meta tensors
     shapes(torch.empty(1, 1, side, side, device="meta"))
     return 2 * sum(numbers) * (4 if amp == "off" else 2)
 
 
-def groups_that_fit(moco: MoCo, args, amp: str, free: int) -> int:
-    """The largest number of groups for a pass in `free` bytes, by arithmetic; 1 where not even that fits."""
+def needed(moco: MoCo, args, amp: str) -> tuple[float, float]:
+    """Bytes of a step, by arithmetic: those that it takes whatever the pass, and those of each group of a pass."""
     weights = sum(p.numel() for p in moco.encoder_q.parameters())
     fixed = (4 * 4 * weights  # query, key, gradient, momentum
              + 4 * moco.queue.numel() + args.batch_size * (args.size**2 + 2 * 4 * args.image_size**2) + WORKSPACE)
     logits = 3 * 4 * (1 + len(moco.queue))  # of an image: themselves, their softmax, their gradient
     image = PASSING * kept_bytes(moco.encoder_q, args.image_size, amp) + logits
-    return max(1, int((USABLE * free - fixed) / (image * args.bn_group)))
+    return fixed, image * args.bn_group
+
+
+def groups_that_fit(moco: MoCo, args, amp: str, free: int) -> int:
+    """The largest number of groups for a pass in `free` bytes, by `needed`; 1 where not even that fits."""
+    fixed, group = needed(moco, args, amp)
+    return max(1, int((USABLE * free - fixed) / group))
 
 
 def choose(moco: MoCo, args, amp: str, ranks: processes.Processes) -> int:
