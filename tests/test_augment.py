@@ -15,7 +15,7 @@ from local_loss import pool_boxes
 
 SIDE = 96
 # with what each may differ by, of 255 grey levels: float32's rounding, and half precision's
-RESAMPLERS = [(resize.crops_one_by_one, 0.001), (resize.crops_by_products, 0.25)]
+RESAMPLERS = [(resize.crops_one_by_one, 0.001), (resize.crops_by_products, 0.125)]
 BOXES = [  # top, left, height, width in pixels of a slice of SIDE
     (0, 0, 96, 96),  # the whole
     (10, 3, 50, 50),
