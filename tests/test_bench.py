@@ -100,8 +100,8 @@ def test_store_to_step_on_the_gpu(on_gpu, small, monkeypatch, tmp_path):
         return Loader([[torch.zeros(batch, 3, 224, 224)] * 2] * steps)
 
     monkeypatch.setattr(peers, "pil_loader", loader)
-    monkeypatch.setattr(bench, "END_TO_END", bench.END_TO_END[:2])  # compiling asks for a real GPU
-    found, seen = on_gpu(bench.end_to_end, tmp_path)
+    monkeypatch.setattr(datasets, "on_device", lambda batches, device: batches)  # streams ask for a real GPU
+    found, seen = on_gpu(bench.end_to_end, tmp_path, bench.END_TO_END[:2])  # compiling asks for a real GPU
     assert len(found) == 5 and all(row["figure"] > 0 for row in found) and set(seen) == {"cuda"}
     assert given == [(160, 4, 1, True)]
     assert "GB of noise" in found[0]["text"] and "both bf16" in found[-1]["text"]
