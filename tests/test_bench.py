@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -132,6 +133,24 @@ def test_lightly_gets_its_best(small, monkeypatch):
     seconds |= {"bf16, NCHW": 7.0, "bf16, channels_last": 9.0}  # bf16 may be slower
     bench.lightly_step(table, small)
     assert [row["figure"] for row in table.rows[4:]] == [8 / 2, 6 / 4, 6 / 2, 6 / 1.5]
+
+
+def test_the_floor_is_a_whole_step():
+    """Of ResNet-18: 20 convolutions forward an encoder, 20 backward, in bf16 and channels_last; EMA, loss, SGD."""
+    called = Counter()
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called[name := func.overloadpacket.__name__] += 1
+            if name == "convolution":
+                assert args[0].dtype == torch.bfloat16 and args[0].is_contiguous(memory_format=torch.channels_last)
+            return func(*args, **(kwargs or {}))
+
+    step = peers.plain_step("resnet18", 32, 4, 16, torch.device("cpu"), "bf16", False)
+    with Calls():
+        step()
+    assert called["convolution"] == 40 and called["convolution_backward"] == 20 and called["nll_loss_forward"] == 1
+    assert called["_foreach_lerp_"] == 1 and called["add_"] >= 62  # tensors of weights that SGD moves
 
 
 def test_share_of_each_of_eight_processes(small, monkeypatch, tmp_path):

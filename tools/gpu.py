@@ -69,7 +69,7 @@ class Sizes(Setting):
         self.side, self.crops = 512, 16  # of segmentation
         if tiny:
             torch.set_num_threads(1)
-            self.size, self.batch, self.group, self.queue = 32, 8, 4, 16
+            self.size, self.batch, self.group, self.queue = 32, 4, 2, 16
             self.repeats, self.row, self.side, self.crops = 1, 1, 32, 2
 
 
