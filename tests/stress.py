@@ -84,9 +84,13 @@ class Bench:
         self.data = folder / "phantom"
         phantom.write(self.data, unlabelled=6, shape=(4, 64, 64))
         self.references: dict[tuple, tuple] = {}
+        self.groups_per_pass = 2  # of two: a pass is the step
         figures.pyplot()  # imported before the forks
         datasets.prepare(self.data / "AbdomenCT-1K", folder / "store" / "phantom", "pretrain", size=64)
         datasets.prepare(self.data / "BTCV", folder / "seg", "segment")
+
+    def reference_folder(self, script: str, amp: str, world: int) -> Path:
+        return self.folder / f"reference-{script}-{amp}-{world}-{self.groups_per_pass}"
 
     def command(self, script: str, out: Path, amp: str = "off", steps: int = STEPS) -> list[str]:
         # 48 px: with one cell in the last stage, BN over 4 numbers would amplify rounding; so would whitening more than
@@ -94,7 +98,8 @@ class Bench:
         if script == "train_ssl":
             flags = ("--data", self.data / "AbdomenCT-1K", "--store", self.folder / "store" / self.data.name,
                      "--init", "random", "--image-size", 48, "--batch-size", 8, "--bn-group", 4, "--queue", 32,
-                     "--zca-group", 8, "--size", 64, "--local", "--zca", "--epochs", 1000, "--steps", steps)
+                     "--zca-group", 8, "--size", 64, "--groups-per-pass", self.groups_per_pass,
+                     "--local", "--zca", "--epochs", 1000, "--steps", steps)
         else:
             flags = ("--data", self.data / "BTCV", "--store", self.folder / "seg", "--crop-size", 32, "--batch-size", 2,
                      "--split", 25, "--draw", 1, "--protocol", "linear-finetune", "--backbone", "random",
@@ -119,9 +124,9 @@ class Bench:
 
     def reference(self, script: str, amp: str = "off", world: int = 1) -> tuple[dict, Counter, float]:
         """What a run that is left alone leaves, how it touches its folder, and how long it takes in s."""
-        key = (script, amp, world)
+        key = (script, amp, world, self.groups_per_pass)
         if key not in self.references:
-            out, begin = self.folder / f"reference-{script}-{amp}-{world}", time.monotonic()
+            out, begin = self.reference_folder(script, amp, world), time.monotonic()
             started = Started(self, script, out, amp, world)
             check(not any(started.wait()), f"{key}: the run left alone failed: {started.told()[-2000:]}")
             took = time.monotonic() - begin
@@ -408,7 +413,7 @@ def disk(bench: Bench, scripts: tuple[str, ...] = ("train_ssl", "train_seg")) ->
         out = bench.folder / f"full-{script}"
         folder, amp = bench.run_folder(script, out), "off" if script == "train_ssl" else "bf16"
         bench.reference(script, amp)
-        done = bench.run_folder(script, bench.folder / f"reference-{script}-{amp}-1")
+        done = bench.run_folder(script, bench.reference_folder(script, amp, 1))
         size = (done / "checkpoint.pt").stat().st_size
 
         def refused(limit: int, named: str, out=out, script=script, amp=amp) -> None:
@@ -434,7 +439,11 @@ def disk(bench: Bench, scripts: tuple[str, ...] = ("train_ssl", "train_seg")) ->
 
 
 def ranks(bench: Bench, changes: tuple = ((2, 1), (1, 2))) -> list[str]:
-    """Pre-training that goes on with another number of processes: the same losses and tensors to 1e-5."""
+    """Pre-training that goes on with another number of processes: the same losses and tensors to 1e-5.
+
+    Group by group, in float32: passes of other sizes round otherwise.
+    """
+    bench.groups_per_pass = 1
     wanted = bench.reference("train_ssl")[0]
     for first, then in changes:
         out = bench.folder / f"from-{first}-to-{then}"
@@ -446,6 +455,7 @@ def ranks(bench: Bench, changes: tuple = ((2, 1), (1, 2))) -> list[str]:
             if isinstance(value, torch.Tensor | float):
                 far = np.abs(np.asarray(value, np.float64) - np.asarray(left[name], np.float64)).max()
                 check(far <= 1e-5, f"{out}: {name} differs by {far:.1e}")
+    bench.groups_per_pass = 2
     told = ", ".join(f"{first} then {then}" for first, then in changes)
     return [f"| another number of processes: {told} | {len(changes)} | equal to 1 process to 1e-5 |"]
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import datasets
 import train_ssl
 from engine import backbones, passes, processes, runs
-from tools import bench, measure, peers, stores
+from tools import against, bench, measure, peers, stores
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:whitening")
 
@@ -237,6 +237,15 @@ def test_pil_loader(store, monkeypatch):
     batches = list(peers.pil_loader(store, 3, 2, cuda=False))
     assert [[view.shape for view in pair] for pair in batches] == [[(3, 3, 224, 224)] * 2] * 2
     assert not torch.equal(*batches[0])
+
+
+def test_against_itself(monkeypatch, capsys):
+    """Two processes that step in turns: a ratio of what they said they took."""
+    tiny = "--arch resnet18 --image-size 32 --size 48 --batch-size 4 --bn-group 2 --queue 8"
+    monkeypatch.setattr(against, "SETTINGS", {"a step": tiny})
+    against.main([str(against.HERE), "--pairs", "2"])
+    what, ratio, here, there = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    assert what == "a step" and float(ratio) > 0 and here.endswith(" s") and there.endswith(" s")
 
 
 def test_alternated():

@@ -354,14 +354,15 @@ CLUSTER, GPU, TOOL = "needs a cluster", "was measured on a GPU", "a tool of othe
 CANNOT = {
     "make setup": DOWNLOADS, "pip": DOWNLOADS, "curl": DOWNLOADS,
     "make demo": MINUTES, "make stress": MINUTES, "tests/stress --files --kills --minutes": MINUTES,
-    "tools/bench": MINUTES, "tools/bench --peers": MINUTES, "tools/study --seg --ssl": MINUTES,
+    "tools/against --pairs": MINUTES, "tools/bench": MINUTES,
+    "tools/bench --peers": MINUTES, "tools/study --seg --ssl": MINUTES,
     "make test": THIS, "make lint": THIS, "pytest": THIS,
     "train_ssl --arch --batch-size --bn-group --image-size --init --local --queue --size --steps --zca": GPU,
     "sbatch": CLUSTER, "scontrol": CLUSTER,
     "head": TOOL, "md5sum": TOOL, "mkdir": TOOL, "unzip": TOOL, "tensorboard": TOOL, "grep": TOOL, "cat": TOOL,
 }
-SCRIPTS = {"datasets", "train_ssl", "train_seg", "svd_spectrum", "ct/phantom", "tools/bench", "tools/study",
-           "tests/stress"}
+SCRIPTS = {"datasets", "train_ssl", "train_seg", "svd_spectrum", "ct/phantom", "tools/against", "tools/bench",
+           "tools/study", "tests/stress"}
 
 
 @pytest.mark.parametrize("page", DOCS)

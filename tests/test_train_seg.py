@@ -9,7 +9,6 @@ import shutil
 import signal
 import statistics
 import sys
-from collections import Counter
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -17,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from operations import Operations
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import datasets
 import resize
@@ -291,19 +290,6 @@ def test_crops_show_images_and_labels_at_the_same_place(scale):
     assert (grey[:shown, :shown][1:-1, 1:-1][steady] - inside[1:-1, 1:-1][steady]).abs().max() < 0.5
     flipped = datasets.apply_crops(*one, params | {"flip": np.array([True])}, size)[1]
     assert torch.equal(flipped[0, :shown, :shown], masks[0, :shown, :shown].flip(1))
-
-
-class Operations(TorchDispatchMode):
-    """Counts what is dispatched, but for views and what only allocates."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not (func.is_view or func.overloadpacket.__name__ in ("detach", "empty", "new_empty", "_unsafe_view")):
-            self.seen[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("crop", [resize.labelled_one_by_one, resize.labelled_by_products])
