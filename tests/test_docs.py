@@ -205,7 +205,7 @@ def test_the_pages_are_reached_from_readme():
 
 # Programs of others that the documents call; `RECORD` notes the call of each, and nothing is done.
 PROGRAMS = ("python", "torchrun", "make", "curl", "md5sum", "unzip", "mkdir", "rm", "pip", "git", "sbatch", "scontrol",
-            "head", "tensorboard", "grep", "cat")
+            "head", "tensorboard", "grep", "cat", "bash")
 RECORD = "".join(f"{p}() {{ record {p} \"$@\"; }}\n" for p in PROGRAMS) + r"""
 record() { local call; call=$(printf '%s\037' "$@"); printf '%s\036' "$call" >> "$CALLS"; }  # one write: whole
 srun() { shift 2; "$@"; }  # its --cpus-per-task and the number
@@ -230,7 +230,7 @@ def pieces(page: str) -> list[str]:
     blocks, rest = FENCE.findall(DOCS[page]), FENCE.sub("", DOCS[page])
     found = [dedent(code) for _, language, code in blocks if language in ("bash", "sh")]
     for span in re.findall(r"`([^`\n]+)`", rest):
-        if re.match(r"([A-Z_]+=\S+ )*(python|torchrun|make|pip|sbatch|tensorboard) \S", span):
+        if re.match(r"([A-Z_]+=\S+ )*(python|torchrun|make|pip|sbatch|tensorboard|bash) \S", span):
             found.append(span)
         elif re.match(r"(\w+/)*\w+\.py --?\w", span):
             found.append(f"python {span}")
@@ -345,6 +345,7 @@ RUNS = {
     "torchrun --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint": "tests/test_reliability.py::test_short_forms",
     "torchrun --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --rdzv-id":
         "tests/test_reliability.py::test_short_forms",
+    "bash": "tests/test_gpu_script.py::test_all_parts_run_to_their_end_on_a_cpu",
     "make paper": "tests/test_edges.py::test_make_paper_plans_or_says_in_one_line_what_is_wrong",
 }
 # Those that no test can run, and why.

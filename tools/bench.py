@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -29,12 +28,10 @@ import torch
 
 import augment
 import datasets
-import train_seg
 import train_ssl
 from ct.command import Parser
 from ct.volumes import BadInput
-from engine import backbones, processes, runs
-from segment import Segmenter
+from engine import processes, runs
 from tools import peers, stores
 from tools.measure import Table, alternated, cpu_flags, medians, seconds
 from tools.setting import Setting
@@ -75,12 +72,12 @@ END_TO_END = (("MoCo v2", (), 0.95), ("--local --zca", ("--local", "--zca"), 0.9
               ("--local --zca --compile", ("--local", "--zca", "--compile"), 0.92))
 
 
-def end_to_end(table: Table, s: Setting, folder: Path) -> None:
+def end_to_end(table: Table, s: Setting, folder: Path, rows: tuple = END_TO_END) -> None:
     """On a GPU: from a store through views to the optimizer step, against bare compute and torchvision's loader."""
     whole, hours = "store to step, {} / bare compute", "the paper's 200 epochs, {} (projection)"
     loader = "store to step, MoCo v2 / torchvision's PIL views from loader processes and the bare step"
     if s.device.type != "cuda":
-        for name, _, least in END_TO_END:
+        for name, _, least in rows:
             table.skip(whole.format(name), NO_GPU, least=least)
             table.skip(hours.format(name), NO_GPU, most=5, unit="hours")
         table.skip(loader, NO_GPU, least=3)
@@ -88,14 +85,15 @@ def end_to_end(table: Table, s: Setting, folder: Path) -> None:
     stores.write_store(folder / "gpu-data", folder / "gpu" / f"pretrain-{SIDE}", 20, s.stored, noise=True)
     store = datasets.prepare(folder / "gpu-data", folder / "gpu", "pretrain", size=SIDE)
     read, steps, rates = f"{store.size ** 2 * len(store) / 1e9:.2g} GB of noise, warm", range(s.steps), {}
-    for name, flags, least in END_TO_END:
+    for name, flags, least in rows:
         trainer = s.trainer(*flags)
 
         def fetch(t: int, batches=trainer.batches) -> torch.Tensor:
             return torch.from_numpy(store.batch(batches.indices(t % batches.steps_per_epoch))).pin_memory()
 
         def run(trainer=trainer, fetch=fetch) -> None:
-            for t, slices in datasets.prefetch(fetch, steps, os.cpu_count()):
+            ahead = datasets.prefetch(fetch, steps, os.cpu_count())
+            for t, slices in datasets.on_device(ahead, s.device):
                 trainer.step(t, slices)
 
         bare = s.bare(trainer)
@@ -272,18 +270,11 @@ SEGMENTATION = {"linear-frozen": 1.25, "linear-finetune": 1.25, "deeplabv3plus":
 
 def segmentation(table: Table, s: Setting) -> None:
     """One iteration of each protocol against its dilated backbone alone: forward and, where it is trained, backward."""
-    side, rng = 96 if s.quick else 224, np.random.default_rng(0)
+    side = 96 if s.quick else 224
     for protocol, most in SEGMENTATION.items():
-        args = train_seg.parse(["--split", "100", "--protocol", protocol, "--crop-size", str(side)])
-        train_seg.resolve_defaults(args, False)
-        args = train_seg.recipe(args, protocol)
-        noise = SimpleNamespace(slice=lambda i, label=False: rng.integers(0, 14 if label else 256, (SIDE, SIDE),
-                                                                         np.uint8))
-        crops = datasets.Crops(args, noise, np.arange(args.batch_size), s.ranks)
-        model = Segmenter(backbones.architecture(s.arch), protocol)
-        trainer, read = train_seg.Trainer(args, model, crops, s.ranks, s.amp), crops.fetch(0)
-        ready = torch.randn(args.batch_size, 3, side, side, device=s.device)
-        ready = ready.contiguous(memory_format=torch.channels_last)
+        trainer, read = s.segmentation(protocol, side)
+        model, batch = trainer.model, trainer.args.batch_size
+        ready = torch.randn(batch, 3, side, side, device=s.device).contiguous(memory_format=torch.channels_last)
 
         def bare(model=model, ready=ready) -> None:
             with processes.autocast(s.amp, s.device):
@@ -294,7 +285,7 @@ def segmentation(table: Table, s: Setting) -> None:
 
         found = medians(s.repeats, iteration=lambda t=trainer, read=read: t.step(0, read), bare=bare)
         ratio = found["iteration"] / found["bare"]
-        table.add(f"{protocol} iteration, {args.batch_size} crops of {side} px / bare forward"
+        table.add(f"{protocol} iteration, {batch} crops of {side} px / bare forward"
                   f"{'' if model.frozen else ' and backward'}, {s.arch} at stride 8", ratio,
                   f"{ratio:.3f} ({1000 * found['iteration']:.1f} ms / {1000 * found['bare']:.1f} ms)", most=most)
 

@@ -1,12 +1,15 @@
-"""What others use: lightly's MoCo step, its views, kornia's and torchvision's, PIL images from loader processes.
+"""What others use: lightly's MoCo step and a plain one, views of theirs, PIL images from loader processes.
 
-tools/bench.py times them beside ours. lightly and kornia (requirements-bench.txt) are imported where they are called.
+tools/bench.py and tools/gpu.py time them beside ours. lightly and kornia (requirements-bench.txt) are imported where
+they are called.
 """
 
+import copy
 import os
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
@@ -106,5 +109,40 @@ def lightly_step(arch: str, size: int, batch: int, queue: int, device: torch.dev
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    return step
+
+
+def plain_step(arch: str, size: int, batch: int, queue: int, device: torch.device, amp: str, compiled: bool
+               ) -> Callable:
+    """The floor of MoCo v2: torchvision's network with plain BN in one pass, no shuffle, no views to make.
+
+    EMA, keys, InfoNCE against a queue, backward, SGD, enqueue. Its views lie ready on the device; all is channels_last.
+    """
+    query = torchvision.models.get_model(arch, weights=None, num_classes=128)
+    query = query.to(device, memory_format=torch.channels_last)
+    key = copy.deepcopy(query).requires_grad_(False)
+    if compiled:
+        query.compile()
+        key.compile()
+    optimizer = torch.optim.SGD(query.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+    negatives = F.normalize(torch.randn(queue, 128, device=device))
+    own = torch.zeros(batch, dtype=torch.int64, device=device)  # the own key's place among the logits
+    a, b = (torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+            for _ in "ab")
+
+    def step() -> None:
+        """One optimizer step, always on the same two views."""
+        with torch.no_grad(), processes.autocast(amp, device):
+            torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 0.001)
+            keys = F.normalize(key(b).float())
+        with processes.autocast(amp, device):
+            embedding = query(a)
+        embedding = F.normalize(embedding.float())
+        logits = torch.cat([(embedding * keys).sum(1, keepdim=True), embedding @ negatives.mT], 1)
+        F.cross_entropy(logits / 0.2, own).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        negatives[:batch] = keys
 
     return step

@@ -1,14 +1,17 @@
 """What tools/bench.py times: networks, batches and the bare step that others are compared with."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import datasets
 import resize
+import train_seg
 import train_ssl
-from engine import processes
+from engine import backbones, processes
+from segment import Segmenter
 from tools.stores import SIDE
 
 
@@ -39,6 +42,17 @@ class Setting:
         """A batch of noise (B, 512, 512) uint8, from which a copy to the device need not be waited for."""
         slices = np.random.default_rng(0).integers(0, 256, (self.batch, SIDE, SIDE), np.uint8)
         return resize.pinned(torch.from_numpy(slices), self.device)
+
+    def segmentation(self, protocol: str, side: int, *flags: str) -> tuple[train_seg.Trainer, list]:
+        """A training of a protocol on crops of noise, from random weights, and what its first iteration reads."""
+        args = train_seg.parse(["--split", "100", "--protocol", protocol, "--crop-size", str(side), *flags])
+        train_seg.resolve_defaults(args, False)
+        args, rng = train_seg.recipe(args, protocol), np.random.default_rng(0)
+        noise = SimpleNamespace(slice=lambda i, label=False: rng.integers(0, 14 if label else 256, (SIDE, SIDE),
+                                                                         np.uint8))
+        crops = datasets.Crops(args, noise, np.arange(args.batch_size), self.ranks)
+        model = Segmenter(backbones.architecture(self.arch), protocol)
+        return train_seg.Trainer(args, model, crops, self.ranks, self.amp), crops.fetch(0)
 
     def bare(self, trainer: train_ssl.Trainer, amp: str | None = None) -> Callable:
         """Query forward and backward plus key forward of the trainer's encoders, group by group, and nothing else."""
