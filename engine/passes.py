@@ -1,7 +1,7 @@
 """How many groups of a step run in one pass: as many as the device has room for."""
 
 import copy
-import importlib.util
+import math
 import sys
 
 import torch
@@ -39,7 +39,7 @@ def needed(moco: MoCo, args, amp: str) -> tuple[float, float]:
     """Bytes of a step, by arithmetic: those that it takes whatever the pass, and those of each group of a pass."""
     weights = sum(p.numel() for p in moco.encoder_q.parameters())
     fixed = (4 * 4 * weights  # query, key, gradient, momentum
-             + 4 * moco.queue.numel() + args.batch_size * (args.size**2 + 2 * 4 * args.image_size**2) + WORKSPACE)
+             + 4 * moco.queue.numel() + batch_bytes(args) + WORKSPACE)
     logits = 3 * 4 * (1 + len(moco.queue))  # of an image: themselves, their softmax, their gradient
     image = PASSING * kept_bytes(moco.encoder_q, args.image_size, amp) + logits
     return fixed, image * args.bn_group
@@ -54,21 +54,19 @@ def groups_that_fit(moco: MoCo, args, amp: str, free: int) -> int:
 def choose(moco: MoCo, args, amp: str, ranks: processes.Processes) -> int:
     """The groups that run in one pass where none are asked for: on a GPU the most that fit, tried before training.
 
+    Passes are evened out: of 8 groups not 7 and 1, but 4 and 4, which takes less memory and one compiled program.
     On a CPU all groups of small images, where launches count; one of larger ones, whose maps leave its caches.
     """
     most = args.batch_size // ranks.world_size // args.bn_group
     if ranks.device.type != "cuda":
         return most if args.image_size <= CPU_SIDE else 1
-    groups = min(most, groups_that_fit(moco, args, amp, torch.cuda.mem_get_info(ranks.device)[0]))
-    while groups > 1:
-        try:
-            attempt(moco, args, amp, ranks.device, groups)
-            break
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            groups = -(-groups // 2)
-            print(f"note: {2 * groups} groups in one pass do not fit into this GPU's memory; trying {groups}",
-                  file=sys.stderr)
+    torch.cuda.empty_cache()  # of a run before this one in the same process
+    groups = even(most, groups_that_fit(moco, args, amp, torch.cuda.mem_get_info(ranks.device)[0]))
+    while groups > 1 and not fits(moco, args, amp, ranks.device, groups):
+        torch.cuda.empty_cache()
+        fewer = even(most, groups // 2)
+        print(f"note: {groups} groups in one pass do not fit into this GPU's memory; trying {fewer}", file=sys.stderr)
+        groups = fewer
     if ranks.world_size > 1:
         least = torch.tensor(groups)
         dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -76,13 +74,19 @@ def choose(moco: MoCo, args, amp: str, ranks: processes.Processes) -> int:
     return groups
 
 
+def even(total: int, most: int) -> int:
+    """Groups of a pass where `total` go into as few passes as `most` allows."""
+    return math.ceil(total / math.ceil(total / most))
+
+
 def keep(moco: MoCo, args, saved: dict, ranks: processes.Processes) -> None:
     """Go on with the groups per pass of a checkpoint where none are asked for and as many fit; say where they differ.
 
-    They move the last digits, as the precision does. Checkpoints without the number had one group at a time.
+    They move the last digits, as the precision does. Checkpoints without the number are of a step that ran group by
+    group: on a CPU they go on so, which is exact; on a GPU, where nothing is, they get the faster step.
     """
     before, most = saved.get("groups_per_pass", 1), args.batch_size // ranks.world_size // args.bn_group
-    if args.groups_per_pass is None:
+    if args.groups_per_pass is None and ("groups_per_pass" in saved or ranks.device.type != "cuda"):
         moco.groups_per_pass = min(before, moco.groups_per_pass)
     if min(moco.groups_per_pass, most) != min(before, most) and ranks.is_main:
         print(f"note: {before} groups ran in one pass and {moco.groups_per_pass} do from here on; the last digits will "
@@ -90,30 +94,56 @@ def keep(moco: MoCo, args, saved: dict, ranks: processes.Processes) -> None:
 
 
 def worth_compiling(args, steps: int, device: torch.device) -> bool:
-    """Whether to compile where --compile is left open: on a GPU that Triton knows, for so many steps to come.
+    """Whether to compile where --compile is left open: on a GPU that can, for so many steps to come.
 
-    Not with --deterministic, which a compiler does not promise.
+    Not with --deterministic, which a compiler does not promise. Triton needs a GPU since Volta, and a C compiler and
+    Python's headers at run time, which clusters lack: so something small is compiled first.
     """
-    return (steps >= COMPILED_FROM and not args.deterministic and device.type == "cuda"
-            and torch.cuda.get_device_capability(device) >= (7, 0) and importlib.util.find_spec("triton") is not None)
+    if steps < COMPILED_FROM or args.deterministic or device.type != "cuda":
+        return False
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as e:  # of any of the compiler's layers
+        print(f"note: not compiled, since torch.compile fails here ({str(e).strip().splitlines()[0]})", file=sys.stderr)
+        return False
+
+
+def fits(moco: MoCo, args, amp: str, device: torch.device, groups: int) -> bool:
+    """Whether `attempt` has room: on return nothing of it is held any more."""
+    try:
+        attempt(moco, args, amp, device, groups)
+        return True
+    except torch.OutOfMemoryError:
+        return False
 
 
 def attempt(moco: MoCo, args, amp: str, device: torch.device, groups: int) -> None:
     """One pass forward and backward on blank views, after which the model is as it was. Raises OutOfMemoryError."""
-    before = [b.clone() for b in moco.buffers()]
-    views = torch.zeros(groups * args.bn_group, 1, args.image_size, args.image_size, device=device)
-    patch_idx = torch.arange(min(args.patches, CELLS**2), device=device).expand(len(views), -1)
+    before, images = [b.clone() for b in moco.buffers()], groups * args.bn_group
+    views = torch.zeros(images, 1, args.image_size, args.image_size, device=device)
+    patch_idx = torch.arange(min(args.patches, CELLS**2), device=device).expand(images, -1)
+    parts = None
+    if args.local and args.geometric:  # whole boxes, none flipped, all usable
+        boxes, still = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(images, 1), torch.zeros(images, dtype=torch.bool)
+        parts = tuple(x.to(device) for x in (boxes, still, ~still))
+    # what a step holds besides: momentum, the batch and its views
+    held = 4 * sum(p.numel() for p in moco.encoder_q.parameters()) + batch_bytes(args)
+    rest = torch.empty(held, dtype=torch.uint8, device=device)
     try:
         with processes.autocast(amp, device):
             with torch.no_grad():
-                keys, cells = moco.encode_keys(views, None)
-            loss = moco.total(*moco.forward(views, keys, cells, patch_idx))
+                keys, cells = moco.encode_keys(views, parts and parts[:2])
+            loss = moco.total(*moco.forward(views, keys, cells, patch_idx, parts))
         loss.backward()
     finally:
+        del rest
         with torch.no_grad():
             for buffer, value in zip(moco.buffers(), before, strict=True):
                 buffer.copy_(value)
         moco.zero_grad(set_to_none=True)
 
 
-
+def batch_bytes(args) -> int:
+    """A batch of slices and its two grey views in float32."""
+    return args.batch_size * (args.size**2 + 2 * 4 * args.image_size**2)

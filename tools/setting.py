@@ -55,16 +55,17 @@ class Setting:
         return train_seg.Trainer(args, model, crops, self.ranks, self.amp), crops.fetch(0)
 
     def bare(self, trainer: train_ssl.Trainer, amp: str | None = None) -> Callable:
-        """Query forward and backward plus key forward of the trainer's encoders, group by group, and nothing else."""
+        """Query forward and backward plus key forward of the trainer's encoders, in its passes, and nothing else."""
         views = torch.randn(self.batch, 3, self.size, self.size, device=self.device)
         query, key = trainer.moco.encoder_q, trainer.moco.encoder_k
+        images = trainer.moco.groups_per_pass * self.group
 
         def step() -> None:
             """Keys first, as the full step has it."""
-            for part in views.split(self.group):
+            for part in views.split(images):
                 with torch.no_grad(), processes.autocast(amp or self.amp, self.device):
                     key(part)
-            for part in views.split(self.group):
+            for part in views.split(images):
                 with processes.autocast(amp or self.amp, self.device):
                     loss = query(part)[1].float().mean()
                 loss.backward()
