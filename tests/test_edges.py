@@ -135,6 +135,8 @@ TABLE = [
     case("prepare", "--size", "0", code=2, says="--size: 0: must be"),
     case("svd", "--image-size", "0", code=2, says="--image-size: 0"),
     case("ssl", "--temperature", "0", code=2, says="--temperature: 0: must be a number above 0"),
+    case("ssl", "--weight-decay", "-1", code=2, says="--weight-decay: -1: must be"),
+    case("ssl", "--recipe", "mine", code=2, says="--recipe"),
     case("ssl", "--ema", "2", code=2, says="of at most 1"),
     *(case(name, flag, code=2, says=flag) for name in COMMANDS for flag in ("--nothing",)),
     *(case(name, "--a\nb", code=2, says=r"--a\nb") for name in COMMANDS),
