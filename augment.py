@@ -3,7 +3,8 @@
 The recipe is MoCo v2's as mmselfsup configures it (configs/selfsup/_base_/datasets/imagenet_mocov2.py), in
 its order: random resized crop, brightness and contrast, Gaussian blur, flip, ImageNet's mean and standard
 deviation. Its hue, saturation and grayscale are left out: they do nothing to three equal channels. Without
-geometry, as the paper has it for the local loss, the crop is the whole slice and there is no flip.
+geometry, as the paper has it for the local loss, the crop is the whole slice and there is no flip. The
+first author's recipe has the same crops, no flip, and photometric.py in place of jitter and blur.
 
 `draw` makes every random number, `pair` and `apply` none. Two views of a batch are two draws.
 """
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+import photometric
 from resize import crops_by_products, crops_one_by_one, normalise, pixel_boxes, to_device
 
 AREA = (0.2, 1.0)  # RandomResizedCrop: share of the slice's area
@@ -32,7 +34,7 @@ RADIUS = math.ceil(3 * SIGMA[1])  # pixels of the blur's kernel on each side
 Params = dict[str, NDArray]
 
 
-def draw(rng: np.random.Generator, batch_size: int, geometric: bool = True) -> Params:
+def draw(rng: np.random.Generator, batch_size: int, geometric: bool = True, recipe: str = "paper") -> Params:
     """Every random number of one view of `batch_size` slices. The first dimension of an array is the sample:
 
     box (N, 4) float64: top, left, height, width of the crop as fractions of the slice's side
@@ -43,6 +45,8 @@ def draw(rng: np.random.Generator, batch_size: int, geometric: bool = True) -> P
 
     With geometric=False the box is the whole slice and nothing is flipped; the rest is what the same
     generator gives with True. A call takes 29 uniform numbers a sample, sample after sample.
+
+    The recipe "author" has the same boxes, nothing flipped, and `photometric.draw`'s numbers in place of the others.
     """
     uniform = rng.random((batch_size, 2 * CANDIDATES + 9))  # (N, 29)
     area, ratio, rest = np.split(uniform, [CANDIDATES, 2 * CANDIDATES], axis=1)  # (N, 10), (N, 10), (N, 9)
@@ -56,9 +60,12 @@ def draw(rng: np.random.Generator, batch_size: int, geometric: bool = True) -> P
     height, width = sides[:, np.arange(batch_size), valid.argmax(axis=1)]  # (N,) each; argmax: the first valid one
     height, width = np.where(valid.any(axis=1) & geometric, (height, width), 1.0)
 
+    box = np.stack([top * (1 - height), left * (1 - width), height, width], axis=1)
+    if recipe == "author":
+        return {"box": box, "flip": np.zeros(batch_size, bool), **photometric.draw(rng, batch_size)}
     jittered = jittered < JITTER_P
     return {
-        "box": np.stack([top * (1 - height), left * (1 - width), height, width], axis=1),
+        "box": box,
         "flip": (flip < FLIP_P) & geometric,
         "brightness": np.where(jittered, 1 - JITTER + 2 * JITTER * brightness, 1.0),
         "contrast": np.where(jittered, 1 - JITTER + 2 * JITTER * contrast, 1.0),
@@ -101,7 +108,9 @@ def resample(batch: Tensor, params: Params, size: int) -> Tensor:
 
 
 def retouch(images: Tensor, params: Params) -> Tensor:
-    """Images (N, S, S) in [0, 1] jittered, blurred and flipped as drawn, in place."""
+    """Images (N, S, S) in [0, 1] jittered, blurred and flipped as drawn, in place; or as `photometric.draw` has it."""
+    if "operation" in params:
+        return photometric.apply(images, params["operation"], params["factor"])
     images = jitter(images, params["brightness"], params["contrast"], params["contrast_first"])
     blurred, flipped = (params[k].nonzero()[0] for k in ("sigma", "flip"))  # on the host, where it costs no wait
     together = len(images) if images.is_cuda else 16  # so many channels a CPU convolves at once, within its caches

@@ -234,13 +234,15 @@ class Batches:
 
     def views(self, t: int, purpose: int) -> augment.Params:
         """What was drawn for this process's views: `purpose` says of which encoder."""
-        drawn = augment.draw(processes.rng(self.args.seed, purpose, t), self.args.batch_size, self.args.geometric)
-        return {k: v[self.rank_slice] for k, v in drawn.items()}
+        return {k: v[self.rank_slice] for k, v in self._drawn(t, purpose).items()}
+
+    def _drawn(self, t: int, purpose: int) -> augment.Params:
+        return augment.draw(processes.rng(self.args.seed, purpose, t), self.args.batch_size, self.args.geometric,
+                            self.args.recipe)
 
     def common_parts(self, t: int) -> "CommonParts":
         """What both views of each pair of the global batch show, for Eq. 2 with geometry."""
-        query, key = (augment.draw(processes.rng(self.args.seed, purpose, t), self.args.batch_size)
-                      for purpose in (processes.VIEW_Q, processes.VIEW_K))
+        query, key = (self._drawn(t, purpose) for purpose in (processes.VIEW_Q, processes.VIEW_K))
         boxes_q, boxes_k, usable = augment.common_parts(query, key, self.args.size)
         return CommonParts(boxes_q, query["flip"], boxes_k, key["flip"], usable, self.rank_slice.start, self.device)
 

@@ -12,6 +12,7 @@ n vectors cannot span more than n - 1 dimensions: the 762 slices of BTCV's valid
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,9 +72,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def runs_in(out: Path, phantom: bool) -> list[str]:
+def runs_in(out: Path, phantom: bool, window: Sequence[float]) -> list[str]:
     """The pre-training runs of a folder, those on the phantom or the others. Raises BadInput for none."""
-    found = backbones.pretrained(sorted(p.parent for p in out.glob(f"*/{backbones.CHECKPOINT}")))
+    found = backbones.pretrained(sorted(p.parent for p in out.glob(f"*/{backbones.CHECKPOINT}")), window)
     names = [folder.name for folder, config in found.items() if (config["data"] == "phantom") == phantom]
     if not names:
         raise BadInput(f"{out}: no pre-training run there; torchrun train_ssl.py --local --zca makes one")
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     processes.fill(args, PHANTOM if phantom else PAPER)
     backbones.architecture(args.arch)
     names = [backbones.resolve(n, args.out, phantom) for n in
-             args.backbones + args.backbone or runs_in(args.out, phantom)]
+             args.backbones + args.backbone or runs_in(args.out, phantom, args.window)]
     store, ranks, remarks = datasets.open_labelled(args, data)
     if phantom:
         processes.announce_phantom()

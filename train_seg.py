@@ -126,7 +126,7 @@ def choose_backbones(args: argparse.Namespace, phantom: bool) -> list[str]:
         return [backbones.resolve(args.backbone or BACKBONE + seed, args.out, phantom)]
     rows = [r for r in report.ROWS | report.BEYOND if r not in ("imagenet", "random")]
     folders = {r: args.out / f"{prefix}{r}{seed}" for r in rows}
-    present = backbones.pretrained(folders.values())
+    present = backbones.pretrained(folders.values(), args.window)
     if absent := [folders[r].name for r in rows[1:5] if not (folders[r] / backbones.CHECKPOINT).exists()]:
         print(f"not run yet, left out: {', '.join(absent)} (train_ssl.py)", file=sys.stderr)
     # beside them what they started from: ImageNet's weights, or random ones (and the run of those)
@@ -134,10 +134,13 @@ def choose_backbones(args: argparse.Namespace, phantom: bool) -> list[str]:
     return ["imagenet" if "imagenet" in inits or not (inits or phantom) else "random", *(f.name for f in present)]
 
 
-def announce_unfinished(args: argparse.Namespace, names: list[str], phantom: bool, ranks: processes.Processes) -> None:
-    """Say before all work which backbones are runs that have not come to their end: what they are worth will change."""
+def announce_unlike(args: argparse.Namespace, names: list[str], phantom: bool, ranks: processes.Processes) -> None:
+    """Say before all work which backbones are runs that have not come to their end, or that saw another HU window."""
     for name in names:
         if (args.out / name / "checkpoint.pt").exists():
+            window = backbones.window_of(runs.read_config(args.out / name), args.window)
+            if window and ranks.is_main:
+                print(f"note: {name}: pre-trained with --window {window}; these slices have another")
             backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
             if backbone.unfinished and ranks.is_main:
                 print(f"note: {backbone.name}: {backbone.unfinished}; it is measured as it is and marked in the tables")
@@ -366,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
         introduce(args, titles, store, ranks)
         for line in remarks:
             print(line)
-    announce_unfinished(args, names, phantom, ranks)
+    announce_unlike(args, names, phantom, ranks)
     for name in names:
         for draw in args.draws:
             for protocol in args.protocols:

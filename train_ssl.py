@@ -29,23 +29,23 @@ import resize
 from ct import audit, intake, prepare, stores
 from ct.command import number, whole
 from ct.volumes import BadInput
-from engine import backbones, figures, monitor, passes, processes, runs
+from engine import backbones, figures, monitor, passes, processes, recipes, runs
 from local_loss import CELLS
 from moco import MoCo
 from whitening import whiten_last_norm
 
 # ------------------------------------------------------------------------------------------------------ settings
 
-MOMENTUM, WEIGHT_DECAY, DIM = 0.9, 1e-4, 128  # mmselfsup's mocov2_resnet50_8xb32-coslr-200e
+MOMENTUM, DIM = 0.9, 128  # mmselfsup's mocov2_resnet50_8xb32-coslr-200e, as the weight decay
 LR = 0.03  # of a batch of 256; in proportion to the batch
 PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, bn_group=32, epochs=200, lr=None,
-             queue=65536, ema=0.999, zca_group=64, size=prepare.SIZE)
+             queue=65536, ema=0.999, zca_group=64, size=prepare.SIZE, weight_decay=1e-4, window=prepare.WINDOW)
 # The phantom's preset: see docs/training.md, "Few slices". Its rows start from a run of START, the stand-in for
 # ImageNet weights: MoCo v2 without geometry, which learns from random weights where MoCo v2 with crops does not.
 PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=8, lr=0.01, queue=256, ema=0.99,
-               zca_group=64, size=192)
-FEW = 20_000  # slices: below, the paper's settings are looked at for what cannot work
-START = dict(init="random", local=False, zca=False, geometric=False, epochs=6, steps=None, overwrite=False)
+               zca_group=64, size=192, weight_decay=1e-4, window=prepare.WINDOW)
+START = dict(init="random", local=False, zca=False, geometric=False, epochs=6, steps=None, overwrite=False,
+             recipe="paper")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -53,14 +53,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = processes.Parser(prog="train_ssl.py", description=__doc__.split("\n\n")[0],
                               epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
     parser.common("AbdomenCT-1K")
+    parser.set_defaults(window=None)  # a recipe has its own
     add = parser.with_defaults(PAPER, PHANTOM | {"init": "phantom-start, trained first"})
     add("--local", action="store_true", help="local loss on the first stage's feature map, Eq. 2")
     add("--zca", action="store_true", help="ZCA whitening in place of the backbone's last BN, Eq. 5")
     add("--geometric", action=argparse.BooleanOptionalAction,
         help="crops and flips (default: unless --local; with it, Eq. 2 takes what both crops show: not the paper's)")
+    add("--recipe", choices=("paper", "author"), default="paper", help="whose settings fill what no flag gives: the "
+        "paper's, or those of the first author's published code, as far as flags reach (docs/decisions.md)")
     add("--arch", help="any torchvision resnet")
     add("--init", help="imagenet, random, a RUN of --out or a FILE")
-    add("--name", help="of the run (default moco[-local][-zca][-nogeo|-aligned][-seedN])")
+    add("--name", help="of the run (default [author-]moco[-local][-zca][-nogeo|-aligned][-seedN])")
     add("--overwrite", action="store_true", help="start over where a run of this name exists")
     add("--size", type=whole(1), help="pixels of a stored slice's side")
     add("--image-size", type=whole(1), help="pixels of a view's side")
@@ -69,13 +72,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=whole(1), help="horizon of the schedule")
     add("--steps", type=whole(0), help="stop after so many optimizer steps in all (default: all epochs)")
     add("--lr", type=number(above=0), help=f"learning rate as it is ({LR} x batch / 256)")
+    add("--weight-decay", type=number(0), help="of SGD, on all parameters")
     add("--queue", type=whole(1), help="keys kept, a multiple of the batch")
     add("--ema", type=number(0, 1), help="momentum of the key encoder")
     add("--temperature", type=number(above=0), default=0.2, help="of Eq. 1")
     add("--temperature-local", type=number(above=0), default=0.2, help="of Eq. 2")
     add("--lambda-local", type=number(0), default=1.0, help="weight of the local loss, Eq. 3")
     add("--patches", type=whole(1), default=20, help="K of Eq. 2")
-    add("--zca-group", type=whole(1), help="channels whitened together")
+    add("--zca-group", type=whole(0), help="channels whitened together; 0: all")
     add("--zca-iterations", type=whole(1), default=5, help="T of Newton's iteration")
     add("--groups-per-pass", type=whole(1), metavar="N", help="groups that run at once; more need memory and change "
         "results by rounding only (default: on a GPU as many as fit)")
@@ -86,9 +90,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
     """Fill the defaults of the paper or of the phantom, and refuse what cannot work. Raises BadInput."""
-    processes.fill(args, PHANTOM if phantom else PAPER)
+    defaults, author = PHANTOM if phantom else PAPER, args.recipe == "author"
+    processes.fill(args, recipes.author(args, defaults, phantom) if author else defaults)
     if args.geometric is None:
-        args.geometric = not args.local
+        args.geometric = author or not args.local
     args.lr = LR * args.batch_size / 256 if args.lr is None else args.lr
     if args.local and args.patches > CELLS**2:
         raise BadInput(f"--patches {args.patches}: a feature map has {CELLS**2} non-overlapping cells")
@@ -109,7 +114,7 @@ def start_of(args: argparse.Namespace) -> str:
 
 def name_of(args: argparse.Namespace, phantom: bool) -> str:
     """A run's name where none is given: Table 2's row, its suffix where its views are not the paper's, its seed."""
-    name = "phantom-moco" if phantom else "moco"
+    name = "moco"
     if args.local:
         name += "-local"
     if args.zca:
@@ -118,7 +123,9 @@ def name_of(args: argparse.Namespace, phantom: bool) -> str:
         name += "-aligned"
     if not (args.local or args.geometric):
         name += "-nogeo"
-    return name + processes.seed_suffix(args.seed)
+    if args.recipe == "author":
+        name = "author-" + name.removeprefix("moco-")
+    return "phantom-" * phantom + name + processes.seed_suffix(args.seed)
 
 
 def check_groups(args: argparse.Namespace, world_size: int) -> None:
@@ -129,28 +136,6 @@ def check_groups(args: argparse.Namespace, world_size: int) -> None:
     if args.batch_size == args.bn_group:
         warnings.warn("one group only: Shuffling BN then does nothing and the model can cheat through its batch "
                       "statistics; lower --bn-group or raise --batch-size", stacklevel=2)
-
-
-def advice(args: argparse.Namespace, trained: int, horizon: int) -> list[str]:
-    """What cannot work with few slices to train on, as lines with the flags that can; [] where nothing is wrong.
-
-    The paper's settings are for 215,325 slices; those that were seen to work on a few hundred or thousand stand in
-    docs/training.md, "Few slices".
-    """
-    if trained >= FEW:
-        return []
-    wrong = []
-    if args.queue > max(trained // 2, args.batch_size):
-        fitting = args.batch_size * min(4, max(1, trained // 2 // args.batch_size))
-        wrong.append(f"the queue of {args.queue:,} keys holds {args.queue / trained:.1f} keys of every slice, old ones "
-                     f"of the query's own among them (--queue {fitting})")
-    if horizon * (1 - args.ema) < 1:
-        wrong.append(f"the key encoder moves {1 - args.ema:.4f} of the way a step, too slow for {horizon:,} steps "
-                     "(--ema 0.99)")
-    if horizon < 1000 and args.geometric and args.init == "random":
-        wrong.append(f"from random weights, {horizon:,} steps with crops were never enough to tell slices apart (first "
-                     "a run with --no-geometric --name start, then --init start)")
-    return wrong
 
 
 # --------------------------------------------------------------------------------------------- model and one step
@@ -170,9 +155,10 @@ def build(args: argparse.Namespace, phantom: bool = False) -> MoCo:
     args.init_unfinished = opened.unfinished
     if args.zca:
         width = backbone.fc.in_features
+        args.zca_group = args.zca_group or width
         if width % args.zca_group:
             raise BadInput(f"--zca-group {args.zca_group}: must divide the {width} channels of {args.arch}")
-        whiten_last_norm(backbone, group_size=args.zca_group, iterations=args.zca_iterations)
+        whiten_last_norm(backbone, args.recipe == "author", group_size=args.zca_group, iterations=args.zca_iterations)
     return MoCo(backbone, DIM, args.queue, args.bn_group, args.ema, args.temperature, args.local,
                 args.temperature_local, args.lambda_local)
 
@@ -194,14 +180,16 @@ class Trainer:
             self.model = DistributedDataParallel(self.moco, gradient_as_bucket_view=True, **{NO_BUFFERS: False})
             self.no_sync = self.model.no_sync
         self.trained = [p for p in self.moco.parameters() if p.requires_grad]
-        self.optimizer = runs.sgd(self.trained, args.lr, MOMENTUM, WEIGHT_DECAY, amp)
+        self.optimizer = runs.sgd(self.trained, args.lr, MOMENTUM, args.weight_decay, amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.skipped = 0  # steps that fp16's scaler left out
         self.gap = None  # of the last look at the held-out slices
         self.horizon = args.epochs * batches.steps_per_epoch
 
     def lr(self, t: int) -> float:
-        """Cosine from --lr to 0 over the horizon, by the step."""
+        """Cosine from --lr to 0 over the horizon, by the step; the first author's recipe has a schedule of its own."""
+        if self.args.recipe == "author":
+            return self.args.lr * recipes.author_schedule(t, self.horizon)
         return self.args.lr * 0.5 * (1 + math.cos(math.pi * t / self.horizon))
 
     def step(self, t: int, slices: Tensor) -> Tensor:
@@ -362,10 +350,18 @@ def introduce(trainer: Trainer, store: datasets.Store, ranks: processes.Processe
           f"after {monitor.LOG_INTERVAL} steps" + ", of which the first compiles for a minute or two" * args.compile)
     if args.init_unfinished:
         print(f"note: {args.init}: {args.init_unfinished}; this run starts from it as it is")
-    for line in advice(args, trained, trainer.horizon):
+    for line in recipes.remarks(args):
+        print(f"note: {line}")
+    for line in recipes.advice(args, trained, trainer.horizon):
         print(f"note: {trained:,} slices are few: {line}", file=sys.stderr)
     if first:
         print("finished before; nothing left to train" if first >= last else f"continuing after step {first:,}")
+
+
+def slices_of(args: argparse.Namespace, data: Path) -> datasets.Store:
+    """The slices of a folder of CT volumes at the run's size and window, prepared where missing. Raises BadInput."""
+    return datasets.prepare(data, args.store or stores.default_store(data), "pretrain", tuple(args.window), args.size,
+                            args.workers)
 
 
 @processes.command
@@ -380,16 +376,15 @@ def main(argv: list[str] | None = None) -> None:
     backbones.architecture(args.arch)  # what is refused is refused before the slices are prepared, which takes long
     if args.init != start_of(args):
         args.init = backbones.resolve(args.init, args.out, phantom)
-    store = datasets.prepare(data, args.store or stores.default_store(data), "pretrain", tuple(args.window),
-                             args.size, args.workers)
+    store = slices_of(args, data)
     ranks = processes.start(args.deterministic)
     if ranks.is_main:
         for line in audit.remarks(store.volumes, store.skipped):
             print(line)
     trained = (args.out / args.init / "backbone.pth").exists
     if args.init == start_of(args) and not processes.on_main(ranks.is_main, trained):
-        settings = vars(args) | PHANTOM | START | dict(name=args.init, size=args.size)
-        pretrain(argparse.Namespace(**settings), store, ranks)
+        start = argparse.Namespace(**vars(args) | PHANTOM | START | dict(name=args.init, size=args.size))
+        pretrain(start, store if tuple(start.window) == tuple(args.window) else slices_of(start, data), ranks)
     pretrain(args, store, ranks)
 
 

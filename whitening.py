@@ -93,13 +93,14 @@ def _last_norm(backbone: nn.Module) -> tuple[nn.Module, str, str]:
     return (block, "conv3", "bn3") if hasattr(block, "bn3") else (block, "conv2", "bn2")
 
 
-def whiten_last_norm(backbone: nn.Module, **kw) -> nn.Module:
+def whiten_last_norm(backbone: nn.Module, fresh: bool = False, **kw) -> nn.Module:
     """Replace, in place, the last BN of a torchvision ResNet (before the residual addition) by ZCAWhitening.
 
-    The affine is copied; `kw` goes to ZCAWhitening. Section 2.3. Returns the backbone.
+    The affine is copied, or fresh: weight 1, bias 0. `kw` goes to ZCAWhitening. Section 2.3. Returns the backbone.
     """
     block, _, name = _last_norm(backbone)
-    setattr(block, name, _copy_affine(getattr(block, name), ZCAWhitening(getattr(block, name).num_features, **kw)))
+    zca = ZCAWhitening(getattr(block, name).num_features, **kw)
+    setattr(block, name, zca if fresh else _copy_affine(getattr(block, name), zca))
     return backbone
 
 

@@ -60,19 +60,29 @@ def _of_out(folder: Path, out: Path) -> str:
     return folder.name if folder.parent == Path(os.path.abspath(out)) else str(folder)
 
 
-def pretrained(folders: Iterable[Path]) -> dict[Path, dict]:
+def pretrained(folders: Iterable[Path], window: Sequence[float]) -> dict[Path, dict]:
     """{folder: config} of those in which a pre-training has left a checkpoint.
 
-    A checkpoint without a readable config.json is told on stderr and left out: it is no reason to leave out others.
+    Two are told on stderr and left out, which is no reason to leave out others: a checkpoint without a readable
+    config.json, and a run on slices of another HU window than this one, whose grey values mean something else.
     """
     found = {}
     for folder in folders:
         if (folder / CHECKPOINT).exists():
             try:
-                found[folder] = read_config(folder, "arch", "data", "init")
+                config = read_config(folder, "arch", "data", "init")
+                if other := window_of(config, window):
+                    raise BadInput(f"{folder.name}: pre-trained with --window {other}; give it to measure such runs")
+                found[folder] = config
             except BadInput as e:
                 print(f"left out: {printable(e)}", file=sys.stderr)
     return found
+
+
+def window_of(config: dict, window: Sequence[float]) -> str:
+    """The HU window of a pre-training as the values of --window, where it is another than this one; else nothing."""
+    own = config.get("window", window)
+    return f"{own[0]:g} {own[1]:g}" if tuple(own) != tuple(window) else ""
 
 
 def build_backbone(init: str, arch: str) -> nn.Module:

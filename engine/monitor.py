@@ -25,8 +25,8 @@ class CollapseMonitor:
     def __init__(self, trainer, store):
         self.trainer, args = trainer, trainer.args
         self.slices = torch.from_numpy(store.batch(trainer.batches.held_out))
-        self.views = [augment.draw(processes.rng(args.seed, processes.LOOKS, i), len(self.slices), args.geometric)
-                      for i in (1, 2)]
+        self.views = [augment.draw(processes.rng(args.seed, processes.LOOKS, i), len(self.slices), args.geometric,
+                                   args.recipe) for i in (1, 2)]
 
     @torch.no_grad()
     def look(self, step: int) -> dict[str, float]:

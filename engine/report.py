@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ct.prepare import WINDOW
 from ct.tasks import ORGANS
 from ct.volumes import BadInput
 from engine import figures, runs
@@ -20,7 +21,8 @@ from segment import PROTOCOLS
 ROWS = {"imagenet": "No SSL", "random": "Random weights", "start": "The start", "moco": "MoCo v2",
         "moco-local": "MoCo v2 + local", "moco-zca": "MoCo v2 + ZCA", "moco-local-zca": "MoCo v2 + local + ZCA"}
 BEYOND = {"moco-nogeo": "MoCo v2, no geometry", "moco-zca-nogeo": "MoCo v2 + ZCA, no geometry",
-          "moco-local-aligned": "MoCo v2 + aligned local", "moco-local-zca-aligned": "MoCo v2 + aligned local + ZCA"}
+          "moco-local-aligned": "MoCo v2 + aligned local", "moco-local-zca-aligned": "MoCo v2 + aligned local + ZCA",
+          "author-moco": "MoCo v2, first author's settings", "author-zca": "MoCo v2 + ZCA, first author's settings"}
 TABLE_1 = ("No SSL", "MoCo v2", "MoCo v2 + local + ZCA")
 DRAWS = {"12.5": 3, "25": 3, "100": 1}  # random choices of training volumes of each split
 BTCV = 3779  # slices of its 30 volumes: a data set that counts another number is not the paper's
@@ -149,6 +151,9 @@ def remarks_on(result: dict) -> list[str]:
     if known.get("horizon") is None:  # no run of train_ssl.py
         return []
     remarks = [f"views of {known['view_px']} px of slices of {known['slice_px']} px"]
+    window = result.get("window", WINDOW)
+    if tuple(window) != WINDOW:
+        remarks.append(f"HU {window[0]:g} to {window[1]:g}")
     if known["step"] < known["horizon"]:
         remarks.append(f"**unfinished: step {known['step']} of {known['horizon']}**")
     if known["gap"] is not None and known["gap"] < LEAST_GAP:

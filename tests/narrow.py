@@ -133,8 +133,8 @@ def dyadic_boxes(monkeypatch) -> None:
     """
     draw = augment.draw
 
-    def drawn(rng, batch_size, geometric=True):
-        params = draw(rng, batch_size, geometric)
+    def drawn(rng, batch_size, geometric=True, *recipe):
+        params = draw(rng, batch_size, geometric, *recipe)
         if geometric:
             length = rng.choice([32, 64], (batch_size, 2))
             box = np.concatenate([rng.integers(0, 129 - length), length], 1)

@@ -293,6 +293,8 @@ RUNS = {
     "train_ssl --local --zca": "tests/test_train_ssl.py::test_a_run_leaves_its_files_and_a_torchvision_backbone",
     "train_ssl --geometric --local --zca": "tests/test_train_ssl.py::test_stopped_and_continued_is_never_stopped",
     "train_ssl --seed": "tests/test_train_ssl.py::test_the_phantoms_start_is_trained_first_and_once",
+    "train_ssl --recipe": HERE,
+    "train_ssl --recipe --zca": "tests/test_train_ssl.py::test_a_run_with_the_first_authors_settings",
     "train_ssl --zca": "tests/test_train_ssl.py::test_the_phantoms_start_is_trained_first_and_once",
     "train_ssl --arch --batch-size --data --ema --epochs --image-size --init --local --lr --queue --zca": HERE,
     "train_ssl --arch --batch-size --data --ema --epochs --image-size --init --lr --name --no-geometric --queue": HERE,
@@ -318,6 +320,8 @@ RUNS = {
     "train_seg --backbone --protocol --split":
         "tests/test_backbones.py::test_a_file_has_its_row_in_both_tables_of_a_phantom",
     "train_seg --backbone --split": "tests/test_train_seg.py::test_a_run_that_counts_as_done_is_in_the_tables",
+    "train_seg --backbone --split --window":
+        "tests/test_edges.py::test_a_run_on_another_window_is_left_out_of_all_and_noted_alone",
     "train_seg --data --split": "tests/test_labelled.py::test_a_layout_changes_no_number",
     "train_seg --data --labels --split":
         "tests/test_labelled.py::test_without_names_ids_are_found_and_other_choices_are_other_tables",
@@ -490,7 +494,7 @@ def test_the_planned_runs_are_those_of_the_commands():
     assert int(re.search(r"(\d+) segmentation runs", text)[1]) == len(started)
     hours = {p: [float(h) for h in re.findall(r"([\d.]+) h", re.search(rf"\| iteration, {p} \|.*", page)[0])]
              for p in PROTOCOLS}
-    for low, high, runs in ((40, 91, [p for _, _, p, _ in started]), (53, 117, PROTOCOLS * 27),
+    for low, high, runs in ((40, 91, [p for _, _, p, _ in started]), (57, 125, PROTOCOLS * 29),
                             (46, 99, [p for _, _, p, _ in started] + ["linear-frozen"] * 18)):
         assert f"{low} to {high} GPU-hours" in page
         assert [round(sum(hours[p][i] for p in runs)) for i in (0, 1)] == pytest.approx([low, high], abs=1)

@@ -135,6 +135,8 @@ TABLE = [
     case("prepare", "--size", "0", code=2, says="--size: 0: must be"),
     case("svd", "--image-size", "0", code=2, says="--image-size: 0"),
     case("ssl", "--temperature", "0", code=2, says="--temperature: 0: must be a number above 0"),
+    case("ssl", "--weight-decay", "-1", code=2, says="--weight-decay: -1: must be"),
+    case("ssl", "--recipe", "mine", code=2, says="--recipe"),
     case("ssl", "--ema", "2", code=2, says="of at most 1"),
     *(case(name, flag, code=2, says=flag) for name in COMMANDS for flag in ("--nothing",)),
     *(case(name, "--a\nb", code=2, says=r"--a\nb") for name in COMMANDS),
@@ -237,6 +239,23 @@ def test_a_run_without_its_settings_is_refused_and_keeps_no_other_from_being_use
     assert len(lines) == 1 and "left out" in lines[0] and "phantom-moco-zca/config.json" in lines[0]
     args = train_seg.parse(world.argv("seg", "--backbone", "all"))
     assert train_seg.choose_backbones(args, True) == ["random", "phantom-moco"]
+
+
+def test_a_run_on_another_window_is_left_out_of_all_and_noted_alone(world, ends):
+    config = {"data": "phantom", "arch": "resnet18", "init": "random"}
+    state = runs.load(world.out / "phantom-moco/checkpoint.pt") | {"horizon": 1}
+    for name, more in (("author-moco", {"window": [-1024, 3071]}), ("moco-zca", {"window": [-175, 250]})):
+        world.run(f"phantom-{name}", config | more, state)
+    code, lines, out = ends("svd", world.argv("svd"))
+    assert code == 0 and "phantom-moco-zca: effective rank" in out and "phantom-author-moco" not in out
+    assert len(lines) == 1 and "left out: phantom-author-moco: pre-trained with --window -1024 3071" in lines[0]
+    for window, expected in (([], ["phantom-moco", "phantom-moco-zca"]),
+                             (["--window", -1024, 3071], ["phantom-moco", "phantom-author-moco"])):  # one: no window
+        args = train_seg.parse(world.argv("seg", "--backbone", "all", *window))
+        assert train_seg.choose_backbones(args, True) == ["random", *expected]
+    for name, noted in (("author-moco", True), ("moco-zca", False)):
+        code, _, out = ends("seg", world.argv("seg", "--backbone", name))
+        assert code == 0 and ("pre-trained with --window -1024 3071; these slices have another" in out) is noted
 
 
 def test_no_steps_is_nothing_to_do(world, ends):

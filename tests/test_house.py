@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MATHEMATICS = {"moco", "group_norms", "local_loss", "whitening", "segment", "augment", "resize", "metrics",
-               "distances"}
+MATHEMATICS = {"moco", "group_norms", "local_loss", "whitening", "segment", "augment", "photometric", "resize",
+               "metrics", "distances"}
 COMMANDS = {"train_ssl", "train_seg", "svd_spectrum"}
 ALLOWED = {"mathematics": {"mathematics"}, "ct": {"ct"}, "engine": {"engine", "ct", "mathematics"},
            "datasets": {"engine", "ct", "mathematics"}, "commands": {"datasets", "engine", "ct", "mathematics"},

@@ -360,6 +360,7 @@ def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
              result("100", 0, 0.3, "phantom-moco-seed1", "phantom", 1193, pretraining=trained, seed=1),
              result("100", 0, 0.5, "phantom-moco-local-zca-aligned", "phantom", 1193,
                     pretraining=trained | {"step": 9}),
+             result("100", 0, 0.4, "phantom-author-zca", "phantom", 1193, pretraining=trained, window=[-1024, 3071]),
              result("100", 0, 0.2, slices=231), result("12.5", 0, 0.3, "imagenet", lr=4)]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     train_seg.main(["--report", "--out", str(tmp_path)])
@@ -371,6 +372,7 @@ def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
     assert re.search(r"\| 100 % \| MoCo v2 \(\*\*did not train\*\*[^|]*\) \| 20.00 ± 14.14 \(n = 2\) \|$", out, re.M)
     assert re.search(r"Beyond the paper, on the generated phantom.*?\| 100 % \| MoCo v2 \+ aligned local \+ ZCA "
                      r"\(\*\*unfinished: step 9 of 184\*\*\) \| 50.00", out, re.S)
+    assert re.search(r"\| 100 % \| MoCo v2 \+ ZCA, first author's settings \(HU -1024 to 3071\) \| 40.00", out)
     assert "no BTCV results" in out and "views of 64 px of slices of 192 px" in out
     assert "on BTCV of 231 slices" in out  # a folder of that name with other slices is another data set
     assert len(re.findall(r"^(?:Table|The paper's rows|Beyond|Others)", out, re.M)) == 5  # Table 2 has no result
@@ -378,8 +380,8 @@ def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
     assert (tmp_path / "report.md").read_text() in out
     assert (tmp_path / "report.png").stat().st_size > 10_000
     cells = list(csv.DictReader((tmp_path / "report.csv").open()))
-    # three protocols: Table 1 of BTCV and one other row of it; two rows of the phantom, one of the third
-    assert len(cells) == 3 * (9 + 1 + 2 + 1)
+    # three protocols: Table 1 of BTCV and one other row of it; three rows of the phantom, one of the third
+    assert len(cells) == 3 * (9 + 1 + 3 + 1)
 
     def cell(data, split, method, protocol="linear-finetune"):
         return [c for c in cells if (c["data"], c["split"], c["method"], c["protocol"])

@@ -18,7 +18,8 @@ import datasets
 import resize
 import train_ssl
 from ct import intake
-from engine import monitor, processes, runs
+from engine import monitor, processes, recipes, runs
+from whitening import ZCAWhitening
 
 ROOT = Path(__file__).parent.parent
 
@@ -171,6 +172,98 @@ def test_names_and_defaults_are_the_papers(tmp_path):
     train_ssl.resolve_defaults(args, False)
     assert (args.arch, args.init, args.batch_size, args.bn_group, args.queue, args.epochs, args.lr, args.ema,
             args.temperature, args.patches) == ("resnet50", "imagenet", 256, 32, 65536, 200, 0.03, 0.999, 0.2, 20)
+
+
+def resolved(*flags, phantom=False):
+    args = train_ssl.parse(list(flags))
+    train_ssl.resolve_defaults(args, phantom)
+    return args
+
+
+def test_the_first_authors_settings_fill_what_no_flag_gives():
+    """Those of configs/selfsup of its code; on the phantom the sizes of its preset."""
+    own = dict(recipe="author", window=(-1024, 3071), weight_decay=1e-6, geometric=True, local=False)
+    sizes = dict(image_size=336, lr=0.03, epochs=300, queue=65536, ema=0.999, temperature=0.2, arch="resnet50")
+    preset = dict(image_size=64, lr=0.01, epochs=8, queue=256, ema=0.99, arch="resnet18", size=192)
+    for phantom, more in ((False, sizes), (True, preset)):
+        for flags, name, batch, groups in (((), "author-moco", 64 if phantom else 128, 2),
+                                           (("--zca",), "author-zca", 64, 1)):
+            args = resolved("--recipe", "author", *flags, phantom=phantom)
+            assert args.name == "phantom-" * phantom + name and own | more == {k: vars(args)[k] for k in own | more}
+            assert (args.batch_size, args.batch_size // args.bn_group) == (batch, groups)
+    given = resolved("--recipe", "author", "--window", "0", "255", "--weight-decay", "0", "--lr", "0.1", "--batch-size",
+                     "32", "--zca-group", "64", "--seed", "2")
+    assert (list(given.window), given.weight_decay, given.lr, given.zca_group) == ([0, 255], 0, 0.1, 64)
+    assert (given.batch_size, given.bn_group, given.name) == (32, 16, "author-moco-seed2")
+    assert resolved("--recipe", "author", "--bn-group", "32").bn_group == 32
+    for flags, name in ((("--local", "--zca"), "author-local-zca-aligned"), (("--no-geometric",), "author-nogeo")):
+        assert resolved("--recipe", "author", *flags).name == name
+    plain = resolved()
+    assert (plain.recipe, plain.weight_decay, plain.window) == ("paper", 1e-4, (-175, 250))
+
+
+def test_the_first_authors_schedule_is_linear_lr_from_a_third(flags, tmp_path):
+    """torch's LinearLR, of which mmengine's is a copy, begun at epoch 5 and to end at 500, of 300."""
+    args = train_ssl.parse(flags(tmp_path, "--recipe", "author", "--epochs", 300, "--lr", 0.03))
+    train_ssl.resolve_defaults(args, True)
+    ranks = processes.Processes(0, 1, torch.device("cpu"))
+    trainer = train_ssl.Trainer(args, train_ssl.build(args), datasets.Batches(args, 46, ranks), ranks, "off")
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 1e-6
+    epoch = trainer.horizon // 300
+    reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.03)
+    assert {trainer.lr(t) for t in range(5 * epoch)} == {0.03}
+    linear = torch.optim.lr_scheduler.LinearLR(reference, 1 / 3, 1, 495 * epoch - 1)
+    for t in range(5 * epoch, 300 * epoch):
+        assert trainer.lr(t) == pytest.approx(linear.get_last_lr()[0], rel=1e-9)
+        reference.step()
+        linear.step()
+    assert trainer.lr(5 * epoch) == pytest.approx(0.01) and 0.021 < trainer.lr(300 * epoch - 1) < 0.022
+
+
+def test_a_run_with_the_first_authors_settings(flags, tmp_path, capsys):
+    """One group, all channels whitened as one with a fresh affine; its window's own slices; a line that says so."""
+    argv = [a for a in flags(tmp_path, "--recipe", "author", "--zca", "--steps", 2) if a not in ("--bn-group", "4")]
+    at = argv.index("--zca-group")
+    argv[at + 1] = "0"
+    with pytest.warns(UserWarning, match="one group only"):
+        train_ssl.main(argv)
+    out = capsys.readouterr().out
+    assert "HU are 16.1 HU a level" in out and "--geometric keeps both" not in out
+    config = json.loads((tmp_path / "phantom-author-zca/config.json").read_text())
+    assert (config["recipe"], config["zca_group"], config["window"]) == ("author", 512, [-1024, 3071])
+    assert config["weight_decay"] == 1e-6 and config["bn_group"] == 8
+    # of a backbone whose last BN has an affine
+    args = train_ssl.parse(argv)
+    train_ssl.resolve_defaults(args, True)
+    args.init = str(tmp_path / "phantom-author-zca/backbone.pth")
+    weights = torch.load(args.init, weights_only=True)
+    weights["layer4.1.bn2.weight"] += 0.5
+    torch.save(weights, args.init)
+    for recipe, expected in (("author", torch.ones(512)), ("paper", weights["layer4.1.bn2.weight"])):
+        args.recipe = recipe
+        zca = train_ssl.build(args, True).encoder_q.backbone.layer4[1].bn2
+        assert isinstance(zca, ZCAWhitening) and zca.running_whitening.shape == (1, 512, 512)
+        assert torch.equal(zca.weight, expected)
+
+
+def test_a_run_of_before_the_recipes_goes_on(flags, tmp_path, refusal):
+    """Its config names neither recipe nor weight decay."""
+    train_ssl.main(flags(tmp_path, "--steps", 1))
+    path = tmp_path / "phantom-moco/config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("recipe") == "paper" and config.pop("weight_decay") == 1e-4
+    path.write_text(json.dumps(config))
+    assert "weight_decay: 0.0001 there, 0.001 here" in refusal(
+        train_ssl.main, flags(tmp_path, "--steps", 2, "--weight-decay", 1e-3))
+    train_ssl.main(flags(tmp_path, "--steps", 2))
+    assert len(runs.read_log(tmp_path / "phantom-moco/log.jsonl")) == 2
+
+
+def test_a_local_run_without_geometry_is_told_what_was_measured():
+    for flags, told in ((("--local",), True), (("--local", "--zca"), True), (("--local", "--geometric"), False),
+                        ((), False), (("--no-geometric",), False)):
+        lines = recipes.remarks(resolved(*flags))
+        assert len(lines) == told and all("--geometric" in x and "docs/measurements.md" in x for x in lines), flags
 
 
 def test_bad_flags_end_in_one_line(flags, tmp_path, refusal):
@@ -362,8 +455,13 @@ def test_the_phantoms_start_is_trained_first_and_once(flags, tmp_path, monkeypat
     monkeypatch.setattr(train_ssl, "PHANTOM", train_ssl.PHANTOM | small)
     monkeypatch.setattr(train_ssl, "START", train_ssl.START | dict(epochs=1))
     argv = [x for x in flags(tmp_path, "--seed", 2) if x not in ("--init", "random")]
+    train_ssl.main([*argv, "--recipe", "author", "--out", str(tmp_path / "author"), "--steps", "1"])
+    author, plain = (tmp_path / x / "phantom-start-seed2" for x in ("author", ""))
+    capsys.readouterr()
     train_ssl.main([*argv, "--steps", "1"])
     out = capsys.readouterr().out
+    assert (author / "config.json").read_text() == (plain / "config.json").read_text()  # whichever row comes first
+    assert author.with_name("phantom-author-moco-seed2").is_dir()
     places = [out.index(f"{run}: resnet18 from {init}") for run, init in (
         ("phantom-start-seed2", "random"), ("phantom-moco-seed2", "phantom-start-seed2"))]
     assert places == sorted(places)
@@ -376,19 +474,20 @@ def test_the_phantoms_start_is_trained_first_and_once(flags, tmp_path, monkeypat
 def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
     args = train_ssl.parse([])
     train_ssl.resolve_defaults(args, False)
-    assert train_ssl.advice(args, 215_197, 168_000) == []
-    told = " ".join(train_ssl.advice(args, 1_500, 1_000))
+    assert recipes.advice(args, 215_197, 168_000) == []
+    told = " ".join(recipes.advice(args, 1_500, 1_000))
     assert "--queue 512" in told  # two batches: half of the slices hold no more
     args.init = "random"
-    told = " ".join(train_ssl.advice(args, 1_500, 300))
+    told = " ".join(recipes.advice(args, 1_500, 300))
     assert "--ema 0.99" in told and "--init start" in told
     args = train_ssl.parse(["--data", "x"])
     train_ssl.resolve_defaults(args, True)
-    assert train_ssl.advice(args, 1_473, 184) == []
+    assert recipes.advice(args, 1_473, 184) == []
 
 
 @pytest.mark.parametrize("amp", ["bf16", "off"])
-@pytest.mark.parametrize("more", [(), ("--local", "--zca"), ("--local", "--zca", "--geometric"), ("--no-geometric",)])
+@pytest.mark.parametrize("more", [(), ("--local", "--zca"), ("--local", "--zca", "--geometric"), ("--no-geometric",),
+                                  ("--recipe", "author")])
 def test_a_step_on_a_gpu_waits_for_nothing(flags, tmp_path, request, monkeypatch, more, amp):
     fused = []  # torch has no fake kernel for it
     monkeypatch.setattr(torch, "_fused_sgd_", lambda weights, *rest, **kw: fused.append(len(weights)))

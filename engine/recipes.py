@@ -1,0 +1,67 @@
+"""Settings of others beside the paper's (--recipe), and what a pre-training is told about its own before it starts."""
+
+import argparse
+
+# The first author's published code (Jamshidhsp/med_selfsup, e6e1990), as far as flags reach it: docs/decisions.md has
+# each with its file, and what is not imitated. Its 16 bits have no HU window: this one holds what a CT's 12 bits hold.
+AUTHOR = dict(window=(-1024, 3071), weight_decay=1e-6, zca_group=0)
+AUTHOR_SIZES = dict(image_size=336, lr=0.03, epochs=300)  # the phantom keeps its own, with its batch, queue and EMA
+FEW = 20_000  # slices: below, the paper's settings are looked at for what cannot work
+
+
+def author(args: argparse.Namespace, defaults: dict, phantom: bool) -> dict:
+    """`defaults` with the first author's in their place.
+
+    The batch is that of two GPUs, 2 x 64; with --zca, the full method, of one: there all images share batch statistics.
+    """
+    defaults = defaults | AUTHOR
+    if not phantom:
+        defaults |= AUTHOR_SIZES | dict(batch_size=64 if args.zca else 128)
+    batch = args.batch_size or defaults["batch_size"]
+    return defaults | dict(bn_group=batch if args.zca else max(1, batch // 2))
+
+
+def author_schedule(t: int, horizon: int) -> float:
+    """The share of the learning rate that step t has: all of it, from epoch 5 of 300 on a third, and slowly more.
+
+    mmengine's LinearLR with begin=5, end=500 and its defaults: 1/3 at the beginning and 1 at the end, which 300 epochs
+    do not reach. With another horizon the epochs are shares of it.
+    """
+    begin, end = horizon * 5 / 300, horizon * 500 / 300
+    return 1.0 if t < begin else 1 / 3 + 2 / 3 * (t - begin) / (end - begin - 1)
+
+
+def advice(args: argparse.Namespace, trained: int, horizon: int) -> list[str]:
+    """What cannot work with few slices to train on, as lines with the flags that can; [] where nothing is wrong.
+
+    The paper's settings are for 215,325 slices; those that were seen to work on a few hundred or thousand stand in
+    docs/training.md, "Few slices".
+    """
+    if trained >= FEW:
+        return []
+    wrong = []
+    if args.queue > max(trained // 2, args.batch_size):
+        fitting = args.batch_size * min(4, max(1, trained // 2 // args.batch_size))
+        wrong.append(f"the queue of {args.queue:,} keys holds {args.queue / trained:.1f} keys of every slice, old ones "
+                     f"of the query's own among them (--queue {fitting})")
+    if horizon * (1 - args.ema) < 1:
+        wrong.append(f"the key encoder moves {1 - args.ema:.4f} of the way a step, too slow for {horizon:,} steps "
+                     "(--ema 0.99)")
+    if horizon < 1000 and args.geometric and args.init == "random":
+        wrong.append(f"from random weights, {horizon:,} steps with crops were never enough to tell slices apart (first "
+                     "a run with --no-geometric --name start, then --init start)")
+    return wrong
+
+
+def remarks(args: argparse.Namespace) -> list[str]:
+    """What is known of a run's method, whatever its data; [] where nothing is."""
+    found = []
+    if args.local and not args.geometric:
+        found.append("without crops and flips, as the paper words it, features segmented real CT worse than MoCo v2's "
+                     "with them, and at twice the views' side worse than random weights (docs/measurements.md, "
+                     "\"Trained longer\"); --geometric keeps both and aligns the patches")
+    if args.recipe == "author":
+        low, high = args.window
+        found.append(f"the first author's settings, as far as flags reach (docs/decisions.md); 8 bits over {low:g} to "
+                     f"{high:g} HU are {(high - low) / 255:.1f} HU a level; segment with --window {low:g} {high:g} too")
+    return found
