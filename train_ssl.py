@@ -16,7 +16,6 @@ import inspect
 import math
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -45,7 +44,7 @@ PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, b
 PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=8, lr=0.01, queue=256, ema=0.99,
                zca_group=64, size=192)
 FEW = 20_000  # slices: below, the paper's settings are looked at for what cannot work
-START = dict(init="random", local=False, zca=False, geometric=False, epochs=6, steps=None, overwrite=False)
+START = dict(init="random", local=False, zca=False, geometric=False, every=1, epochs=6, steps=None, overwrite=False)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -60,12 +59,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="crops and flips (default: unless --local; with it, Eq. 2 takes what both crops show: not the paper's)")
     add("--arch", help="any torchvision resnet")
     add("--init", help="imagenet, random, a RUN of --out or a FILE")
-    add("--name", help="of the run (default moco[-local][-zca][-nogeo|-aligned][-seedN])")
+    add("--name", help="of the run (default moco[-local][-zca][-nogeo|-aligned][-everyN][-seedN])")
     add("--overwrite", action="store_true", help="start over where a run of this name exists")
     add("--size", type=whole(1), help="pixels of a stored slice's side")
     add("--image-size", type=whole(1), help="pixels of a view's side")
     add("--batch-size", type=whole(1), help="slices a step, over all processes")
     add("--bn-group", type=whole(1), help="slices that share batch statistics, a ghost batch")
+    add("--every", type=whole(1), default=1, metavar="N", help="train on each N-th slice of a volume")
     add("--epochs", type=whole(1), help="horizon of the schedule")
     add("--steps", type=whole(0), help="stop after so many optimizer steps in all (default: all epochs)")
     add("--lr", type=number(above=0), help=f"learning rate as it is ({LR} x batch / 256)")
@@ -118,17 +118,8 @@ def name_of(args: argparse.Namespace, phantom: bool) -> str:
         name += "-aligned"
     if not (args.local or args.geometric):
         name += "-nogeo"
+    name += f"-every{args.every}" * (args.every > 1)
     return name + processes.seed_suffix(args.seed)
-
-
-def check_groups(args: argparse.Namespace, world_size: int) -> None:
-    """Raise BadInput where the batch does not divide into groups on `world_size` processes; warn of a single group."""
-    if args.batch_size % (world_size * args.bn_group):
-        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {world_size} processes x --bn-group "
-                       f"{args.bn_group} = {world_size * args.bn_group}")
-    if args.batch_size == args.bn_group:
-        warnings.warn("one group only: Shuffling BN then does nothing and the model can cheat through its batch "
-                      "statistics; lower --bn-group or raise --batch-size", stacklevel=2)
 
 
 def advice(args: argparse.Namespace, trained: int, horizon: int) -> list[str]:
@@ -314,11 +305,12 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
 
 def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.Processes) -> None:
     """One run, from the start or its checkpoint to backbone.pth. Raises BadInput."""
-    check_groups(args, ranks.world_size)
-    batches = datasets.Batches(args, len(store), ranks)
+    passes.check_groups(args, ranks.world_size)
+    slices = store.of(every=args.every)
+    batches = datasets.Batches(args, slices, ranks)
     if not batches.steps_per_epoch:
-        raise BadInput(f"{store.data}: {len(store)} slices are fewer than one batch of {args.batch_size} besides "
-                       f"{len(batches.held_out)} held-out ones; lower --batch-size")
+        raise BadInput(f"{store.data}: {len(slices)} slices are fewer than one batch of {args.batch_size} besides "
+                       f"{len(batches.held_out)} held-out ones; lower --batch-size" + " or --every" * (args.every > 1))
     moco = build(args, store.is_phantom)  # before the run folder: weights that do not fit leave nothing behind
     not_in_config = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
                      "checkpoint_minutes", "init_unfinished", "groups_per_pass")
@@ -354,8 +346,9 @@ def introduce(trainer: Trainer, store: datasets.Store, ranks: processes.Processe
     if store.is_phantom:
         processes.announce_phantom()
     megabytes = sum(p.numel() for p in trainer.moco.encoder_q.parameters()) * 4 * 3 * 2 / 1e6 + args.queue * DIM * 8e-6
-    print(f"{args.name}: {args.arch} from {args.init} on {len(store):,} slices of {len(store.volumes):,} volumes "
-          f"({store.folder}), {processes.hardware()}")
+    thinned = f"{trained + len(trainer.batches.held_out):,} (one in {args.every}) of " * (args.every > 1)
+    print(f"{args.name}: {args.arch} from {args.init} on {thinned}{len(store):,} slices of {len(store.volumes):,} "
+          f"volumes ({store.folder}), {processes.hardware()}")
     print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
           f"{ranks.world_size} process(es), {trainer.moco.groups_per_pass} in one pass, precision {trainer.amp}, "
           f"{args.image_size} px; about {megabytes:,.0f} MB in {args.out / args.name}; the time needed is printed "

@@ -23,6 +23,7 @@ from engine import processes
 from engine.processes import Processes, on_main
 
 SHOWN = 8  # differing settings that a refusal names
+ADDED = {"every": 1}  # settings that runs of older versions do not name, and the value that these had
 # The tensors of a Lightning file, a dict with arguments or a whole module: what `load` reads. FILE and NEW follow.
 SAVE_ALONE = ("python -c \"import sys, torch; f, new = sys.argv[1:]; x = torch.load(f, 'cpu', weights_only=False); "
               "torch.save({k: x[k] for k in ('state_dict', 'model', 'teacher', 'student', 'backbone') if k in x} "
@@ -204,7 +205,7 @@ class Run:
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _compare(self, new: dict) -> None:
-        old, new = (dict(_flat(config)) for config in (read_config(self.folder), json.loads(json.dumps(new))))
+        old, new = (ADDED | dict(_flat(c)) for c in (read_config(self.folder), json.loads(json.dumps(new))))
         differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new})
                      if old.get(k) != new.get(k)]
         if differing:

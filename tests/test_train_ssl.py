@@ -1,5 +1,6 @@
 """train_ssl.py through its own command: files, exact continuing, independence of the number of processes."""
 
+import functools
 import json
 import math
 import shutil
@@ -142,6 +143,45 @@ def test_step_t_is_a_function_of_seed_and_t(flags, tmp_path):
         assert sorted(whole.permutation(t).tolist()) == list(range(8))
 
 
+def test_each_nth_slice_of_every_volume_is_trained_on_or_held_out(flags, tmp_path):
+    """Of volumes of 9, 3 and 4 slices; a volume shorter than N keeps its first."""
+    store = SimpleNamespace(volumes=[{"id": "c", "slices": 9}, {"id": "a", "slices": 3}, {"id": "b", "slices": 4}],
+                            ends=np.cumsum([9, 3, 4]), data="x")
+    of = functools.partial(datasets.Store.of, store)
+    assert of(every=4).tolist() == [0, 4, 8] + [9] + [12]
+    assert of(every=2).tolist() == [0, 2, 4, 6, 8] + [9, 11] + [12, 14]
+    assert of(every=100).tolist() == [0, 9, 12] and of().tolist() == list(range(16))
+    assert of(["c", "b"], 3).tolist() == [0, 3, 6] + [12, 15]
+    args, ranks = train_ssl.parse(flags(tmp_path)), processes.Processes(0, 1, torch.device("cpu"))
+    train_ssl.resolve_defaults(args, True)
+    numbers = np.arange(0, 400, 4)
+    batches, again = (datasets.Batches(args, x, ranks) for x in (numbers, numbers.copy()))
+    assert sorted([*batches.held_out, *batches.trained]) == numbers.tolist() and len(batches.held_out) == 12
+    assert batches.steps_per_epoch == 11 and set(np.concatenate([batches.indices(t) for t in range(11)])) <= set(
+        batches.trained.tolist())
+    assert all(np.array_equal(batches.indices(t), again.indices(t)) for t in (25, 3))
+    # all of them are what their number is
+    one, other = (datasets.Batches(args, x, ranks) for x in (37, np.arange(37)))
+    assert np.array_equal(one.held_out, other.held_out) and np.array_equal(one.trained, other.trained)
+
+
+def test_a_thinned_run_says_so_and_is_another_than_the_whole(flags, tmp_path, refusal, capsys):
+    train_ssl.main(flags(tmp_path, "--every", 2, "--steps", 1))
+    assert "on 12 (one in 2) of 24 slices of 6 volumes" in capsys.readouterr().out
+    folder = tmp_path / "phantom-moco-every2"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["every"] == 2 and config["slices"] == 24
+    named = ("--name", folder.name, "--steps", 1)
+    assert "every: 2 there, 1 here" in refusal(train_ssl.main, flags(tmp_path, *named))
+    assert "every: 2 there, 4 here" in refusal(train_ssl.main, flags(tmp_path, *named, "--every", 4, "--batch-size", 4,
+                                                                    "--bn-group", 2))
+    assert "lower --batch-size or --every" in refusal(train_ssl.main, flags(tmp_path, "--every", 4))
+    # runs of before the flag had every slice
+    del config["every"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "every: 1 there, 2 here" in refusal(train_ssl.main, flags(tmp_path, *named, "--every", 2))
+
+
 def test_schedule_is_torchs_cosine(flags, tmp_path):
     args = train_ssl.parse(flags(tmp_path, "--epochs", 2))
     train_ssl.resolve_defaults(args, True)
@@ -160,8 +200,10 @@ def test_names_and_defaults_are_the_papers(tmp_path):
     expected = {(): "moco", ("--local",): "moco-local", ("--zca",): "moco-zca", ("--local", "--zca"): "moco-local-zca",
                 ("--no-geometric",): "moco-nogeo", ("--zca", "--no-geometric"): "moco-zca-nogeo",
                 ("--local", "--geometric"): "moco-local-aligned", ("--seed", "3"): "moco-seed3",
-                ("--local", "--zca", "--geometric"): "moco-local-zca-aligned"}
-    geometric = {(), ("--zca",), ("--seed", "3"), ("--local", "--geometric"), ("--local", "--zca", "--geometric")}
+                ("--local", "--zca", "--geometric"): "moco-local-zca-aligned", ("--every", "4"): "moco-every4",
+                ("--zca", "--every", "2", "--seed", "3"): "moco-zca-every2-seed3"}
+    geometric = {(), ("--zca",), ("--seed", "3"), ("--every", "4"), ("--zca", "--every", "2", "--seed", "3"),
+                 ("--local", "--geometric"), ("--local", "--zca", "--geometric")}
     for more, name in expected.items():
         for phantom in (False, True):
             args = train_ssl.parse(list(more))
@@ -364,13 +406,13 @@ def test_the_phantoms_start_is_trained_first_and_once(flags, tmp_path, monkeypat
     monkeypatch.setattr(train_ssl, "PHANTOM", train_ssl.PHANTOM | small)
     monkeypatch.setattr(train_ssl, "START", train_ssl.START | dict(epochs=1))
     argv = [x for x in flags(tmp_path, "--seed", 2) if x not in ("--init", "random")]
-    train_ssl.main([*argv, "--steps", "1"])
+    train_ssl.main([*argv, "--every", "2", "--steps", "1"])
     out = capsys.readouterr().out
     places = [out.index(f"{run}: resnet18 from {init}") for run, init in (
-        ("phantom-start-seed2", "random"), ("phantom-moco-seed2", "phantom-start-seed2"))]
+        ("phantom-start-seed2", "random"), ("phantom-moco-every2-seed2", "phantom-start-seed2"))]
     assert places == sorted(places)
     config = json.loads((tmp_path / "phantom-start-seed2/config.json").read_text())
-    assert not config["geometric"] and not config["local"] and not config["zca"]
+    assert not config["geometric"] and not config["local"] and not config["zca"] and config["every"] == 1
     train_ssl.main([*argv, "--zca", "--steps", "1"])
     assert "phantom-start-seed2: resnet18 from random" not in capsys.readouterr().out
 
