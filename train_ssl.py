@@ -158,7 +158,7 @@ def build(args: argparse.Namespace, phantom: bool = False) -> MoCo:
     if (arch := opened.pretraining["arch"]) != args.arch:
         raise BadInput(f"--init {args.init}: is a {arch}; give --arch {arch} or another start")
     backbone, args.init_checksum = opened.net, opened.pretraining["checksum"]
-    args.init_unfinished = opened.unfinished
+    args.init_unfinished, args.init_untrained = opened.unfinished, opened.untrained
     if args.zca:
         width = backbone.fc.in_features
         if width % args.zca_group:
@@ -287,9 +287,9 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
             if t == first and args.compile:
                 logger.compiled()
             stopping, done = ranks.any(stop.signal != 0), t + 1
-            epoch_ends = done % batches.steps_per_epoch == 0 or done == last
-            if log_due := len(logger.pending) == monitor.LOG_INTERVAL or epoch_ends or stopping:
-                logger.flush(done, say=epoch_ends or stopping, look=epoch_ends)
+            look = done % batches.steps_per_epoch == 0 or done in (monitor.tenth(trainer), last)
+            if log_due := len(logger.pending) == monitor.LOG_INTERVAL or look or stopping:
+                logger.flush(done, say=look or stopping, look=look)
             if stopping or done == last or (log_due and ranks.any(run.overdue(args.checkpoint_minutes))):
                 run.checkpoint(trainer.state(done))
             if stopping and done < last:
@@ -313,7 +313,7 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
                        f"{len(batches.held_out)} held-out ones; lower --batch-size" + " or --every" * (args.every > 1))
     moco = build(args, store.is_phantom)  # before the run folder: weights that do not fit leave nothing behind
     not_in_config = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
-                     "checkpoint_minutes", "init_unfinished", "groups_per_pass")
+                     "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass")
     config = {k: v for k, v in vars(args).items() if k not in not_in_config}
     config |= {"data": store.name, "volumes": len(store.volumes), "slices": len(store),
                "store": store.contents()}
@@ -355,6 +355,10 @@ def introduce(trainer: Trainer, store: datasets.Store, ranks: processes.Processe
           f"after {monitor.LOG_INTERVAL} steps" + ", of which the first compiles for a minute or two" * args.compile)
     if args.init_unfinished:
         print(f"note: {args.init}: {args.init_unfinished}; this run starts from it as it is")
+    if args.init_untrained:
+        processes.announce(f"WARNING: this run starts from {args.init}, and {args.init_untrained}.\nRows that start so "
+                           "were seen to stay at chance. Train another start first: lower --lr, shorter --queue,\nmore "
+                           "steps, --no-geometric (docs/training.md, Few slices); or --init imagenet.", sys.stderr)
     for line in advice(args, trained, trainer.horizon):
         print(f"note: {trained:,} slices are few: {line}", file=sys.stderr)
     if first:

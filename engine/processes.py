@@ -339,8 +339,13 @@ def commit() -> str:
 
 def announce_phantom() -> None:
     """Loudly, before anything is run on generated volumes."""
-    print("=" * 100 + "\nTHE PHANTOM: no real CT was given (--data), so this runs on generated volumes with small "
-          "settings.\nIts numbers say nothing about patients and are no AbdomenCT-1K or BTCV results.\n" + "=" * 100)
+    announce("THE PHANTOM: no real CT was given (--data), so this runs on generated volumes with small settings.\n"
+             "Its numbers say nothing about patients and are no AbdomenCT-1K or BTCV results.")
+
+
+def announce(text: str, file=None) -> None:
+    """Print something, by default on stdout, so that it is not overlooked."""
+    print("=" * 100, text, "=" * 100, sep="\n", file=file)
 
 
 def duration(seconds: float) -> str:

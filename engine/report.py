@@ -19,7 +19,8 @@ from segment import PROTOCOLS
 # (random ones, and the run that all rows of small data start from) come before it.
 ROWS = {"imagenet": "No SSL", "random": "Random weights", "start": "The start", "moco": "MoCo v2",
         "moco-local": "MoCo v2 + local", "moco-zca": "MoCo v2 + ZCA", "moco-local-zca": "MoCo v2 + local + ZCA"}
-BEYOND = {"moco-nogeo": "MoCo v2, no geometry", "moco-zca-nogeo": "MoCo v2 + ZCA, no geometry",
+BEYOND = {"moco-every4": "MoCo v2, each 4th slice",
+          "moco-nogeo": "MoCo v2, no geometry", "moco-zca-nogeo": "MoCo v2 + ZCA, no geometry",
           "moco-local-aligned": "MoCo v2 + aligned local", "moco-local-zca-aligned": "MoCo v2 + aligned local + ZCA"}
 TABLE_1 = ("No SSL", "MoCo v2", "MoCo v2 + local + ZCA")
 DRAWS = {"12.5": 3, "25": 3, "100": 1}  # random choices of training volumes of each split

@@ -338,6 +338,45 @@ def test_warnings_look_at_gap_and_rank_together_once_the_queue_was_full_for_an_e
     assert "dimensional collapse" not in collapse.warning(healthy | {"effective_rank": 0.05, "held_out_gap": 0.0}, full)
     for bad in ({"held_out_gap": 0.0}, {"effective_rank": 0.05}):
         assert collapse.warning(healthy | bad, full - 1) == ""
+    args.queue = 4000 * args.batch_size  # it fills late; a tenth of the steps is not waited for longer than for it
+    for horizon, due in ((2000, 200), (300, 50), (10**6, 4000 + trainer.batches.steps_per_epoch)):
+        trainer.horizon = horizon
+        assert collapse.warning(healthy | {"held_out_gap": 0.0}, due - 1) == ""
+        assert f"after {due:,} of {horizon:,} steps" in collapse.warning(healthy | {"held_out_gap": 0.0}, due)
+    assert collapse.warning(healthy | {"effective_rank": 0.05}, due - 1) == ""
+
+
+def test_a_run_that_does_not_tell_slices_apart_says_so_from_a_tenth_of_its_steps_on(flags, tmp_path, capsys,
+                                                                                      monkeypatch):
+    """Of 20 steps, five an epoch: after the second, within an epoch, and then as often as a run is looked at."""
+    monkeypatch.setattr(monitor, "EARLIEST", 1)
+    look = monitor.CollapseMonitor.look
+    for gap in (0.019, 0.021):
+        monkeypatch.setattr(monitor.CollapseMonitor, "look", lambda *a, gap=gap: look(*a) | {"held_out_gap": gap})
+        train_ssl.main(flags(tmp_path / str(gap), "--batch-size", 4, "--bn-group", 2, "--epochs", 4, "--steps", 6))
+        told = capsys.readouterr()
+        lines = [line for line in told.out.splitlines() if line.startswith("step ")]
+        assert [line.split("/")[0] for line in lines] == ["step 2", "step 5", "step 6"]
+        assert all((": DOES NOT TELL SLICES APART, loss" in line) == (gap < 0.02) for line in lines)
+        assert told.err.count("the model does not tell slices apart") == 3 * (gap < 0.02)
+
+
+def test_a_start_that_never_learned_is_told_of_before_the_run(flags, tmp_path, capsys):
+    """By the gap of its last look, which is also made where --steps ends a run within an epoch."""
+    train_ssl.main(flags(tmp_path, "--no-geometric", "--name", "start", "--steps", 1))
+    path = tmp_path / "start" / "checkpoint.pt"
+    start = torch.load(path, weights_only=True)
+    assert start["gap"] is not None
+    for gap in (0.0, 0.5, None):  # None: of an older version
+        torch.save(start | {"gap": gap}, path)
+        capsys.readouterr()
+        train_ssl.main([*flags(tmp_path, "--steps", 1, "--name", str(gap)), "--init", "start"])
+        told = capsys.readouterr()
+        assert ("WARNING: this run starts from start, and it does not tell slices apart (gap 0.000 in its last look)"
+                in told.err) == (gap == 0.0)
+        assert "note: start: its pre-training is at step 1" in told.out
+        config = json.loads((tmp_path / str(gap) / "config.json").read_text())
+        assert not {"init_untrained", "init_unfinished"} & config.keys()
 
 
 class Brightness(torch.nn.Module):
