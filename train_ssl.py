@@ -287,7 +287,7 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
             if t == first and args.compile:
                 logger.compiled()
             stopping, done = ranks.any(stop.signal != 0), t + 1
-            look = done % batches.steps_per_epoch == 0 or done in (monitor.tenth(trainer), last)
+            look = done % batches.steps_per_epoch == 0 or done in (monitor.judged_from(trainer), last)
             if log_due := len(logger.pending) == monitor.LOG_INTERVAL or look or stopping:
                 logger.flush(done, say=look or stopping, look=look)
             if stopping or done == last or (log_due and ranks.any(run.overdue(args.checkpoint_minutes))):

@@ -17,14 +17,12 @@ LOG_INTERVAL = 10  # steps between two looks at the losses; each look waits for 
 # What `Trainer.step` returns of a step; the queue's accuracy, cosine to the own key and to the queue: MoCo.query_stats
 STATS = ("loss", "loss_global", "loss_local", "queue_accuracy", "similarity_positive", "similarity_negative",
          "grad_norm")
-# Steps after which a run is warned that it does not tell slices apart, where a tenth of its steps are fewer: a healthy
-# start from random weights, on the phantom, had a gap of 0.02 after 23 steps and of 0.16 after 46.
-EARLIEST = 50
+EARLIEST = 50  # steps: on the phantom, healthy runs had a gap of 0.01 to 0.02 after 23 and of 0.04 to 0.16 after 46
 
 
-def tenth(trainer) -> int:
-    """The step after which a tenth of the schedule is done: a run is looked at there, too."""
-    return math.ceil(trainer.horizon / 10)
+def judged_from(trainer) -> int:
+    """The step from which a run says that it does not tell slices apart: a tenth of all, EARLIEST at least."""
+    return max(EARLIEST, math.ceil(trainer.horizon / 10))
 
 
 class CollapseMonitor:
@@ -75,12 +73,12 @@ class CollapseMonitor:
 
     def warning(self, found: dict[str, float], step: int) -> str:
         """What a look found means where it is bad, else ''. Nothing is said before the queue was full for an epoch; but
-        that the model does not tell slices apart is said after a tenth of the steps (50 at least) at the latest.
+        that the model does not tell slices apart is said from `judged_from` on at the latest.
         """
         args, width = self.trainer.args, self.trainer.moco.encoder_q.projector[0].in_features
         settled = self.trainer.batches.steps_per_epoch + args.queue // args.batch_size
         if found["held_out_gap"] < metrics.LEAST_GAP:
-            if step < min(settled, max(EARLIEST, tenth(self.trainer))):
+            if step < min(settled, judged_from(self.trainer)):
                 return ""
             return (f"warning: after {step:,} of {self.trainer.horizon:,} steps the model does not tell slices apart "
                     "(cosine of two views of a slice less that of two slices: "
@@ -140,7 +138,7 @@ class MetricLogger:
             warning = self.collapse.warning(found, done)
             self.seen = (f", instance accuracy {found['instance_accuracy']:.2f} (chance {found['instance_chance']:.2f})"
                          f", gap {found['held_out_gap']:.2f}, effective rank {found['effective_rank']:.1f}")
-            apart = found["held_out_gap"] >= metrics.LEAST_GAP or done < tenth(trainer)
+            apart = found["held_out_gap"] >= metrics.LEAST_GAP or done < judged_from(trainer)
             self.alarm = "" if apart else "DOES NOT TELL SLICES APART, "
             if done % trainer.batches.steps_per_epoch == 0:  # where --steps ends, a longer run would not look
                 record |= found
