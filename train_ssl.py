@@ -28,7 +28,7 @@ import resize
 from ct import audit, intake, prepare, stores
 from ct.command import number, whole
 from ct.volumes import BadInput
-from engine import backbones, figures, monitor, passes, processes, runs
+from engine import backbones, figures, monitor, passes, probe, processes, runs
 from local_loss import CELLS
 from moco import MoCo
 from whitening import whiten_last_norm
@@ -79,6 +79,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--zca-iterations", type=whole(1), default=5, help="T of Newton's iteration")
     add("--groups-per-pass", type=whole(1), metavar="N", help="groups that run at once; more need memory and change "
         "results by rounding only (default: on a GPU as many as fit)")
+    add("--probe", type=Path, metavar="FOLDER", help="labelled CT, as train_seg.py --data takes it: each epoch, what a "
+        "linear fit of its organs on the frozen features is worth; changes nothing, takes seconds")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile a pass (default: on a GPU, where at "
         f"least {passes.COMPILED_FROM:,} steps are to come; it takes one or two minutes to be ready)")
     return parser.parse_args(argv)
@@ -189,6 +191,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.skipped = 0  # steps that fp16's scaler left out
         self.gap = None  # of the last look at the held-out slices
+        self.probe = None  # --probe: see `probe.begin`
         self.horizon = args.epochs * batches.steps_per_epoch
 
     def lr(self, t: int) -> float:
@@ -238,15 +241,6 @@ class Trainer:
         # enqueue
         moco.enqueue(keys)
         return torch.cat([stats, norm[None]])
-
-    def count_skipped(self, records: list[dict]) -> None:
-        """Under fp16 a gradient that is not finite ends no run: the scaler leaves its step out, counted here."""
-        if self.amp != "fp16":
-            return
-        for r in records:
-            if not math.isfinite(r["grad_norm"]):
-                self.skipped, r["grad_norm"] = self.skipped + 1, None
-            r["skipped"] = self.skipped
 
     def state(self, step: int) -> dict:
         """What checkpoint.pt holds after so many steps: all that continuing, and opening the backbone, need."""
@@ -303,8 +297,9 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
 # --------------------------------------------------------------------------------------------------------- a run
 
 
-def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.Processes) -> None:
-    """One run, from the start or its checkpoint to backbone.pth. Raises BadInput."""
+def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.Processes,
+             labelled: datasets.Store | None = None) -> None:
+    """One run, from the start or its checkpoint to backbone.pth; `labelled`: of --probe. Raises BadInput."""
     passes.check_groups(args, ranks.world_size)
     slices = store.of(every=args.every)
     batches = datasets.Batches(args, slices, ranks)
@@ -313,7 +308,8 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
                        f"{len(batches.held_out)} held-out ones; lower --batch-size" + " or --every" * (args.every > 1))
     moco = build(args, store.is_phantom)  # before the run folder: weights that do not fit leave nothing behind
     not_in_config = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
-                     "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass")
+                     "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass",
+                     "probe")
     config = {k: v for k, v in vars(args).items() if k not in not_in_config}
     config |= {"data": store.name, "volumes": len(store.volumes), "slices": len(store),
                "store": store.contents()}
@@ -326,6 +322,7 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
     if args.compile is None:
         args.compile = passes.worth_compiling(args, last - first, ranks.device)
     trainer = Trainer(args, moco, batches, ranks, amp)
+    trainer.probe = probe.begin(trainer, store, labelled, ranks)  # before a checkpoint: of the weights at the start
     if saved:
         trainer.load(saved)
         passes.keep(moco, args, saved, ranks)
@@ -336,8 +333,10 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
     if ranks.is_main:
         runs.save(backbones.export(trainer.moco.encoder_q.backbone), run.folder / "backbone.pth")
         print(f"{run.folder / 'backbone.pth'}: the backbone, whitening folded, under torchvision's names")
-        figures.attempt(figures.curves, run.folder / "curves.png", runs.read_log(run.folder / "log.jsonl"),
-                        math.log(1 + args.queue))
+        log = runs.read_log(run.folder / "log.jsonl")
+        for line in probe.summary(log):
+            print(line)
+        figures.attempt(figures.curves, run.folder / "curves.png", log, math.log(1 + args.queue))
 
 
 def introduce(trainer: Trainer, store: datasets.Store, ranks: processes.Processes, first: int, last: int) -> None:
@@ -379,6 +378,8 @@ def main(argv: list[str] | None = None) -> None:
         args.init = backbones.resolve(args.init, args.out, phantom)
     store = datasets.prepare(data, args.store or stores.default_store(data), "pretrain", tuple(args.window),
                              args.size, args.workers)
+    labelled = args.probe and datasets.prepare(args.probe, stores.default_store(args.probe), "segment",
+                                               tuple(args.window), workers=args.workers)
     ranks = processes.start(args.deterministic)
     if ranks.is_main:
         for line in audit.remarks(store.volumes, store.skipped):
@@ -386,8 +387,8 @@ def main(argv: list[str] | None = None) -> None:
     trained = (args.out / args.init / "backbone.pth").exists
     if args.init == start_of(args) and not processes.on_main(ranks.is_main, trained):
         settings = vars(args) | PHANTOM | START | dict(name=args.init, size=args.size)
-        pretrain(argparse.Namespace(**settings), store, ranks)
-    pretrain(args, store, ranks)
+        pretrain(argparse.Namespace(**settings), store, ranks, labelled)
+    pretrain(args, store, ranks, labelled)
 
 
 if __name__ == "__main__":

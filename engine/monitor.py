@@ -93,6 +93,16 @@ class CollapseMonitor:
         return ""
 
 
+def count_skipped(trainer, records: list[dict]) -> None:
+    """Under fp16 a gradient that is not finite ends no run: the scaler leaves its step out, counted here."""
+    if trainer.amp != "fp16":
+        return
+    for r in records:
+        if not math.isfinite(r["grad_norm"]):
+            trainer.skipped, r["grad_norm"] = trainer.skipped + 1, None
+        r["skipped"] = trainer.skipped
+
+
 class MetricLogger:
     """What the steps gave: kept on the device, then averaged over the processes, logged and shown."""
 
@@ -129,15 +139,17 @@ class MetricLogger:
         records = [{"step": t + 1, **dict(zip(STATS, values, strict=True)), "lr": trainer.lr(t),
                     "images_per_s": round(rate, 2), "data_share": round(self.waited / spent, 4)}
                    for t, values in zip(steps, stats, strict=True)]
-        trainer.count_skipped(records)
+        count_skipped(trainer, records)
         runs.refuse_non_finite(records, lambda step: [self.store.where(*self.store.place(i))
                                                       for i in trainer.batches.indices(step - 1)], self.run)
         record, warning = records[-1], ""
         if look and self.collapse:
-            found = self.collapse.look(done)
+            found = self.collapse.look(done) | (trainer.probe.look() if trainer.probe else {})
             warning = self.collapse.warning(found, done)
             self.seen = (f", instance accuracy {found['instance_accuracy']:.2f} (chance {found['instance_chance']:.2f})"
                          f", gap {found['held_out_gap']:.2f}, effective rank {found['effective_rank']:.1f}")
+            if trainer.probe:
+                self.seen += f", probe {100 * found['probe_dice']:.1f} % (at first {100 * trainer.probe.start:.1f} %)"
             apart = found["held_out_gap"] >= metrics.LEAST_GAP or done < judged_from(trainer)
             self.alarm = "" if apart else "DOES NOT TELL SLICES APART, "
             if done % trainer.batches.steps_per_epoch == 0:  # where --steps ends, a longer run would not look

@@ -33,7 +33,7 @@ from ct.prepare import WINDOW
 from ct.volumes import BadInput
 
 # Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
-INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, LOOKS = range(9)
+INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, LOOKS, PROBE = range(10)
 
 PATIENCE = timedelta(minutes=30)  # with another process, before it counts as lost
 READERS = 16  # threads of a process at most: each holds a batch
