@@ -110,13 +110,14 @@ class Store:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def of(self, ids: list[str]) -> np.ndarray:
-        """The slice numbers of these volumes, in the store's order. Raises BadInput when one is missing."""
-        absent = sorted(set(ids) - {v["id"] for v in self.volumes})
-        if absent:
+    def of(self, ids: Collection[str] | None = None, every: int = 1) -> np.ndarray:
+        """Numbers of each `every`-th slice of these volumes (of all), in order. Raises BadInput for a missing one."""
+        there = {v["id"] for v in self.volumes}
+        ids = there if ids is None else set(ids)
+        if absent := sorted(ids - there):
             raise BadInput(f"{self.data}: case {', '.join(absent)} is missing there; the split needs it")
-        return np.concatenate([np.arange(end - v["slices"], end)
-                               for v, end in zip(self.volumes, self.ends, strict=True) if v["id"] in set(ids)])
+        return np.concatenate([np.arange(end - v["slices"], end, every)
+                               for v, end in zip(self.volumes, self.ends, strict=True) if v["id"] in ids])
 
     def contents(self, ids: Collection[str] | None = None) -> dict[str, str]:
         """{id: what a volume holds} of these volumes (of all): the store's fingerprint, kept in a run's config.
@@ -213,12 +214,13 @@ def _received(step: int, copy: torch.Tensor, ready: torch.cuda.Event) -> tuple[i
 class Batches:
     """Which slices, views, shuffle and patches step t has: a function of (seed, t) alone.
 
-    Of the store's slices, `held_out` are kept apart; the others are trained on.
+    Of `slices`, their number in the store or, with --every, the numbers of those that are taken, `held_out` are kept
+    apart; the others are trained on.
     """
 
-    def __init__(self, args, slices: int, ranks: processes.Processes):
+    def __init__(self, args, slices: int | np.ndarray, ranks: processes.Processes):
         drawn = processes.rng(args.seed, processes.LOOKS).permutation(slices)
-        self.held_out, self.trained = np.split(drawn, [min(HELD_OUT, max(2, slices // 8))])
+        self.held_out, self.trained = np.split(drawn, [min(HELD_OUT, max(2, len(drawn) // 8))])
         self.args, self.device, self.steps_per_epoch = args, ranks.device, len(self.trained) // args.batch_size
         share = args.batch_size // ranks.world_size
         self.rank_slice = slice(ranks.rank * share, (ranks.rank + 1) * share)

@@ -16,7 +16,6 @@ import inspect
 import math
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ import resize
 from ct import audit, intake, prepare, stores
 from ct.command import number, whole
 from ct.volumes import BadInput
-from engine import backbones, figures, monitor, passes, processes, recipes, runs
+from engine import backbones, figures, monitor, passes, probe, processes, recipes, runs
 from local_loss import CELLS
 from moco import MoCo
 from whitening import whiten_last_norm
@@ -44,7 +43,7 @@ PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, b
 # ImageNet weights: MoCo v2 without geometry, which learns from random weights where MoCo v2 with crops does not.
 PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=8, lr=0.01, queue=256, ema=0.99,
                zca_group=64, size=192, weight_decay=1e-4, window=prepare.WINDOW)
-START = dict(init="random", local=False, zca=False, geometric=False, epochs=6, steps=None, overwrite=False,
+START = dict(init="random", local=False, zca=False, geometric=False, every=1, epochs=6, steps=None, overwrite=False,
              recipe="paper")
 
 
@@ -63,12 +62,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "paper's, or those of the first author's published code, as far as flags reach (docs/decisions.md)")
     add("--arch", help="any torchvision resnet")
     add("--init", help="imagenet, random, a RUN of --out or a FILE")
-    add("--name", help="of the run (default [author-]moco[-local][-zca][-nogeo|-aligned][-seedN])")
+    add("--name", help="of the run (default [author-]moco[-local][-zca][-nogeo|-aligned][-everyN][-seedN])")
     add("--overwrite", action="store_true", help="start over where a run of this name exists")
     add("--size", type=whole(1), help="pixels of a stored slice's side")
     add("--image-size", type=whole(1), help="pixels of a view's side")
     add("--batch-size", type=whole(1), help="slices a step, over all processes")
     add("--bn-group", type=whole(1), help="slices that share batch statistics, a ghost batch")
+    add("--every", type=whole(1), default=1, metavar="N", help="train on each N-th slice of a volume")
     add("--epochs", type=whole(1), help="horizon of the schedule")
     add("--steps", type=whole(0), help="stop after so many optimizer steps in all (default: all epochs)")
     add("--lr", type=number(above=0), help=f"learning rate as it is ({LR} x batch / 256)")
@@ -83,6 +83,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--zca-iterations", type=whole(1), default=5, help="T of Newton's iteration")
     add("--groups-per-pass", type=whole(1), metavar="N", help="groups that run at once; more need memory and change "
         "results by rounding only (default: on a GPU as many as fit)")
+    add("--probe", type=Path, metavar="FOLDER", help="labelled CT, as train_seg.py --data takes it: each epoch, what a "
+        "linear fit of its organs on the frozen features is worth; changes nothing, takes seconds")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile a pass (default: on a GPU, where at "
         f"least {passes.COMPILED_FROM:,} steps are to come; it takes one or two minutes to be ready)")
     return parser.parse_args(argv)
@@ -123,19 +125,10 @@ def name_of(args: argparse.Namespace, phantom: bool) -> str:
         name += "-aligned"
     if not (args.local or args.geometric):
         name += "-nogeo"
+    name += f"-every{args.every}" * (args.every > 1)
     if args.recipe == "author":
         name = "author-" + name.removeprefix("moco-")
     return "phantom-" * phantom + name + processes.seed_suffix(args.seed)
-
-
-def check_groups(args: argparse.Namespace, world_size: int) -> None:
-    """Raise BadInput where the batch does not divide into groups on `world_size` processes; warn of a single group."""
-    if args.batch_size % (world_size * args.bn_group):
-        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {world_size} processes x --bn-group "
-                       f"{args.bn_group} = {world_size * args.bn_group}")
-    if args.batch_size == args.bn_group:
-        warnings.warn("one group only: Shuffling BN then does nothing and the model can cheat through its batch "
-                      "statistics; lower --bn-group or raise --batch-size", stacklevel=2)
 
 
 # --------------------------------------------------------------------------------------------- model and one step
@@ -152,7 +145,7 @@ def build(args: argparse.Namespace, phantom: bool = False) -> MoCo:
     if (arch := opened.pretraining["arch"]) != args.arch:
         raise BadInput(f"--init {args.init}: is a {arch}; give --arch {arch} or another start")
     backbone, args.init_checksum = opened.net, opened.pretraining["checksum"]
-    args.init_unfinished = opened.unfinished
+    args.init_unfinished, args.init_untrained = opened.unfinished, opened.untrained
     if args.zca:
         width = backbone.fc.in_features
         args.zca_group = args.zca_group or width
@@ -184,6 +177,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.skipped = 0  # steps that fp16's scaler left out
         self.gap = None  # of the last look at the held-out slices
+        self.probe = None  # --probe: see `probe.begin`
         self.horizon = args.epochs * batches.steps_per_epoch
 
     def lr(self, t: int) -> float:
@@ -236,15 +230,6 @@ class Trainer:
         moco.enqueue(keys)
         return torch.cat([stats, norm[None]])
 
-    def count_skipped(self, records: list[dict]) -> None:
-        """Under fp16 a gradient that is not finite ends no run: the scaler leaves its step out, counted here."""
-        if self.amp != "fp16":
-            return
-        for r in records:
-            if not math.isfinite(r["grad_norm"]):
-                self.skipped, r["grad_norm"] = self.skipped + 1, None
-            r["skipped"] = self.skipped
-
     def state(self, step: int) -> dict:
         """What checkpoint.pt holds after so many steps: all that continuing, and opening the backbone, need."""
         return {"step": step, "model": self.moco.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -284,9 +269,9 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
             if t == first and args.compile:
                 logger.compiled()
             stopping, done = ranks.any(stop.signal != 0), t + 1
-            epoch_ends = done % batches.steps_per_epoch == 0 or done == last
-            if log_due := len(logger.pending) == monitor.LOG_INTERVAL or epoch_ends or stopping:
-                logger.flush(done, say=epoch_ends or stopping, look=epoch_ends)
+            look = done % batches.steps_per_epoch == 0 or done in (monitor.judged_from(trainer), last)
+            if log_due := len(logger.pending) == monitor.LOG_INTERVAL or look or stopping:
+                logger.flush(done, say=look or stopping, look=look)
             if stopping or done == last or (log_due and ranks.any(run.overdue(args.checkpoint_minutes))):
                 run.checkpoint(trainer.state(done))
             if stopping and done < last:
@@ -300,16 +285,19 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
 # --------------------------------------------------------------------------------------------------------- a run
 
 
-def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.Processes) -> None:
-    """One run, from the start or its checkpoint to backbone.pth. Raises BadInput."""
-    check_groups(args, ranks.world_size)
-    batches = datasets.Batches(args, len(store), ranks)
+def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.Processes,
+             labelled: datasets.Store | None = None) -> None:
+    """One run, from the start or its checkpoint to backbone.pth; `labelled`: of --probe. Raises BadInput."""
+    passes.check_groups(args, ranks.world_size)
+    slices = store.of(every=args.every)
+    batches = datasets.Batches(args, slices, ranks)
     if not batches.steps_per_epoch:
-        raise BadInput(f"{store.data}: {len(store)} slices are fewer than one batch of {args.batch_size} besides "
-                       f"{len(batches.held_out)} held-out ones; lower --batch-size")
+        raise BadInput(f"{store.data}: {len(slices)} slices are fewer than one batch of {args.batch_size} besides "
+                       f"{len(batches.held_out)} held-out ones; lower --batch-size" + " or --every" * (args.every > 1))
     moco = build(args, store.is_phantom)  # before the run folder: weights that do not fit leave nothing behind
     not_in_config = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
-                     "checkpoint_minutes", "init_unfinished", "groups_per_pass")
+                     "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass",
+                     "probe")
     config = {k: v for k, v in vars(args).items() if k not in not_in_config}
     config |= {"data": store.name, "volumes": len(store.volumes), "slices": len(store),
                "store": store.contents()}
@@ -322,6 +310,7 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
     if args.compile is None:
         args.compile = passes.worth_compiling(args, last - first, ranks.device)
     trainer = Trainer(args, moco, batches, ranks, amp)
+    trainer.probe = probe.begin(trainer, store, labelled, ranks)  # before a checkpoint: of the weights at the start
     if saved:
         trainer.load(saved)
         passes.keep(moco, args, saved, ranks)
@@ -332,8 +321,10 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
     if ranks.is_main:
         runs.save(backbones.export(trainer.moco.encoder_q.backbone), run.folder / "backbone.pth")
         print(f"{run.folder / 'backbone.pth'}: the backbone, whitening folded, under torchvision's names")
-        figures.attempt(figures.curves, run.folder / "curves.png", runs.read_log(run.folder / "log.jsonl"),
-                        math.log(1 + args.queue))
+        log = runs.read_log(run.folder / "log.jsonl")
+        for line in probe.summary(log):
+            print(line)
+        figures.attempt(figures.curves, run.folder / "curves.png", log, math.log(1 + args.queue))
 
 
 def introduce(trainer: Trainer, store: datasets.Store, ranks: processes.Processes, first: int, last: int) -> None:
@@ -342,14 +333,19 @@ def introduce(trainer: Trainer, store: datasets.Store, ranks: processes.Processe
     if store.is_phantom:
         processes.announce_phantom()
     megabytes = sum(p.numel() for p in trainer.moco.encoder_q.parameters()) * 4 * 3 * 2 / 1e6 + args.queue * DIM * 8e-6
-    print(f"{args.name}: {args.arch} from {args.init} on {len(store):,} slices of {len(store.volumes):,} volumes "
-          f"({store.folder}), {processes.hardware()}")
+    thinned = f"{trained + len(trainer.batches.held_out):,} (one in {args.every}) of " * (args.every > 1)
+    print(f"{args.name}: {args.arch} from {args.init} on {thinned}{len(store):,} slices of {len(store.volumes):,} "
+          f"volumes ({store.folder}), {processes.hardware()}")
     print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
           f"{ranks.world_size} process(es), {trainer.moco.groups_per_pass} in one pass, precision {trainer.amp}, "
           f"{args.image_size} px; about {megabytes:,.0f} MB in {args.out / args.name}; the time needed is printed "
           f"after {monitor.LOG_INTERVAL} steps" + ", of which the first compiles for a minute or two" * args.compile)
     if args.init_unfinished:
         print(f"note: {args.init}: {args.init_unfinished}; this run starts from it as it is")
+    if args.init_untrained:
+        processes.announce(f"WARNING: this run starts from {args.init}, and {args.init_untrained}.\nRows that start so "
+                           "were seen to stay at chance. Train another start first: lower --lr, shorter --queue,\nmore "
+                           "steps, --no-geometric (docs/training.md, Few slices); or --init imagenet.", sys.stderr)
     for line in recipes.remarks(args):
         print(f"note: {line}")
     for line in recipes.advice(args, trained, trainer.horizon):
@@ -377,6 +373,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.init != start_of(args):
         args.init = backbones.resolve(args.init, args.out, phantom)
     store = slices_of(args, data)
+    labelled = args.probe and datasets.prepare(args.probe, stores.default_store(args.probe), "segment",
+                                               tuple(args.window), workers=args.workers)
     ranks = processes.start(args.deterministic)
     if ranks.is_main:
         for line in audit.remarks(store.volumes, store.skipped):
@@ -384,8 +382,8 @@ def main(argv: list[str] | None = None) -> None:
     trained = (args.out / args.init / "backbone.pth").exists
     if args.init == start_of(args) and not processes.on_main(ranks.is_main, trained):
         start = argparse.Namespace(**vars(args) | PHANTOM | START | dict(name=args.init, size=args.size))
-        pretrain(start, store if tuple(start.window) == tuple(args.window) else slices_of(start, data), ranks)
-    pretrain(args, store, ranks)
+        pretrain(start, store if tuple(start.window) == tuple(args.window) else slices_of(start, data), ranks, labelled)
+    pretrain(args, store, ranks, labelled)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from ct.command import printable
 from ct.volumes import BadInput
 from engine.processes import INIT, seed_torch
 from engine.runs import load, read_config
+from metrics import LEAST_GAP
 from whitening import fold, to_batch_norm, whiten_last_norm
 
 CHECKPOINT = "checkpoint.pt"  # what makes a folder a run
@@ -255,6 +256,13 @@ class Backbone:
         """`its pre-training is at step 3 of 15` for a run that has not reached its horizon, else nothing."""
         step, horizon = self.pretraining["step"], self.pretraining["horizon"]
         return f"its pre-training is at step {step:,} of {horizon:,}" if horizon and step < horizon else ""
+
+    @property
+    def untrained(self) -> str:
+        """`it does not tell slices apart` with the gap, for a run whose last look said so, else nothing."""
+        gap = self.pretraining["gap"]
+        apart = gap is None or gap >= LEAST_GAP
+        return "" if apart else f"it does not tell slices apart (gap {gap:.3f} in its last look)"
 
 
 def open_backbone(name: str, out: Path, arch: str, seed: int, whitening: str, phantom: bool,

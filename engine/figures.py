@@ -128,7 +128,7 @@ def spectrum(path: Path, runs: Sequence[tuple[str, np.ndarray, float]], title: s
 def curves(path: Path, log_records: Sequence[dict], chance: float) -> None:
     """A pre-training run from the records of its log.jsonl; `chance` is the level of Eq. 1 for random features.
 
-    Panels for what the log holds: the losses, accuracy, similarities, effective ranks, the queue, learning rate.
+    Panels for what the log holds: the losses, accuracy, similarities, probe, effective ranks, learning rate.
     """
     plt = pyplot()
     panels = [("loss", {"loss_global": "global (Eq. 1)", "loss_local": "local (Eq. 2)"}),
@@ -139,6 +139,7 @@ def curves(path: Path, log_records: Sequence[dict], chance: float) -> None:
               ("mean cosine similarity", {"similarity_positive": "positives", "similarity_negative": "negatives",
                                           "held_out_positive": "held out: of one slice",
                                           "held_out_negative": "held out: of two slices"}),
+              ("probe: mean Dice, labelled slices", {"probe_dice": "now", "probe_dice_start": "before the first step"}),
               ("effective rank", {"effective_rank": "backbone's features", "effective_rank_embedding": "embeddings"}),
               ("learning rate", {"lr": "learning rate"})]
     series = {key: np.array([(r["step"], r[key]) for r in log_records if r.get(key) is not None], float).reshape(-1, 2)

@@ -17,6 +17,12 @@ LOG_INTERVAL = 10  # steps between two looks at the losses; each look waits for 
 # What `Trainer.step` returns of a step; the queue's accuracy, cosine to the own key and to the queue: MoCo.query_stats
 STATS = ("loss", "loss_global", "loss_local", "queue_accuracy", "similarity_positive", "similarity_negative",
          "grad_norm")
+EARLIEST = 50  # steps: on the phantom, healthy runs had a gap of 0.01 to 0.02 after 23 and of 0.04 to 0.16 after 46
+
+
+def judged_from(trainer) -> int:
+    """The step from which a run says that it does not tell slices apart: a tenth of all, EARLIEST at least."""
+    return max(EARLIEST, math.ceil(trainer.horizon / 10))
 
 
 class CollapseMonitor:
@@ -66,21 +72,35 @@ class CollapseMonitor:
                 "queue_filled": min(1.0, step * args.batch_size / args.queue)}
 
     def warning(self, found: dict[str, float], step: int) -> str:
-        """What a look found means where it is bad, else ''. Nothing is said before the queue was full for an epoch."""
+        """What a look found means where it is bad, else ''. Nothing is said before the queue was full for an epoch; but
+        that the model does not tell slices apart is said from `judged_from` on at the latest.
+        """
         args, width = self.trainer.args, self.trainer.moco.encoder_q.projector[0].in_features
-        if (step - self.trainer.batches.steps_per_epoch) * args.batch_size < args.queue:
-            return ""
+        settled = self.trainer.batches.steps_per_epoch + args.queue // args.batch_size
         if found["held_out_gap"] < metrics.LEAST_GAP:
-            return (f"warning: the model does not tell slices apart (cosine of two views of a slice less that of two "
-                    f"slices: {found['held_out_gap']:.3f}, instance accuracy {found['instance_accuracy']:.3f}, chance "
+            if step < min(settled, judged_from(self.trainer)):
+                return ""
+            return (f"warning: after {step:,} of {self.trainer.horizon:,} steps the model does not tell slices apart "
+                    "(cosine of two views of a slice less that of two slices: "
+                    f"{found['held_out_gap']:.3f}, instance accuracy {found['instance_accuracy']:.3f}, chance "
                     f"{found['instance_chance']:.3f}). Its loss and the queue's accuracy come from the age of the "
                     "queue's keys, and its effective rank means nothing. Try a start that is not random (--init), a "
                     "shorter --queue, a lower --lr")
-        if found["effective_rank"] < min(width, 10 * (len(self.slices) - 1)) / 100:
+        if step >= settled and found["effective_rank"] < min(width, 10 * (len(self.slices) - 1)) / 100:
             return (f"warning: slices are told apart (gap {found['held_out_gap']:.2f}), but the {width} features have "
                     f"an effective rank of {found['effective_rank']:.1f}: few directions are used (dimensional "
                     "collapse, Fig. 1); see --local --zca")
         return ""
+
+
+def count_skipped(trainer, records: list[dict]) -> None:
+    """Under fp16 a gradient that is not finite ends no run: the scaler leaves its step out, counted here."""
+    if trainer.amp != "fp16":
+        return
+    for r in records:
+        if not math.isfinite(r["grad_norm"]):
+            trainer.skipped, r["grad_norm"] = trainer.skipped + 1, None
+        r["skipped"] = trainer.skipped
 
 
 class MetricLogger:
@@ -91,7 +111,7 @@ class MetricLogger:
         self.first, self.last, self.chance = first, last, math.log(1 + trainer.args.queue)
         self.bar = tqdm(total=last, initial=first, unit="step", disable=None if ranks.is_main else True)
         self.collapse = CollapseMonitor(trainer, store) if ranks.is_main else None
-        self.seen = ""  # in the last look
+        self.seen = self.alarm = ""  # in the last look
         self.pending: list[torch.Tensor] = []  # (7,) a step: STATS
         self.waited, self.since = 0.0, time.perf_counter()  # for slices; since the last flush
 
@@ -119,21 +139,25 @@ class MetricLogger:
         records = [{"step": t + 1, **dict(zip(STATS, values, strict=True)), "lr": trainer.lr(t),
                     "images_per_s": round(rate, 2), "data_share": round(self.waited / spent, 4)}
                    for t, values in zip(steps, stats, strict=True)]
-        trainer.count_skipped(records)
+        count_skipped(trainer, records)
         runs.refuse_non_finite(records, lambda step: [self.store.where(*self.store.place(i))
                                                       for i in trainer.batches.indices(step - 1)], self.run)
         record, warning = records[-1], ""
         if look and self.collapse:
-            found = self.collapse.look(done)
+            found = self.collapse.look(done) | (trainer.probe.look() if trainer.probe else {})
             warning = self.collapse.warning(found, done)
             self.seen = (f", instance accuracy {found['instance_accuracy']:.2f} (chance {found['instance_chance']:.2f})"
                          f", gap {found['held_out_gap']:.2f}, effective rank {found['effective_rank']:.1f}")
+            if trainer.probe:
+                self.seen += f", probe {100 * found['probe_dice']:.1f} % (at first {100 * trainer.probe.start:.1f} %)"
+            apart = found["held_out_gap"] >= metrics.LEAST_GAP or done < judged_from(trainer)
+            self.alarm = "" if apart else "DOES NOT TELL SLICES APART, "
             if done % trainer.batches.steps_per_epoch == 0:  # where --steps ends, a longer run would not look
                 record |= found
         self.run.log(records)
 
         # the same, shown
-        text = f"loss {record['loss_global']:.2f} (chance {self.chance:.2f})"
+        text = f"{self.alarm}loss {record['loss_global']:.2f} (chance {self.chance:.2f})"
         if args.local:
             text += f" local {record['loss_local']:.2f}"
         text += f", {rate:.1f} images/s{self.seen}"

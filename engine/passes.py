@@ -1,13 +1,16 @@
 """How many groups of a step run in one pass: as many as the device has room for."""
 
+import argparse
 import copy
 import math
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ct.volumes import BadInput
 from engine import processes
 from local_loss import CELLS
 from moco import Encoder, MoCo
@@ -17,6 +20,16 @@ WORKSPACE = 0.3e9  # bytes of cuDNN's and cuBLAS's own
 USABLE = 0.9  # of what is free
 COMPILED_FROM = 5000  # steps: at 50 ms saved in each, compiling for 100 s pays after 2,000
 CPU_SIDE = 96  # pixels of a view's side: up to here one pass over all groups was the faster one on a CPU
+
+
+def check_groups(args: argparse.Namespace, world_size: int) -> None:
+    """Raise BadInput where the batch does not divide into groups on `world_size` processes; warn of a single group."""
+    if args.batch_size % (world_size * args.bn_group):
+        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {world_size} processes x --bn-group "
+                       f"{args.bn_group} = {world_size * args.bn_group}")
+    if args.batch_size == args.bn_group:
+        warnings.warn("one group only: Shuffling BN then does nothing and the model can cheat through its batch "
+                      "statistics; lower --bn-group or raise --batch-size", stacklevel=2)
 
 
 def kept_bytes(encoder: Encoder, side: int, amp: str) -> int:

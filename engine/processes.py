@@ -33,7 +33,7 @@ from ct.prepare import WINDOW
 from ct.volumes import BadInput
 
 # Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
-INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, LOOKS = range(9)
+INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, LOOKS, PROBE = range(10)
 
 PATIENCE = timedelta(minutes=30)  # with another process, before it counts as lost
 READERS = 16  # threads of a process at most: each holds a batch
@@ -339,8 +339,13 @@ def commit() -> str:
 
 def announce_phantom() -> None:
     """Loudly, before anything is run on generated volumes."""
-    print("=" * 100 + "\nTHE PHANTOM: no real CT was given (--data), so this runs on generated volumes with small "
-          "settings.\nIts numbers say nothing about patients and are no AbdomenCT-1K or BTCV results.\n" + "=" * 100)
+    announce("THE PHANTOM: no real CT was given (--data), so this runs on generated volumes with small settings.\n"
+             "Its numbers say nothing about patients and are no AbdomenCT-1K or BTCV results.")
+
+
+def announce(text: str, file=None) -> None:
+    """Print something, by default on stdout, so that it is not overlooked."""
+    print("=" * 100, text, "=" * 100, sep="\n", file=file)
 
 
 def duration(seconds: float) -> str:

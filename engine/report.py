@@ -20,7 +20,8 @@ from segment import PROTOCOLS
 # (random ones, and the run that all rows of small data start from) come before it.
 ROWS = {"imagenet": "No SSL", "random": "Random weights", "start": "The start", "moco": "MoCo v2",
         "moco-local": "MoCo v2 + local", "moco-zca": "MoCo v2 + ZCA", "moco-local-zca": "MoCo v2 + local + ZCA"}
-BEYOND = {"moco-nogeo": "MoCo v2, no geometry", "moco-zca-nogeo": "MoCo v2 + ZCA, no geometry",
+BEYOND = {"moco-every4": "MoCo v2, each 4th slice",
+          "moco-nogeo": "MoCo v2, no geometry", "moco-zca-nogeo": "MoCo v2 + ZCA, no geometry",
           "moco-local-aligned": "MoCo v2 + aligned local", "moco-local-zca-aligned": "MoCo v2 + aligned local + ZCA",
           "author-moco": "MoCo v2, first author's settings", "author-zca": "MoCo v2 + ZCA, first author's settings"}
 TABLE_1 = ("No SSL", "MoCo v2", "MoCo v2 + local + ZCA")

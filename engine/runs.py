@@ -23,7 +23,7 @@ from engine import processes
 from engine.processes import Processes, on_main
 
 SHOWN = 8  # differing settings that a refusal names
-SINCE = {"recipe": "paper", "weight_decay": 1e-4}  # settings that older configs do not name, as they were then
+SINCE = {"recipe": "paper", "weight_decay": 1e-4, "every": 1}  # settings that older configs do not name, as they were
 # The tensors of a Lightning file, a dict with arguments or a whole module: what `load` reads. FILE and NEW follow.
 SAVE_ALONE = ("python -c \"import sys, torch; f, new = sys.argv[1:]; x = torch.load(f, 'cpu', weights_only=False); "
               "torch.save({k: x[k] for k in ('state_dict', 'model', 'teacher', 'student', 'backbone') if k in x} "

@@ -48,6 +48,10 @@ def test_curves_show_what_the_log_holds(drawn):
                 queue_filled=1.0)
     drawn(figures.curves, [record(1), record(2, loss_local=1.0, **full), record(3, effective_rank=None)], 6.9)
     assert {"effective rank", "mean cosine similarity", "local (Eq. 2)", "learning rate"} <= set(drawn.texts)
+    assert "before the first step" not in drawn.texts
+    drawn(figures.curves, [record(i, probe_dice=0.1 * i, probe_dice_start=0.1) for i in (1, 2, 3)], 6.9)
+    assert {"probe: mean Dice, labelled slices", "now", "before the first step"} <= set(drawn.texts)
+    assert any(len(line) == 3 and np.allclose(line, [[1, 0.1], [2, 0.2], [3, 0.3]]) for line in drawn.lines)
 
 
 def test_a_running_mean_is_one():

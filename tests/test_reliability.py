@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_ssl
-from engine import runs
+from engine import monitor, runs
 
 PARTS = {"files": "mutated files", "kills": "SIGKILL", "signals": "SIGINT", "processes": "another number of processes",
          "disk": "full disk", "restarts": "--max-restarts 1", "rejoin": "both rejoined"}
@@ -80,6 +80,6 @@ def test_a_gradient_that_is_not_finite_is_in_the_norm():
 def test_fp16_counts_the_steps_its_scaler_skips(tmp_path):
     records = [{"step": s, "loss": 1.0, "grad_norm": n} for s, n in ((1, 2.0), (2, float("inf")), (3, 1.0))]
     trainer = SimpleNamespace(amp="fp16", skipped=4)
-    train_ssl.Trainer.count_skipped(trainer, records)
+    monitor.count_skipped(trainer, records)
     assert trainer.skipped == 5 and [r["skipped"] for r in records] == [4, 5, 5] and records[1]["grad_norm"] is None
     runs.refuse_non_finite(records, lambda step: [], runs.Run(tmp_path, {}, False, True))  # no reason to stop

@@ -1,5 +1,6 @@
 """train_ssl.py through its own command: files, exact continuing, independence of the number of processes."""
 
+import functools
 import json
 import math
 import shutil
@@ -141,6 +142,45 @@ def test_step_t_is_a_function_of_seed_and_t(flags, tmp_path):
         assert sorted(whole.permutation(t).tolist()) == list(range(8))
 
 
+def test_each_nth_slice_of_every_volume_is_trained_on_or_held_out(flags, tmp_path):
+    """Of volumes of 9, 3 and 4 slices; a volume shorter than N keeps its first."""
+    store = SimpleNamespace(volumes=[{"id": "c", "slices": 9}, {"id": "a", "slices": 3}, {"id": "b", "slices": 4}],
+                            ends=np.cumsum([9, 3, 4]), data="x")
+    of = functools.partial(datasets.Store.of, store)
+    assert of(every=4).tolist() == [0, 4, 8] + [9] + [12]
+    assert of(every=2).tolist() == [0, 2, 4, 6, 8] + [9, 11] + [12, 14]
+    assert of(every=100).tolist() == [0, 9, 12] and of().tolist() == list(range(16))
+    assert of(["c", "b"], 3).tolist() == [0, 3, 6] + [12, 15]
+    args, ranks = train_ssl.parse(flags(tmp_path)), processes.Processes(0, 1, torch.device("cpu"))
+    train_ssl.resolve_defaults(args, True)
+    numbers = np.arange(0, 400, 4)
+    batches, again = (datasets.Batches(args, x, ranks) for x in (numbers, numbers.copy()))
+    assert sorted([*batches.held_out, *batches.trained]) == numbers.tolist() and len(batches.held_out) == 12
+    assert batches.steps_per_epoch == 11 and set(np.concatenate([batches.indices(t) for t in range(11)])) <= set(
+        batches.trained.tolist())
+    assert all(np.array_equal(batches.indices(t), again.indices(t)) for t in (25, 3))
+    # all of them are what their number is
+    one, other = (datasets.Batches(args, x, ranks) for x in (37, np.arange(37)))
+    assert np.array_equal(one.held_out, other.held_out) and np.array_equal(one.trained, other.trained)
+
+
+def test_a_thinned_run_says_so_and_is_another_than_the_whole(flags, tmp_path, refusal, capsys):
+    train_ssl.main(flags(tmp_path, "--every", 2, "--steps", 1))
+    assert "on 12 (one in 2) of 24 slices of 6 volumes" in capsys.readouterr().out
+    folder = tmp_path / "phantom-moco-every2"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["every"] == 2 and config["slices"] == 24
+    named = ("--name", folder.name, "--steps", 1)
+    assert "every: 2 there, 1 here" in refusal(train_ssl.main, flags(tmp_path, *named))
+    assert "every: 2 there, 4 here" in refusal(train_ssl.main, flags(tmp_path, *named, "--every", 4, "--batch-size", 4,
+                                                                    "--bn-group", 2))
+    assert "lower --batch-size or --every" in refusal(train_ssl.main, flags(tmp_path, "--every", 4))
+    # runs of before the flag had every slice
+    del config["every"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "every: 1 there, 2 here" in refusal(train_ssl.main, flags(tmp_path, *named, "--every", 2))
+
+
 def test_schedule_is_torchs_cosine(flags, tmp_path):
     args = train_ssl.parse(flags(tmp_path, "--epochs", 2))
     train_ssl.resolve_defaults(args, True)
@@ -159,8 +199,10 @@ def test_names_and_defaults_are_the_papers(tmp_path):
     expected = {(): "moco", ("--local",): "moco-local", ("--zca",): "moco-zca", ("--local", "--zca"): "moco-local-zca",
                 ("--no-geometric",): "moco-nogeo", ("--zca", "--no-geometric"): "moco-zca-nogeo",
                 ("--local", "--geometric"): "moco-local-aligned", ("--seed", "3"): "moco-seed3",
-                ("--local", "--zca", "--geometric"): "moco-local-zca-aligned"}
-    geometric = {(), ("--zca",), ("--seed", "3"), ("--local", "--geometric"), ("--local", "--zca", "--geometric")}
+                ("--local", "--zca", "--geometric"): "moco-local-zca-aligned", ("--every", "4"): "moco-every4",
+                ("--zca", "--every", "2", "--seed", "3"): "moco-zca-every2-seed3"}
+    geometric = {(), ("--zca",), ("--seed", "3"), ("--every", "4"), ("--zca", "--every", "2", "--seed", "3"),
+                 ("--local", "--geometric"), ("--local", "--zca", "--geometric")}
     for more, name in expected.items():
         for phantom in (False, True):
             args = train_ssl.parse(list(more))
@@ -387,6 +429,45 @@ def test_warnings_look_at_gap_and_rank_together_once_the_queue_was_full_for_an_e
     assert "dimensional collapse" not in collapse.warning(healthy | {"effective_rank": 0.05, "held_out_gap": 0.0}, full)
     for bad in ({"held_out_gap": 0.0}, {"effective_rank": 0.05}):
         assert collapse.warning(healthy | bad, full - 1) == ""
+    args.queue = 4000 * args.batch_size  # it fills late; a tenth of the steps is not waited for longer than for it
+    for horizon, due in ((2000, 200), (300, 50), (10**6, 4000 + trainer.batches.steps_per_epoch)):
+        trainer.horizon = horizon
+        assert collapse.warning(healthy | {"held_out_gap": 0.0}, due - 1) == ""
+        assert f"after {due:,} of {horizon:,} steps" in collapse.warning(healthy | {"held_out_gap": 0.0}, due)
+    assert collapse.warning(healthy | {"effective_rank": 0.05}, due - 1) == ""
+
+
+def test_a_run_that_does_not_tell_slices_apart_says_so_from_a_tenth_of_its_steps_on(flags, tmp_path, capsys,
+                                                                                      monkeypatch):
+    """Of 20 steps, five an epoch: after the second, within an epoch, and then as often as a run is looked at."""
+    monkeypatch.setattr(monitor, "EARLIEST", 1)
+    look = monitor.CollapseMonitor.look
+    for gap in (0.019, 0.021):
+        monkeypatch.setattr(monitor.CollapseMonitor, "look", lambda *a, gap=gap: look(*a) | {"held_out_gap": gap})
+        train_ssl.main(flags(tmp_path / str(gap), "--batch-size", 4, "--bn-group", 2, "--epochs", 4, "--steps", 6))
+        told = capsys.readouterr()
+        lines = [line for line in told.out.splitlines() if line.startswith("step ")]
+        assert [line.split("/")[0] for line in lines] == ["step 2", "step 5", "step 6"]
+        assert all((": DOES NOT TELL SLICES APART, loss" in line) == (gap < 0.02) for line in lines)
+        assert told.err.count("the model does not tell slices apart") == 3 * (gap < 0.02)
+
+
+def test_a_start_that_never_learned_is_told_of_before_the_run(flags, tmp_path, capsys):
+    """By the gap of its last look, which is also made where --steps ends a run within an epoch."""
+    train_ssl.main(flags(tmp_path, "--no-geometric", "--name", "start", "--steps", 1))
+    path = tmp_path / "start" / "checkpoint.pt"
+    start = torch.load(path, weights_only=True)
+    assert start["gap"] is not None
+    for gap in (0.0, 0.5, None):  # None: of an older version
+        torch.save(start | {"gap": gap}, path)
+        capsys.readouterr()
+        train_ssl.main([*flags(tmp_path, "--steps", 1, "--name", str(gap)), "--init", "start"])
+        told = capsys.readouterr()
+        assert ("WARNING: this run starts from start, and it does not tell slices apart (gap 0.000 in its last look)"
+                in told.err) == (gap == 0.0)
+        assert "note: start: its pre-training is at step 1" in told.out
+        config = json.loads((tmp_path / str(gap) / "config.json").read_text())
+        assert not {"init_untrained", "init_unfinished"} & config.keys()
 
 
 class Brightness(torch.nn.Module):
@@ -458,15 +539,15 @@ def test_the_phantoms_start_is_trained_first_and_once(flags, tmp_path, monkeypat
     train_ssl.main([*argv, "--recipe", "author", "--out", str(tmp_path / "author"), "--steps", "1"])
     author, plain = (tmp_path / x / "phantom-start-seed2" for x in ("author", ""))
     capsys.readouterr()
-    train_ssl.main([*argv, "--steps", "1"])
+    train_ssl.main([*argv, "--every", "2", "--steps", "1"])
     out = capsys.readouterr().out
     assert (author / "config.json").read_text() == (plain / "config.json").read_text()  # whichever row comes first
     assert author.with_name("phantom-author-moco-seed2").is_dir()
     places = [out.index(f"{run}: resnet18 from {init}") for run, init in (
-        ("phantom-start-seed2", "random"), ("phantom-moco-seed2", "phantom-start-seed2"))]
+        ("phantom-start-seed2", "random"), ("phantom-moco-every2-seed2", "phantom-start-seed2"))]
     assert places == sorted(places)
     config = json.loads((tmp_path / "phantom-start-seed2/config.json").read_text())
-    assert not config["geometric"] and not config["local"] and not config["zca"]
+    assert not config["geometric"] and not config["local"] and not config["zca"] and config["every"] == 1
     train_ssl.main([*argv, "--zca", "--steps", "1"])
     assert "phantom-start-seed2: resnet18 from random" not in capsys.readouterr().out
 
