@@ -178,6 +178,35 @@ def _curve(axes, steps: np.ndarray, values: np.ndarray, label: str, style: dict)
     axes.plot(steps, values, marker="o" if len(steps) < 40 else None, markersize=3, label=label, **style)
 
 
+def over_steps(path: Path, panels: dict[str, dict[str, Sequence[tuple[int, float, float | None]]]]) -> None:
+    """What backbones are worth over the steps of their pre-training: a panel for each kind of slices, a curve a row.
+
+    panels: {title: {row: [(step, mean Dice in %, standard deviation or None), ...]}}. A row of one point, which was not
+    trained further, is a level across the panel. Curves stand a little aside of each other, so that bars stay apart.
+    """
+    plt = pyplot()
+    figure, grid = plt.subplots(1, len(panels), figsize=(1.2 + 4.2 * len(panels), 3.6), squeeze=False, sharey=True,
+                                layout="constrained")
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
+        for name, points in curves.items():
+            i = names.index(name)
+            steps, means, bars = (np.array(x, float) for x in zip(*points, strict=True))
+            if len(points) == 1:
+                axes.axhline(means[0], label=name, linewidth=1, **_style(i))
+                continue
+            axes.errorbar(steps * 1.015 ** (i - len(names) / 2), means, np.nan_to_num(bars), capsize=2, elinewidth=0.8,
+                          marker=MARKERS[i % len(MARKERS)], markersize=4, fillstyle="none" if i % 2 else "full",
+                          label=name, **_style(i))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("steps of pre-training, from the start")
+        axes.set_title(title)
+    grid[0][0].set_ylabel("Dice in %, frozen linear head")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center")
+    _save(plt, figure, path)
+
+
 def contact_sheet(path: Path, slices: Sequence[np.ndarray], titles: Sequence[str],
                   labels: Sequence[np.ndarray] | None = None, names: Sequence[str] = ()) -> None:
     """Slices (H, W) uint8 of any sizes, each under its title, in the order given: what a store holds, at a glance.
