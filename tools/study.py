@@ -10,6 +10,8 @@ side (a network that never saw a crop knows one scale only), and the last look a
 continues after any stop; --table shows what is there.
 """
 
+import argparse
+import math
 import os
 import subprocess
 import sys
@@ -18,14 +20,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
+import datasets
 import metrics
+import train_ssl
 from ct import phantom
 from ct.command import Parser, cores, whole
 from ct.volumes import BadInput
 from engine import figures, processes, report, runs
 
 ROOT = Path(__file__).parent.parent
-# Of real CT; the phantom has train_ssl.py's preset.
+# On real CT; the phantom has train_ssl.py's preset.
 PRETRAINING = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, lr=0.01, queue=128, ema=0.99, size=256)
 HEAD = dict(split="100", protocol="linear-frozen", iterations=300, batch_size=16, lr=0.2, arch="resnet18")
 # A line a row: its flags of train_ssl.py, all else is equal.
@@ -88,9 +94,8 @@ def row(args, seed: int, name: str) -> Iterator[list[str]]:
     """
     suffix = processes.seed_suffix(seed)
     folder, begin = args.out / f"{name}{suffix}", args.out / f"start{suffix}"
-    steps_per_epoch = step_of(begin) // args.epochs[0]
     for epochs in dict.fromkeys(max(1, round(share * args.epochs[1])) for share in SHARES):  # whole: a look ends each
-        step = epochs * steps_per_epoch
+        step = epochs * args.steps_per_epoch
         if step_of(folder) <= step:
             yield pretrain(args, seed, folder.name, args.epochs[1], "--init", begin.name, *ROWS[name], "--steps", step)
             yield from heads(args, seed, folder.name, step)
@@ -128,6 +133,29 @@ def beside(chains: Iterable[Iterator[list[str]]], jobs: int, log: Path) -> None:
                 child.terminate()
             for child in running:
                 child.wait()
+
+
+def run(args) -> None:
+    """All starts, then all rows, a seed after the other. Raises BadInput."""
+    if (args.phantom is None) == (args.ssl is None or args.seg is None):
+        raise BadInput("give --ssl and --seg, or --phantom")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.phantom:
+        folder = args.out / "phantom"
+        args.ssl, args.seg = folder / "AbdomenCT-1K", folder / "BTCV"
+        if not folder.exists():
+            phantom.write(folder, unlabelled=args.phantom)
+    settings = train_ssl.PHANTOM if args.phantom else PRETRAINING
+    store = datasets.prepare(args.ssl, args.out / "stores" / "ssl", "pretrain", size=settings["size"])
+    one = processes.Processes(0, 1, torch.device("cpu"))
+    batches = datasets.Batches(argparse.Namespace(seed=0, batch_size=settings["batch_size"]), len(store), one)
+    args.steps_per_epoch = batches.steps_per_epoch
+    args.epochs = [math.ceil(steps / args.steps_per_epoch) for steps in args.steps]
+    log = args.out / "study.log"
+    print(f"{len(store):,} slices, {args.epochs[0]} epochs of the start and {args.epochs[1]} of a row, of "
+          f"{args.steps_per_epoch} steps each; the output of all commands: {log}")
+    beside((start(args, seed) for seed in args.seeds), args.jobs, log)
+    beside((row(args, seed, name) for seed in args.seeds for name in args.rows), args.jobs, log)
 
 
 # --------------------------------------------------------------------------------------------------- what it showed
@@ -216,8 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("study"))
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), help="default: all")
-    parser.add_argument("--epochs", type=whole(1), nargs=2, default=[35, 320], metavar=("START", "ROWS"),
-                        help="horizons; about 140 and 1,280 steps on 300 slices (default 35 320)")
+    parser.add_argument("--steps", type=whole(1), nargs=2, default=[220, 1540], metavar=("START", "ROWS"),
+                        help="of pre-training, rounded up to whole epochs (default 220 1540)")
     parser.add_argument("--jobs", type=whole(1), default=1, help="rows and seeds beside each other (%(default)s)")
     parser.add_argument("--table", action="store_true", help="run nothing; the tables of what is there")
     args = parser.parse_args(argv)
@@ -229,22 +257,6 @@ def main(argv: list[str] | None = None) -> None:
     written = write(args.out, found)
     print(tables(found))
     print(", ".join(map(str, written)))
-
-
-def run(args) -> None:
-    """All starts, then all rows, a seed after the other."""
-    if (args.phantom is None) == (args.ssl is None or args.seg is None):
-        raise BadInput("give --ssl and --seg, or --phantom")
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / "study.log"
-    if args.phantom:
-        folder = args.out / "phantom"
-        args.ssl, args.seg = folder / "AbdomenCT-1K", folder / "BTCV"
-        if not folder.exists():
-            phantom.write(folder, unlabelled=args.phantom)
-    print(f"the output of all commands: {log}")
-    beside((start(args, seed) for seed in args.seeds), args.jobs, log)
-    beside((row(args, seed, name) for seed in args.seeds for name in args.rows), args.jobs, log)
 
 
 if __name__ == "__main__":
