@@ -6,8 +6,9 @@ scale, and would longer training change the answer. The existing commands, and t
 
 A start (MoCo v2 without geometry, from random weights) and from it every row of ROWS, measured on its way, after 1/8,
 1/4, 1/2 and all of its epochs: a frozen linear head, trained and evaluated on whole slices at 1 and 2 times the views'
-side (a network that never saw a crop knows one scale only), and the last look at the held-out slices. The same command
-continues after any stop; --table shows what is there.
+side (a network that never saw a crop knows one scale only), and the last look at the held-out slices. It is one run
+whose learning rate falls over all of its epochs: what is measured on the way is not what a shorter run would end with.
+The same command continues after any stop; --table shows what is there.
 """
 
 import argparse
@@ -87,18 +88,17 @@ def start(args, seed: int) -> Iterator[list[str]]:
     yield from heads(args, seed, name, step_of(args.out / name))
 
 
-def row(args, seed: int, name: str) -> Iterator[list[str]]:
-    """The commands of a row, each to be run before the next is asked for: it trains to a share, is measured, goes on.
+def row(args, seed: int, name: str, epochs: int) -> Iterator[list[str]]:
+    """The commands that bring a row from its start, or from where it stands, to `epochs`, and measure it there.
 
-    A row that stands beyond a share was measured there.
+    Of a row that stands beyond: none, since it was measured before it went on.
     """
     suffix = processes.seed_suffix(seed)
-    folder, begin = args.out / f"{name}{suffix}", args.out / f"start{suffix}"
-    for epochs in dict.fromkeys(max(1, round(share * args.epochs[1])) for share in SHARES):  # whole: a look ends each
-        step = epochs * args.steps_per_epoch
-        if step_of(folder) <= step:
-            yield pretrain(args, seed, folder.name, args.epochs[1], "--init", begin.name, *ROWS[name], "--steps", step)
-            yield from heads(args, seed, folder.name, step)
+    folder, step = args.out / f"{name}{suffix}", epochs * args.steps_per_epoch
+    if step_of(folder) <= step:
+        yield pretrain(args, seed, folder.name, args.epochs[1], "--init", f"start{suffix}", "--steps", step,
+                       *ROWS[name])
+        yield from heads(args, seed, folder.name, step)
 
 
 def beside(chains: Iterable[Iterator[list[str]]], jobs: int, log: Path) -> None:
@@ -136,7 +136,8 @@ def beside(chains: Iterable[Iterator[list[str]]], jobs: int, log: Path) -> None:
 
 
 def run(args) -> None:
-    """All starts, then all rows, a seed after the other. Raises BadInput."""
+    """All starts, then all rows to the first share, to the second ...: what is there can be compared. Raises BadInput.
+    """
     if (args.phantom is None) == (args.ssl is None or args.seg is None):
         raise BadInput("give --ssl and --seg, or --phantom")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,8 @@ def run(args) -> None:
     print(f"{len(store):,} slices, {args.epochs[0]} epochs of the start and {args.epochs[1]} of a row, of "
           f"{args.steps_per_epoch} steps each; the output of all commands: {log}")
     beside((start(args, seed) for seed in args.seeds), args.jobs, log)
-    beside((row(args, seed, name) for seed in args.seeds for name in args.rows), args.jobs, log)
+    for epochs in dict.fromkeys(max(1, round(share * args.epochs[1])) for share in SHARES):  # whole: a look ends each
+        beside((row(args, seed, name, epochs) for seed in args.seeds for name in args.rows), args.jobs, log)
 
 
 # --------------------------------------------------------------------------------------------------- what it showed
