@@ -75,6 +75,31 @@ def test_every_row_is_measured_on_its_way_and_a_stop_changes_nothing(small, smal
     assert len(done) == number and "| aligned | 1 | 6 |" in out.replace(" (**did not train**)", "")
 
 
+def test_all_rows_come_to_a_share_before_one_goes_on(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(study, "beside", lambda chains, jobs, log: planned.append([list(chain) for chain in chains]))
+    monkeypatch.setattr(study.datasets, "prepare", lambda *_, **__: range(8 * 100 // 7 + 1))  # an eighth is held out
+    monkeypatch.setattr(study, "PRETRAINING", SMALL)
+    with pytest.raises(SystemExit):  # nothing was measured
+        study.main([str(a) for a in ("--ssl", tmp_path, "--seg", tmp_path, "--out", tmp_path / "s", "--seeds", 0, 4,
+                                     "--steps", 20, 190, "--rows", "moco", "moco-zca")])
+    starts, *shares = planned
+    assert len(starts) == 2 and len(shares) == 4
+
+    def told(argv: list[str], flag: str) -> str:
+        return argv[argv.index(flag) + 1]
+
+    names = ["moco", "moco-zca", "moco-seed4", "moco-zca-seed4"]
+    for chains, step in zip(shares, (24, 48, 96, 192), strict=True):  # 12 steps an epoch, 16 epochs
+        assert [told(chain[0], "--name") for chain in chains] == names
+        for chain, name in zip(chains, names, strict=True):
+            assert (told(chain[0], "--steps"), told(chain[0], "--epochs")) == (str(step), "16")
+            assert told(chain[0], "--init") == "start" + "-seed4" * name.endswith("4")
+            heads = [(Path(told(a, "--out")).name, Path(told(a, "--backbone")).name, told(a, "--crop-size"))
+                     for a in chain[1:]]
+            assert heads == [(f"{side}px-step{step}", name, str(side)) for side in (64, 128)]
+
+
 def test_what_to_study_is_named_once(tmp_path, refusal):
     for given in ([], ["--ssl", tmp_path], ["--ssl", tmp_path, "--seg", tmp_path, "--phantom", 1]):
         assert "give --ssl and --seg, or --phantom" in refusal(study.main, ["--out", tmp_path, *given])
