@@ -168,8 +168,11 @@ def test_the_picture_has_a_curve_a_row_and_a_level_for_random_weights(tmp_path, 
         assert list(moco[0].get_ydata()) == pytest.approx(means)
         ends = [segment[:, 1] for segment in moco[2][0].get_segments()]
         assert [(high - low) / 2 for low, high in ends] == pytest.approx(bars)
-        levels = {line.get_label(): line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1}
-        assert levels["random"] == pytest.approx(statistics.mean(100 * v[dice] for v in MADE["random", 0].values()))
+        levels = {line.get_label(): line.get_ydata() for line in axes.lines if line.get_label() in ("random", "start")}
+        random = statistics.mean(100 * v[dice] for v in MADE["random", 0].values())
+        assert list(levels["random"]) == pytest.approx([random, random])
+        assert list(levels["start"]) == pytest.approx([100 * MADE["start", 9][0][dice]] * 2)
+        assert [t.get_text() for t in axes.get_xticklabels()] == ["10", "20"]
 
 
 def python(code: str, *argv: object) -> list[str]:

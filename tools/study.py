@@ -225,12 +225,11 @@ def write(out: Path, found: dict) -> list[Path]:
     runs.write_text(out / "study.md", f"{tables(found)}\n\n{processes.hardware()}; commit {processes.commit()}\n")
     panels = {}
     for side in SIDES:
-        curves = panels[f"slices of {side} px"] = {}
-        for name in ("random", "start", *ROWS):
-            points = [(step, *over_seeds(seeds, side)) for (n, step), seeds in sorted(found.items())
-                      if n == name and over_seeds(seeds, side)]
-            if points:
-                curves[name] = points
+        points = [(name, step, *value) for (name, step), seeds in sorted(found.items())
+                  if (value := over_seeds(seeds, side))]
+        levels = {name: value for kept in ("random", "start") for name, _, *value in points if name == kept}
+        curves = {row: [point for name, *point in points if name == row] for row in ROWS}
+        panels[f"slices of {side} px"] = levels, {row: curve for row, curve in curves.items() if curve}
     written = [out / "study.md", out / "study.csv"]
     return written + [out / "study.png"] * figures.attempt(figures.over_steps, out / "study.png", panels)
 
