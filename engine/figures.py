@@ -179,6 +179,39 @@ def _curve(axes, steps: np.ndarray, values: np.ndarray, label: str, style: dict)
     axes.plot(steps, values, marker="o" if len(steps) < 40 else None, markersize=3, label=label, **style)
 
 
+def over_steps(path: Path, panels: dict[str, tuple[dict[str, tuple], dict[str, Sequence[tuple]]]]) -> None:
+    """What backbones are worth over the steps of their pre-training: a panel for each kind of slices, a curve a row.
+
+    panels: {title: (levels, curves)}: {name: (mean Dice in %, standard deviation or None)} of what is not trained
+    further, a line across the panel, and {row: [(step, mean, standard deviation or None), ...]}. Curves stand a little
+    aside of each other, so that bars stay apart.
+    """
+    plt = pyplot()
+    figure, grid = plt.subplots(1, len(panels), figsize=(1.2 + 4.2 * len(panels), 3.6), squeeze=False, sharey=True,
+                                layout="constrained")
+    names = list(dict.fromkeys(name for parts in panels.values() for part in parts for name in part))
+    for axes, (title, (levels, curves)) in zip(grid[0], panels.items(), strict=True):
+        for name, (mean, deviation) in levels.items():
+            style = _style(names.index(name))
+            axes.axhline(mean, label=name, **style)
+            axes.axhspan(mean - (deviation or 0), mean + (deviation or 0), color=style["color"], alpha=0.1, linewidth=0)
+        for name, points in curves.items():
+            i = names.index(name)
+            steps, means, bars = (np.array(x, float) for x in zip(*points, strict=True))
+            axes.errorbar(steps * 1.015 ** (i - len(names) / 2), means, bars, capsize=2, elinewidth=0.8,
+                          marker=MARKERS[i % len(MARKERS)], markersize=4, fillstyle="none" if i % 2 else "full",
+                          label=name, **_style(i))
+        axes.set_xscale("log")
+        ticks = sorted({step for points in curves.values() for step, *_ in points})
+        axes.set_xticks(ticks, [f"{step:,}" for step in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("steps of pre-training, from the start")
+        axes.set_title(title)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center")
+    grid[0][0].set_ylabel("Dice in %, frozen linear head")
+    _save(plt, figure, path)
+
+
 def contact_sheet(path: Path, slices: Sequence[np.ndarray], titles: Sequence[str],
                   labels: Sequence[np.ndarray] | None = None, names: Sequence[str] = ()) -> None:
     """Slices (H, W) uint8 of any sizes, each under its title, in the order given: what a store holds, at a glance.

@@ -358,8 +358,8 @@ CLUSTER, GPU, TOOL = "needs a cluster", "was measured on a GPU", "a tool of othe
 CANNOT = {
     "make setup": DOWNLOADS, "pip": DOWNLOADS, "curl": DOWNLOADS,
     "make demo": MINUTES, "make stress": MINUTES, "tests/stress --files --kills --minutes": MINUTES,
-    "tools/against --pairs": MINUTES, "tools/bench": MINUTES,
-    "tools/bench --peers": MINUTES, "tools/study --seg --ssl": MINUTES,
+    "tools/against --pairs": MINUTES, "tools/bench": MINUTES, "tools/bench --peers": MINUTES,
+    "tools/study --seg --ssl --steps": MINUTES,
     "make test": THIS, "make lint": THIS, "pytest": THIS,
     "train_ssl --arch --batch-size --bn-group --image-size --init --local --queue --size --steps --zca": GPU,
     "sbatch": CLUSTER, "scontrol": CLUSTER,

@@ -128,9 +128,9 @@ ENVIRONMENTS = [({"WORLD_SIZE": "2"}, "without RANK"), ({"LOCAL_RANK": ""}, "LOC
                 ({"WORLD_SIZE": "0"}, "RANK=0"), ({"RANK": "1"}, "WORLD_SIZE=1"), ({"WORLD_SIZE": "-2"}, "no number")]
 FLAGS = {"ssl": ["--seed", "--lr", "--steps", "--epochs", "--workers", "--image-size"], "seg": ["--seed", "--lr",
          "--draw", "--iterations"], "svd": ["--seed", "--image-size"], "prepare": ["--size", "--workers"],
-         "audit": ["--workers"], "phantom": ["--seed", "--labelled", "--unlabelled"], "study": ["--seeds", "--epochs"]}
+         "audit": ["--workers"], "phantom": ["--seed", "--labelled", "--unlabelled"], "study": ["--seeds", "--steps"]}
 TABLE = [
-    *(case(name, flag, "-1", *["-1"] * (name == "study" and flag == "--epochs"), code=2, says=f"{flag}: -1: must be")
+    *(case(name, flag, "-1", *["-1"] * (name == "study" and flag == "--steps"), code=2, says=f"{flag}: -1: must be")
       for name, flags in FLAGS.items() for flag in flags),
     case("prepare", "--size", "0", code=2, says="--size: 0: must be"),
     case("svd", "--image-size", "0", code=2, says="--image-size: 0"),
@@ -162,6 +162,8 @@ TABLE = [
     case("seg", "--predict", "{w}/nowhere", "--run", "a", says="nowhere"),
     case("seg", "--predict", "{w}/file", "--run", "phantom-moco", says="knows no organs"),
     case("audit", "--verify", says="nothing was prepared there"),
+    case("study", says="nothing was measured there yet"),
+    case("study", "--rows", "moco-nothing", code=2, says="--rows: invalid choice"),
 ]
 
 

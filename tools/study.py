@@ -1,113 +1,265 @@
 """A study of all rows on few slices and one small machine: does it train, does it collapse, what is it worth, at which
-scale. The existing commands one after the other, and a table of what they left.
+scale, and would longer training change the answer. The existing commands, and tables and a picture of what they left.
 
-    python -m tools.study --ssl my_ct --seg my_btcv --out study --seeds 0 1 2
+    python -m tools.study --ssl my_ct --seg my_btcv --out study --jobs 2
+    python -m tools.study --phantom 160 --out study                  a generated phantom of 160 unlabelled patients
 
-Rows: random weights, a start (MoCo v2 without geometry, from random weights), and from it MoCo v2, its control without
-geometry, either contribution, both, and both with geometry kept. The frozen linear head is trained and evaluated on
-whole slices at 1, 1.5 and 2 times the views' side: a network that never saw a crop knows one scale only. The same
-command continues; several may run beside each other with other seeds.
+A start (MoCo v2 without geometry, from random weights) and from it every row of ROWS, measured on its way, after 1/8,
+1/4, 1/2 and all of its epochs: a frozen linear head, trained and evaluated on whole slices at 1 and 2 times the views'
+side (a network that never saw a crop knows one scale only), and the last look at the held-out slices. It is one run
+whose learning rate falls over all of its epochs: what is measured on the way is not what a shorter run would end with.
+The same command continues after any stop; --table shows what is there.
 """
 
-import csv
+import argparse
+import math
+import os
 import subprocess
 import sys
+import time
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
+import datasets
 import metrics
-from ct.command import Parser, whole
-from engine import processes, runs
+import train_ssl
+from ct import phantom
+from ct.command import Parser, cores, whole
+from ct.volumes import BadInput
+from engine import figures, processes, report, runs
 
 ROOT = Path(__file__).parent.parent
+# On real CT; the phantom has train_ssl.py's preset.
 PRETRAINING = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, lr=0.01, queue=128, ema=0.99, size=256)
-PROBE = dict(split="100", protocol="linear-frozen", iterations=300, batch_size=16, lr=0.2, arch="resnet18")
-ROWS = {"moco": [], "moco-nogeo": ["--no-geometric"], "moco-zca": ["--zca"], "moco-local": ["--local"],
-        "moco-local-zca": ["--local", "--zca"], "moco-local-zca-aligned": ["--local", "--zca", "--geometric"]}
-SCALES = (1, 1.5, 2)  # side of the slices that the head sees, in sides of a view
+HEAD = dict(split="100", protocol="linear-frozen", iterations=300, batch_size=16, lr=0.2, arch="resnet18")
+# A line a row: its flags of train_ssl.py, all else is equal.
+ROWS = {
+    "moco": [],
+    "moco-nogeo": ["--no-geometric"],
+    "moco-zca": ["--zca"],
+    "moco-local-zca": ["--local", "--zca"],
+    "moco-local-aligned": ["--local", "--geometric"],
+    "moco-local-zca-aligned": ["--local", "--zca", "--geometric"],
+    "moco-every4": ["--every", "4"],
+    "author-zca": ["--recipe", "author", "--zca"],
+}
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of a row's epochs, after which it is measured
+SIDES = tuple(scale * PRETRAINING["image_size"] for scale in (1, 2))  # pixels of the slices that the head sees
+LOOKS = {"held_out_gap": "gap", "instance_accuracy": "instance accuracy", "effective_rank": "effective rank"}
 
 
-def flags(settings: dict) -> list[str]:
-    """Settings as a command line."""
-    return [x for key, value in settings.items() for x in (f"--{key.replace('_', '-')}", str(value))]
+# ------------------------------------------------------------------------------------------------------ what is run
 
 
-def run(script: str, *more: object) -> None:
-    """One command, its output to the terminal; what it has done before it skips. Ends the study where it fails."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, more)]
-    print("$", " ".join(command), flush=True)
-    if code := subprocess.run(command).returncode:
-        raise SystemExit(code)
+def command(script: str, settings: dict, *more: object) -> list[str]:
+    """One of the public commands with its settings as flags."""
+    given = [x for key, value in settings.items() for x in (f"--{key.replace('_', '-')}", value)]
+    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, (*given, *more))]
 
 
-def study(args, seed: int) -> None:
-    """Pre-train the start and every row with this seed, then measure their ranks and heads; what is done is skipped."""
+def pretrain(args, seed: int, name: str, epochs: int, *more: object) -> list[str]:
+    """Pre-training of one name to its horizon, or to where `more` stops it."""
+    return command("train_ssl", {} if args.phantom else PRETRAINING, "--data", args.ssl, "--store",
+                   args.out / "stores" / "ssl", "--out", args.out, "--seed", seed, "--name", name, "--epochs", epochs,
+                   *more)
+
+
+def heads(args, seed: int, name: str, step: int) -> Iterator[list[str]]:
+    """The heads on a run that stands at `step`, or on random weights; each step has a folder of its own."""
+    backbone = name if name == "random" else (args.out / name).resolve()
+    for side in SIDES:
+        yield command("train_seg", HEAD, "--data", args.seg, "--store", args.out / "stores" / "seg", "--out",
+                      args.out / "heads" / f"{side}px-step{step}", "--seed", seed, "--backbone", backbone,
+                      "--crop-size", side, "--whole-slices")
+
+
+def step_of(folder: Path) -> int:
+    """The step to which a run's log has come; 0 where there is none."""
+    records = runs.read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
+    return records[-1]["step"] if records else 0
+
+
+def start(args, seed: int) -> Iterator[list[str]]:
+    """The commands of a seed's start and of random weights, each to be run before the next is asked for."""
+    name = f"start{processes.seed_suffix(seed)}"
+    yield pretrain(args, seed, name, args.epochs[0], "--init", "random", "--no-geometric")
+    yield from heads(args, seed, "random", 0)
+    yield from heads(args, seed, name, step_of(args.out / name))
+
+
+def row(args, seed: int, name: str, epochs: int) -> Iterator[list[str]]:
+    """The commands that bring a row from its start, or from where it stands, to `epochs`, and measure it there.
+
+    Of a row that stands beyond: none, since it was measured before it went on.
+    """
     suffix = processes.seed_suffix(seed)
-    pretrain = ["--data", args.ssl, "--store", args.out / "stores" / "ssl", "--out", args.out, "--seed", seed,
-                *flags(PRETRAINING)]
-    run("train_ssl", *pretrain, "--no-geometric", "--init", "random", "--name",
-        f"start{suffix}", "--epochs", args.epochs[0])
-    for row in ROWS.values():
-        run("train_ssl", *pretrain, *row, "--init", f"start{suffix}", "--epochs", args.epochs[1])
-    names = ["random", *(f"{name}{suffix}" for name in ("start", *ROWS))]
-    segment = ["--data", args.seg, "--store", args.out / "stores" / "seg", "--seed", seed]
-    for scale in SCALES:
-        side = round(scale * PRETRAINING["image_size"])
-        for name in names:
-            backbone = name if name == "random" else (args.out / name).resolve()
-            run("train_seg", *segment, "--out", args.out / f"probe-{side}", "--backbone", backbone, "--crop-size", side,
-                "--whole-slices", *flags(PROBE))
-    folders = [n if n == "random" else (args.out / n).resolve() for n in names]
-    run("svd_spectrum", *segment, "--out", args.out / f"spectrum-{seed}", "--image-size", PRETRAINING["image_size"],
-        "--arch", "resnet18", *folders)
+    folder, step = args.out / f"{name}{suffix}", epochs * args.steps_per_epoch
+    if step_of(folder) <= step:
+        yield pretrain(args, seed, folder.name, args.epochs[1], "--init", f"start{suffix}", "--steps", step,
+                       *ROWS[name])
+        yield from heads(args, seed, folder.name, step)
 
 
-def table(out: Path, seeds: list[int]) -> str:
-    """Mean ± standard deviation over the seeds (n - 1) of gap, effective rank and Dice at each scale, as Markdown."""
-    measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for seed in seeds:
-        suffix = processes.seed_suffix(seed)
-        for name in ("start", *ROWS):
-            looks = [r["held_out_gap"] for r in runs.read_log(out / f"{name}{suffix}" / "log.jsonl")
-                     if "held_out_gap" in r]
-            measured[name]["gap"].append(looks[-1])
-        with open(out / f"spectrum-{seed}" / "spectrum.csv", newline="") as f:
-            for row in csv.DictReader(f):
-                measured[row["backbone"].removesuffix(suffix)]["rank"].append(float(row["effective_rank"]))
-    sides = [round(s * PRETRAINING["image_size"]) for s in SCALES]
-    for side in sides:
-        for r in runs.read_log(out / f"probe-{side}" / "results.jsonl"):
-            if r["seed"] in seeds:
-                measured[r["backbone"].removesuffix(processes.seed_suffix(r["seed"]))][side].append(100 * r["mDS"])
-    lines = ["| row | gap | effective rank | " + " | ".join(f"Dice at {s} px" for s in sides) + " |", "|---" * 6 + "|"]
-    for name in ("random", "start", *ROWS):
-        columns = []
-        for key, digits in (("gap", 2), ("rank", 1), *((s, 1) for s in sides)):
-            values = measured[name][key]
-            mean, std = metrics.mean_std(values) if values else (None, None)
-            columns.append("-" if mean is None else f"{mean:.{digits}f}"
-                           + (f" ± {std:.{digits}f}" if std is not None else ""))
-        untrained = " (**did not train**)" * (min(measured[name]["gap"], default=1) < metrics.LEAST_GAP)
-        lines.append(f"| {name}{untrained} | " + " | ".join(columns) + " |")
-    return "\n".join(lines)
+def beside(chains: Iterable[Iterator[list[str]]], jobs: int, log: Path) -> None:
+    """Run chains of commands, `jobs` of them at a time, each with its share of the cores; their output goes to `log`.
+
+    Raises BadInput where a command fails, SystemExit after a signal; the others are asked to save and end first.
+    """
+    waiting, running = list(chains), {}
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+    with processes.StopRequest() as stop, open(log, "ab") as output:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    if (argv := next(waiting[0], None)) is None:
+                        waiting.pop(0)
+                        continue
+                    print("$", *argv[1:], flush=True)
+                    # a session of its own: a terminal's Ctrl-C comes to it once, from here
+                    child = subprocess.Popen(argv, stdout=output, stderr=output, start_new_session=True,
+                                             env=os.environ | {"OMP_NUM_THREADS": threads})
+                    running[child] = waiting.pop(0)
+                time.sleep(0.1)
+                for child in [c for c in running if c.poll() is not None]:
+                    waiting.insert(0, running.pop(child))
+                    if child.returncode:
+                        raise BadInput(f"{Path(child.args[1]).name} ended with {child.returncode}; see {log}, and run "
+                                       "the same command again once its cause is gone")
+                if stop.signal:
+                    raise SystemExit(stop.exit_code)
+        finally:
+            for child in running:
+                child.terminate()
+            for child in running:
+                child.wait()
+
+
+def run(args) -> None:
+    """All starts, then all rows to the first share, to the second ...: what is there can be compared. Raises BadInput.
+    """
+    if (args.phantom is None) == (args.ssl is None or args.seg is None):
+        raise BadInput("give --ssl and --seg, or --phantom")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.phantom:
+        folder = args.out / "phantom"
+        args.ssl, args.seg = folder / "AbdomenCT-1K", folder / "BTCV"
+        if not folder.exists():
+            phantom.write(folder, unlabelled=args.phantom)
+    settings = train_ssl.PHANTOM if args.phantom else PRETRAINING
+    store = datasets.prepare(args.ssl, args.out / "stores" / "ssl", "pretrain", size=settings["size"])
+    one = processes.Processes(0, 1, torch.device("cpu"))
+    batches = datasets.Batches(argparse.Namespace(seed=0, batch_size=settings["batch_size"]), len(store), one)
+    args.steps_per_epoch = batches.steps_per_epoch
+    args.epochs = [math.ceil(steps / args.steps_per_epoch) for steps in args.steps]
+    log = args.out / "study.log"
+    print(f"{len(store):,} slices, {args.epochs[0]} epochs of the start and {args.epochs[1]} of a row, of "
+          f"{args.steps_per_epoch} steps each; the output of all commands: {log}")
+    beside((start(args, seed) for seed in args.seeds), args.jobs, log)
+    for epochs in dict.fromkeys(max(1, round(share * args.epochs[1])) for share in SHARES):  # whole: a look ends each
+        beside((row(args, seed, name, epochs) for seed in args.seeds for name in args.rows), args.jobs, log)
+
+
+# --------------------------------------------------------------------------------------------------- what it showed
+
+
+def measured(out: Path) -> dict[tuple[str, int], dict[int, dict]]:
+    """{(row, step): {seed: {look or side of the slices: value}}} of what is there, Dice in percent."""
+    found: dict[tuple[str, int], dict[int, dict]] = defaultdict(lambda: defaultdict(dict))
+    for path in sorted(out.glob("heads/*/results.jsonl")):
+        for r in runs.read_log(path):
+            name, step = r["backbone"].removesuffix(processes.seed_suffix(r["seed"])), r["pretraining"]["step"] or 0
+            found[name, step][r["seed"]][r["crop_size"]] = 100 * r["mDS"]
+    for (name, step), seeds in found.items():
+        for seed, values in seeds.items():
+            log = out / f"{name}{processes.seed_suffix(seed)}" / "log.jsonl"
+            looks = [r for r in runs.read_log(log) if r["step"] == step] if name != "random" else []
+            values |= {key: r[key] for r in looks for key in LOOKS if key in r}
+    return found
+
+
+def over_seeds(seeds: dict[int, dict], key: object) -> tuple[float, float | None] | None:
+    """Mean and standard deviation (n - 1) of one value over the seeds that have it; None for none."""
+    values = [v[key] for v in seeds.values() if key in v]
+    return metrics.mean_std(values) if values else None
+
+
+def shown(value: tuple[float, float | None] | None, digits: int) -> str:
+    """`mean ± sd`, for a cell of a table."""
+    if value is None:
+        return "-"
+    mean, std = value
+    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
+
+
+def tables(found: dict) -> str:
+    """Markdown: each row at the last step that was measured, then Dice over the steps; mean ± sd over the seeds."""
+    names = [n for n in ("random", "start", *ROWS) if any(name == n for name, _ in found)]
+    head = ["row", "seeds", "steps", *LOOKS.values(), *(f"Dice at {side} px" for side in SIDES)]
+    lines = [head, ["---"] * len(head)]
+    for name in names:
+        step = max(step for n, step in found if n == name)
+        seeds = found[name, step]
+        looks = {key: over_seeds(seeds, key) for key in LOOKS}
+        gap = looks["held_out_gap"]
+        untrained = " (**did not train**)" * (gap is not None and gap[0] < metrics.LEAST_GAP)
+        lines.append([name + untrained, str(len(seeds)), f"{step:,}" if step else "-",
+                      *(shown(value, 1 if key == "effective_rank" else 2) for key, value in looks.items()),
+                      *(shown(over_seeds(seeds, side), 1) for side in SIDES)])
+    steps = sorted({step for name, step in found if name in ROWS})
+    sides = " / ".join(map(str, SIDES))
+    lines += [[], [f"Dice at {sides} px after", *(f"{s:,} steps" for s in steps)], ["---"] * (1 + len(steps))]
+    for name in (n for n in names if n in ROWS):
+        lines.append([name, *(" / ".join(shown(over_seeds(found.get((name, s), {}), side), 1) for side in SIDES)
+                              for s in steps)])
+    return "\n".join(f"| {' | '.join(cells)} |" if cells else "" for cells in lines)
+
+
+def write(out: Path, found: dict) -> list[Path]:
+    """study.md, study.csv (a line for each row, step and seed) and study.png of `out`; returns those written."""
+    keys = (*LOOKS, *SIDES)
+    lines = [["row", "step", "seed", *LOOKS, *(f"dice_{side}px" for side in SIDES)]]
+    lines += [[name, step, seed, *(f"{values[k]:.4f}" if k in values else "" for k in keys)]
+              for (name, step), seeds in sorted(found.items()) for seed, values in sorted(seeds.items())]
+    report.write_csv(out / "study.csv", lines)
+    runs.write_text(out / "study.md", f"{tables(found)}\n\n{processes.hardware()}; commit {processes.commit()}\n")
+    panels = {}
+    for side in SIDES:
+        points = [(name, step, *value) for (name, step), seeds in sorted(found.items())
+                  if (value := over_seeds(seeds, side))]
+        levels = {name: value for kept in ("random", "start") for name, _, *value in points if name == kept}
+        curves = {row: [point for name, *point in points if name == row] for row in ROWS}
+        panels[f"slices of {side} px"] = levels, {row: curve for row, curve in curves.items() if curve}
+    written = [out / "study.md", out / "study.csv"]
+    return written + [out / "study.png"] * figures.attempt(figures.over_steps, out / "study.png", panels)
 
 
 @processes.command
 def main(argv: list[str] | None = None) -> None:
-    """All seeds, then the table."""
+    """All seeds, then the tables."""
     parser = Parser(prog="python -m tools.study", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--ssl", type=Path, required=True, help="folder of CT volumes to pre-train on")
-    parser.add_argument("--seg", type=Path, required=True, help="folder of labelled volumes in BTCV's layout")
+    parser.add_argument("--ssl", type=Path, help="folder of CT volumes to pre-train on")
+    parser.add_argument("--seg", type=Path, help="folder of labelled volumes in BTCV's layout")
+    parser.add_argument("--phantom", type=whole(1), metavar="N", help="instead of these, a generated phantom with N "
+                        "unlabelled patients, written into --out")
     parser.add_argument("--out", type=Path, default=Path("study"))
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=whole(1), nargs=2, default=[35, 46], metavar=("START", "ROWS"),
-                        help="horizons; about 140 and 184 steps on 300 slices (default 35 46)")
-    parser.add_argument("--table", action="store_true", help="run nothing; the table of what is there")
+    parser.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), help="default: all")
+    parser.add_argument("--steps", type=whole(1), nargs=2, default=[220, 1540], metavar=("START", "ROWS"),
+                        help="of pre-training, rounded up to whole epochs (default 220 1540)")
+    parser.add_argument("--jobs", type=whole(1), default=1, help="rows and seeds beside each other (%(default)s)")
+    parser.add_argument("--table", action="store_true", help="run nothing; the tables of what is there")
     args = parser.parse_args(argv)
-    for seed in [] if args.table else args.seeds:
-        study(args, seed)
-    print(f"{len(args.seeds)} seeds; {processes.hardware()}; commit {processes.commit()}")
-    print(table(args.out, args.seeds))
+    if not args.table:
+        run(args)
+    found = measured(args.out)
+    if not found:
+        raise BadInput(f"{args.out}: nothing was measured there yet; leave out --table, or give another --out")
+    written = write(args.out, found)
+    print(tables(found))
+    print(", ".join(map(str, written)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,230 @@
+"""tools/study.py: what it runs, in which order and beside what, and what its tables say of it."""
+
+import csv
+import json
+import os
+import signal
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_seg
+import train_ssl
+from ct.volumes import BadInput
+from engine import figures, runs
+from tools import study
+
+SMALL = dict(arch="resnet18", image_size=32, batch_size=8, bn_group=4, lr=0.01, queue=16, ema=0.9, size=32)
+MAINS = {"train_ssl.py": train_ssl.main, "train_seg.py": train_seg.main}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Settings of seconds, and commands that run in this process, one after the other; they are kept in the list."""
+    monkeypatch.setattr(study, "PRETRAINING", SMALL)
+    monkeypatch.setattr(study, "SIDES", (32,))
+    monkeypatch.setattr(study, "HEAD", study.HEAD | dict(iterations=1, split="12.5", draw=0))
+    monkeypatch.setattr(study, "ROWS", {"aligned": ["--local", "--geometric", "--patches", "4"]})
+    done = []
+
+    def beside(chains, jobs, log):
+        for chain in chains:
+            for argv in chain:
+                MAINS[Path(argv[1]).name](argv[2:])
+                done.append(argv)
+                if len(done) == beside.stop:
+                    raise SystemExit(143)
+
+    beside.stop = None
+    monkeypatch.setattr(study, "beside", beside)
+    return beside, done
+
+
+def test_every_row_is_measured_on_its_way_and_a_stop_changes_nothing(small, small_phantom, tmp_path, capsys):
+    beside, done = small
+    argv = [str(a) for a in ("--ssl", small_phantom / "AbdomenCT-1K", "--seg", small_phantom / "BTCV", "--out",
+                             tmp_path / "s", "--seeds", 1, "--steps", 2, 6)]  # 24 slices: 2 steps an epoch
+    beside.stop = 6  # the row stands beyond its first share, not yet measured at its second
+    with pytest.raises(SystemExit):
+        study.main(argv)
+    beside.stop = None
+    study.main(argv)
+
+    # of 3 epochs 1/8 and 1/4 are the first, 1/2 the second
+    found, log = study.measured(tmp_path / "s"), runs.read_log(tmp_path / "s/aligned-seed1/log.jsonl")
+    assert found.keys() == {("random", 0), ("start", 2), ("aligned", 2), ("aligned", 4), ("aligned", 6)}
+    gaps = {r["step"]: r["held_out_gap"] for r in log if "held_out_gap" in r}
+    for (name, step), seeds in found.items():
+        results = [r for r in runs.read_log(tmp_path / f"s/heads/32px-step{step}/results.jsonl")
+                   if r["backbone"].startswith(name)]
+        assert len(results) == 1 and results[0]["pretraining"]["step"] == (step or None)  # measured once, where it was
+        assert list(seeds) == [1] and seeds[1][32] == 100 * results[0]["mDS"]
+        assert name != "aligned" or seeds[1]["held_out_gap"] == gaps[step]
+    config = json.loads((tmp_path / "s/aligned-seed1/config.json").read_text())  # one run of one horizon
+    assert config["epochs"] == 3 and config["init"] == "start-seed1" and config["geometric"] and config["local"]
+    stops = [argv[argv.index("--steps") + 1] for argv in done if "--steps" in argv]
+    assert stops == ["2", "4", "4", "6"]  # what stopped is asked for again, what it had left behind is not
+
+    # --table alone, without data
+    number = len(done)
+    capsys.readouterr()
+    study.main(["--out", str(tmp_path / "s"), "--table"])
+    out = capsys.readouterr().out
+    assert len(done) == number and "| aligned | 1 | 6 |" in out.replace(" (**did not train**)", "")
+
+
+def test_all_rows_come_to_a_share_before_one_goes_on(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(study, "beside", lambda chains, jobs, log: planned.append([list(chain) for chain in chains]))
+    monkeypatch.setattr(study.datasets, "prepare", lambda *_, **__: range(8 * 100 // 7 + 1))  # an eighth is held out
+    monkeypatch.setattr(study, "PRETRAINING", SMALL)
+    with pytest.raises(SystemExit):  # nothing was measured
+        study.main([str(a) for a in ("--ssl", tmp_path, "--seg", tmp_path, "--out", tmp_path / "s", "--seeds", 0, 4,
+                                     "--steps", 20, 190, "--rows", "moco", "moco-zca")])
+    starts, *shares = planned
+    assert len(starts) == 2 and len(shares) == 4
+
+    def told(argv: list[str], flag: str) -> str:
+        return argv[argv.index(flag) + 1]
+
+    names = ["moco", "moco-zca", "moco-seed4", "moco-zca-seed4"]
+    for chains, step in zip(shares, (24, 48, 96, 192), strict=True):  # 12 steps an epoch, 16 epochs
+        assert [told(chain[0], "--name") for chain in chains] == names
+        for chain, name in zip(chains, names, strict=True):
+            assert (told(chain[0], "--steps"), told(chain[0], "--epochs")) == (str(step), "16")
+            assert told(chain[0], "--init") == "start" + "-seed4" * name.endswith("4")
+            heads = [(Path(told(a, "--out")).name, Path(told(a, "--backbone")).name, told(a, "--crop-size"))
+                     for a in chain[1:]]
+            assert heads == [(f"{side}px-step{step}", name, str(side)) for side in (64, 128)]
+
+
+def test_what_to_study_is_named_once(tmp_path, refusal):
+    for given in ([], ["--ssl", tmp_path], ["--ssl", tmp_path, "--seg", tmp_path, "--phantom", 1]):
+        assert "give --ssl and --seg, or --phantom" in refusal(study.main, ["--out", tmp_path, *given])
+
+
+def write_results(out: Path, values: dict) -> None:
+    """values: {(row, step): {seed: (Dice at 64 px, Dice at 128 px, gap)}}."""
+    for (name, step), seeds in values.items():
+        for seed, (*dice, gap) in seeds.items():
+            run = name + f"-seed{seed}" * (seed > 0)
+            for side, value in zip((64, 128), dice, strict=True):
+                folder = out / "heads" / f"{side}px-step{step}"
+                folder.mkdir(parents=True, exist_ok=True)
+                runs.append(folder / "results.jsonl", [{"backbone": run, "seed": seed, "mDS": value, "crop_size": side,
+                                                        "pretraining": {"step": step or None}}])
+            if gap is not None:
+                (out / run).mkdir(exist_ok=True)
+                runs.append(out / run / "log.jsonl", [{"step": step - 1}, {
+                    "step": step, "held_out_gap": gap, "instance_accuracy": 0.25, "effective_rank": 10.0 + seed}])
+
+
+MADE = {("random", 0): {0: (0.3, 0.4, None), 2: (0.2, 0.2, None)}, ("start", 9): {0: (0.31, 0.3, 0.5)},
+        ("moco", 10): {0: (0.35, 0.41, 0.2), 2: (0.37, 0.42, 0.3)},
+        ("moco", 20): {0: (0.41, 0.45, 0.25), 2: (0.44, 0.47, 0.31), 1: (0.4, 0.4, 0.4)},
+        ("moco-zca", 10): {0: (0.33, 0.4, 0.001)}}
+
+
+def test_tables_hold_means_and_deviations_of_what_is_there(tmp_path):
+    write_results(tmp_path, MADE)
+    found = study.measured(tmp_path)
+    lines = study.tables(found).splitlines()
+    first = {line.split(" | ")[0].strip("| "): line for line in lines[2:6]}
+    assert list(first) == ["random", "start", "moco", "moco-zca (**did not train**)"]
+    at_64, at_128, gap = zip(*MADE["moco", 20].values(), strict=True)
+    at_64, at_128 = ([100 * v for v in values] for values in (at_64, at_128))
+
+    def cell(values, digits):
+        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+    assert first["moco"] == (f"| moco | 3 | 20 | {cell(gap, 2)} | 0.25 ± 0.00 | 11.0 ± 1.0 | {cell(at_64, 1)} | "
+                             f"{cell(at_128, 1)} |")
+    assert first["start"] == "| start | 1 | 9 | 0.50 | 0.25 | 10.0 | 31.0 | 30.0 |"
+    assert first["random"] == f"| random | 2 | - | - | - | - | {cell([30, 20], 1)} | {cell([40, 20], 1)} |"
+    assert lines[7] == "| Dice at 64 / 128 px after | 10 steps | 20 steps |"
+    assert lines[9] == (f"| moco | {cell([35, 37], 1)} / {cell([41, 42], 1)} | {cell(at_64, 1)} / {cell(at_128, 1)} |")
+    assert lines[10] == "| moco-zca | 33.0 / 40.0 | - / - |"
+
+    written = study.write(tmp_path, found)
+    with open(tmp_path / "study.csv", newline="") as f:
+        rows = {(r["row"], int(r["step"]), int(r["seed"])): r for r in csv.DictReader(f)}
+    assert len(rows) == sum(map(len, MADE.values())) and rows["moco", 20, 2]["dice_128px"] == "47.0000"
+    assert rows["random", 0, 0]["held_out_gap"] == "" and "moco" in (tmp_path / "study.md").read_text()
+    assert [p.name for p in written] == ["study.md", "study.csv"]  # and no picture in tests
+
+
+@pytest.mark.pictures
+def test_the_picture_has_a_curve_a_row_and_a_level_for_random_weights(tmp_path, monkeypatch):
+    write_results(tmp_path, MADE)
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda plt, figure, path: (drawn.append(figure), plt.close(figure)))
+    study.write(tmp_path, study.measured(tmp_path))
+    for axes, dice in zip(drawn[0].axes, (0, 1), strict=True):
+        moco = next(c for c in axes.containers if c.get_label() == "moco")
+        means = [statistics.mean(100 * v[dice] for v in MADE["moco", s].values()) for s in (10, 20)]
+        bars = [statistics.stdev(100 * v[dice] for v in MADE["moco", s].values()) for s in (10, 20)]
+        assert list(moco[0].get_ydata()) == pytest.approx(means)
+        ends = [segment[:, 1] for segment in moco[2][0].get_segments()]
+        assert [(high - low) / 2 for low, high in ends] == pytest.approx(bars)
+        levels = {line.get_label(): line.get_ydata() for line in axes.lines if line.get_label() in ("random", "start")}
+        random = statistics.mean(100 * v[dice] for v in MADE["random", 0].values())
+        assert list(levels["random"]) == pytest.approx([random, random])
+        assert list(levels["start"]) == pytest.approx([100 * MADE["start", 9][0][dice]] * 2)
+        assert [t.get_text() for t in axes.get_xticklabels()] == ["10", "20"]
+
+
+def python(code: str, *argv: object) -> list[str]:
+    return [sys.executable, "-S", "-c", f"import os, sys, time, signal\n{code}", *map(str, argv)]
+
+
+WAIT = """own, other = sys.argv[1:]
+open(own, 'w').write(os.environ['OMP_NUM_THREADS'])
+while not os.path.exists(other): time.sleep(0.01)"""
+SAVES = """def save(*_):
+    open(sys.argv[1], 'w').close()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+open(sys.argv[2], 'w').close()
+time.sleep(60)"""
+
+
+def test_chains_run_beside_each_other_each_in_its_order(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(study, "cores", lambda: 4)
+    a, b, c = (tmp_path / name for name in "abc")
+
+    def chain():
+        yield python(WAIT, a, b)
+        assert a.exists()  # asked for after the first has ended
+        yield python("print('second')\nopen(sys.argv[1], 'w').close()", c)
+
+    study.beside([chain(), iter([python(WAIT, b, a)]), iter([])], 2, tmp_path / "log")  # neither ends without the other
+    assert c.exists() and a.read_text() == b.read_text() == "2"
+    assert (tmp_path / "log").read_text() == "second\n"
+
+
+def test_a_failure_ends_all_that_run_after_they_saved(tmp_path):
+    saved, ready = tmp_path / "saved", tmp_path / "ready"
+    failing = python("while not os.path.exists(sys.argv[1]): time.sleep(0.01)\nsys.exit(3)", ready)
+    with pytest.raises(BadInput, match="ended with 3"):
+        study.beside([iter([python(SAVES, saved, ready)]), iter([failing])], 2, tmp_path / "log")
+    assert saved.exists()
+
+
+def test_a_signal_ends_all_that_run_after_they_saved(tmp_path):
+    saved, ready = tmp_path / "saved", tmp_path / "ready"
+    signals = python("while not os.path.exists(sys.argv[1]): time.sleep(0.01)\n"
+                     f"os.kill({os.getpid()}, signal.SIGTERM)\ntime.sleep(60)", ready)
+    started = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        study.beside([iter([python(SAVES, saved, ready)]), iter([signals])], 2, tmp_path / "log")
+    assert ended.value.code == 143 and saved.exists() and signal.getsignal(signal.SIGTERM) is started
+
+
+def test_the_rows_flags_are_flags():
+    for name, flags in study.ROWS.items():
+        args = train_ssl.parse(flags)
+        train_ssl.resolve_defaults(args, phantom=False)
+        assert args.name == name  # as the project names such a run
