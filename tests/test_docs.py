@@ -292,6 +292,7 @@ RUNS = {
     "train_ssl --no-geometric": "tests/test_train_ssl.py::test_rows_start_from_a_run_of_out",
     "train_ssl --local --zca": "tests/test_train_ssl.py::test_a_run_leaves_its_files_and_a_torchvision_backbone",
     "train_ssl --geometric --local --zca": "tests/test_train_ssl.py::test_stopped_and_continued_is_never_stopped",
+    "train_ssl --local --probe --zca": "tests/test_probe.py::test_a_run_with_it_is_the_run_without",
     "train_ssl --seed": "tests/test_train_ssl.py::test_the_phantoms_start_is_trained_first_and_once",
     "train_ssl --recipe": HERE,
     "train_ssl --recipe --zca": "tests/test_train_ssl.py::test_a_run_with_the_first_authors_settings",
