@@ -43,8 +43,6 @@ ROWS = {
     "moco-local-zca": ["--local", "--zca"],
     "moco-local-aligned": ["--local", "--geometric"],
     "moco-local-zca-aligned": ["--local", "--zca", "--geometric"],
-    "moco-every4": ["--every", "4"],
-    "author-zca": ["--recipe", "author", "--zca"],
 }
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of a row's epochs, after which it is measured
 SIDES = tuple(scale * PRETRAINING["image_size"] for scale in (1, 2))  # pixels of the slices that the head sees
