@@ -1,8 +1,10 @@
 """The bench: what is compared, on which device and with what; no figure is judged here."""
 
 import ctypes
+import io
 import mmap
 import os
+import sys
 import time
 
 import numpy as np
@@ -235,13 +237,24 @@ def test_pil_loader(store, monkeypatch):
     assert not torch.equal(*batches[0])
 
 
-def test_against_itself(monkeypatch, capsys):
-    """Two processes that step in turns: a ratio of what they said they took."""
+def test_against_itself(monkeypatch, tmp_path, capsys):
+    """Two processes that step in turns and say what it took: here 3 s from the second step on, there 2 s."""
+    monkeypatch.setattr(against, "SETTINGS", {"a step": "--arch resnet18"})
+    monkeypatch.setattr(against, "SIDE", "import sys\nassert sys.argv[2:] == ['--arch', 'resnet18']\nfor n, _ in "
+                        "enumerate(sys.stdin): print(3 - sys.argv[1].endswith('other') if n else 99, flush=True)")
+    (tmp_path / "other").mkdir()
+    against.main([str(tmp_path / "other"), "--pairs", "2"])
+    assert capsys.readouterr().out.splitlines()[-1] == "| a step | 1.500 | 3.00 s | 2.00 s |"
+
+
+def test_a_side_steps_when_it_is_told_to(monkeypatch, capsys):
+    """The script of `against`, in this process."""
     tiny = "--arch resnet18 --image-size 32 --size 48 --batch-size 4 --bn-group 2 --queue 8"
-    monkeypatch.setattr(against, "SETTINGS", {"a step": tiny})
-    against.main([str(against.HERE), "--pairs", "2"])
-    what, ratio, here, there = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
-    assert what == "a step" and float(ratio) > 0 and here.endswith(" s") and there.endswith(" s")
+    monkeypatch.setattr(sys, "argv", ["-c", str(against.HERE), *tiny.split()])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("step\nstep\n"))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    exec(against.SIDE, {})
+    assert all(float(line) > 0 for line in capsys.readouterr().out.split()) and torch.get_num_threads() == 1
 
 
 def test_alternated():

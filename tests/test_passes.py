@@ -56,7 +56,10 @@ def test_any_number_of_groups_in_a_pass_is_the_same_step(monkeypatch, arch, meth
 
 
 def test_two_processes_in_passes_equal_one(monkeypatch, tmp_path):
-    """In float64: each process has four groups, in passes of 3 and 1, its step compiled; one process has eight."""
+    """In float64: each process has four groups, in passes of 3 and 1; one process has eight, in passes of 3, 3 and 2.
+
+    In float32, group by group and by the commands, stress.py compares them.
+    """
     flags = SETTING + f"--arch resnet_basic {METHODS['aligned']} --groups-per-pass 3"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     two = subprocess.Popen([*command, str(tmp_path / "state.pt"), flags], stdout=subprocess.PIPE,
@@ -86,12 +89,11 @@ class Graphs(list):
         return graph.forward
 
 
-@pytest.mark.parametrize("method", ["moco", "aligned"])
-def test_a_compiled_pass_is_one_graph_and_the_same_step(monkeypatch, method):
+def test_a_compiled_pass_is_one_graph_and_the_same_step(monkeypatch):
     """One for keys, one for queries, in all passes and steps; fullgraph: what could not be traced would raise."""
     graphs = Graphs(monkeypatch)
     narrow.double_views(monkeypatch)
-    flags = SETTING + f"--arch resnet_basic {METHODS[method]} --groups-per-pass 4"
+    flags = SETTING + f"--arch resnet_basic {METHODS['aligned']} --groups-per-pass 4"
     stats, state = three_steps(narrow.settings(flags + " --compile"))
     expected, others = three_steps(narrow.settings(flags))
     assert len(graphs) == 2 and min(len(g.graph.nodes) for g in graphs) > 50
@@ -247,13 +249,12 @@ def test_batches_come_to_a_gpu_in_order_and_whole():
 
 
 def shared_steps(path: str, flags: str) -> None:
-    """What torchrun starts: `three_steps` of one of two processes, compiled for a backend that changes nothing."""
+    """What torchrun starts: `three_steps` of one of two processes."""
     patch = pytest.MonkeyPatch()
     narrow.register(patch)
     narrow.double_views(patch)
-    Graphs(patch)
     narrow.ALONE = processes.start()
-    stats, state = three_steps(narrow.settings(flags + " --compile"))
+    stats, state = three_steps(narrow.settings(flags))
     stats = processes.mean_over_processes(stats, narrow.ALONE)
     if narrow.ALONE.is_main:
         torch.save((stats, state), path)

@@ -4,8 +4,6 @@ import functools
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,27 +95,6 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys, aligned
     capsys.readouterr()
     train_ssl.main(flags(tmp_path / "b", *common, "--steps", 4))
     assert "finished before" in capsys.readouterr().out
-
-
-def test_one_process_with_two_groups_equals_two_processes(flags, tmp_path):
-    """Every loss and every tensor of backbone.pth, buffers included, in float32 on gloo, group by group.
-
-    In passes of other sizes convolutions round otherwise: test_passes.py has these, in float64.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    method = ["--local", "--zca", "--geometric", "--steps", 3, "--groups-per-pass", 1]
-    # "--": without it argparse of Python before 3.12.7 takes --local for an option of torchrun
-    two = subprocess.Popen([*command, "--", "train_ssl.py", *flags(tmp_path / "2", *method)],
-                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    train_ssl.main(flags(tmp_path / "1", *method))
-    told, _ = two.communicate(timeout=300)
-    assert two.returncode == 0, told
-    (log1, _, one), (log2, _, two) = (outcome(tmp_path / w / "phantom-moco-local-zca-aligned") for w in "12")
-    for r1, r2 in zip(log1, log2, strict=True):
-        assert r1 == pytest.approx(r2, abs=1e-5)
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5, msg=name)
 
 
 def test_step_t_is_a_function_of_seed_and_t(flags, tmp_path):
