@@ -296,8 +296,7 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
                        f"{len(batches.held_out)} held-out ones; lower --batch-size" + " or --every" * (args.every > 1))
     moco = build(args, store.is_phantom)  # before the run folder: weights that do not fit leave nothing behind
     not_in_config = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
-                     "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass",
-                     "probe")
+                     "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass", "probe")
     config = {k: v for k, v in vars(args).items() if k not in not_in_config}
     config |= {"data": store.name, "volumes": len(store.volumes), "slices": len(store),
                "store": store.contents()}

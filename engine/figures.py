@@ -152,7 +152,7 @@ def curves(path: Path, log_records: Sequence[dict], chance: float) -> None:
     for axes, (title, keys) in zip(grid.flat, panels, strict=False):
         for i, (key, label) in enumerate(k for k in keys.items() if len(series[k[0]])):
             _curve(axes, *series[key].T, label, _style(i))
-        if title not in ("loss", "mean cosine similarity"):  # what cannot be negative starts at zero
+        if not title.startswith(("loss", "mean cosine", "probe")):  # what cannot be negative starts at zero
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         if title == "loss":
             axes.axhline(chance, color=PALE, linewidth=1, zorder=0)
@@ -164,6 +164,8 @@ def curves(path: Path, log_records: Sequence[dict], chance: float) -> None:
         axes.set_xlabel("step")
     for axes in list(grid.flat)[len(panels):]:
         axes.remove()
+    for axes in figure.axes[-3:]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
     _save(plt, figure, path)
 
 
