@@ -360,7 +360,7 @@ CANNOT = {
     "make setup": DOWNLOADS, "pip": DOWNLOADS, "curl": DOWNLOADS,
     "make demo": MINUTES, "make stress": MINUTES, "tests/stress --files --kills --minutes": MINUTES,
     "tools/against --pairs": MINUTES, "tools/bench": MINUTES, "tools/bench --peers": MINUTES,
-    "tools/study --seg --ssl --steps": MINUTES,
+    "tools/study --seg --ssl --steps": MINUTES, "tools/study --phantom --rows --seeds --steps": MINUTES,
     "make test": THIS, "make lint": THIS, "pytest": THIS,
     "train_ssl --arch --batch-size --bn-group --image-size --init --local --queue --size --steps --zca": GPU,
     "sbatch": CLUSTER, "scontrol": CLUSTER,
