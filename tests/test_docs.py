@@ -345,8 +345,8 @@ RUNS = {
     "datasets audit --data --verify": "tests/test_datasets.py::test_verify_finds_a_flipped_bit_and_what_was_deleted",
     "datasets prepare --data": "tests/test_datasets.py::test_both_commands_end_with_what_was_skipped_or_odd",
     "ct/phantom --layout --out": "tests/test_phantom.py::test_command",
-    "torchrun": "tests/test_train_ssl.py::test_one_process_with_two_groups_equals_two_processes",
-    "torchrun --nproc-per-node": "tests/test_train_ssl.py::test_one_process_with_two_groups_equals_two_processes",
+    "torchrun": "tests/test_passes.py::test_two_processes_in_passes_equal_one",
+    "torchrun --nproc-per-node": "tests/test_passes.py::test_two_processes_in_passes_equal_one",
     "torchrun --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint": "tests/test_reliability.py::test_short_forms",
     "torchrun --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --rdzv-id":
         "tests/test_reliability.py::test_short_forms",

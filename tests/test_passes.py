@@ -115,9 +115,9 @@ def test_a_compiled_run_says_how_long_it_took_and_goes_on_uncompiled(monkeypatch
 # ------------------------------------------------------------------------------------------- what a step is made of
 
 @pytest.mark.filterwarnings("ignore:whitening")
-@pytest.mark.parametrize("flags, most", [("", 2400), ("--local --zca", 2600), ("--local --zca --geometric", 2750)])
+@pytest.mark.parametrize("flags, most", [("--local --zca", 2600), ("--local --zca --geometric", 2750)])
 def test_a_step_is_few_operations(monkeypatch, flags, most):
-    """ResNet-50, 8 groups, bf16, as on a GPU, where each is a launch. Group by group: 8,400, 10,200, 11,200."""
+    """ResNet-50, 8 groups, bf16, as on a GPU, where each is a launch. Group by group: 10,200 and 11,200."""
     monkeypatch.setattr(augment, "crops_one_by_one", augment.crops_by_products)
     sgd = torch.optim.SGD
     monkeypatch.setattr(torch.optim, "SGD", lambda *args, **kw: sgd(*args, **kw | {"fused": True}))

@@ -564,7 +564,7 @@ def test_a_checkpoint_of_another_device_keeps_this_ones_optimizer(flags, small_p
     assert trainer.optimizer.param_groups[0]["fused"] is None
 
 
-@pytest.mark.parametrize("protocol", ["linear-frozen", "deeplabv3plus"])
+@pytest.mark.parametrize("protocol", ["linear-finetune", "deeplabv3plus"])
 def test_an_iterations_loss_compiles_as_one_graph(protocol, monkeypatch):
     """Its loss and gradients by the compiler's tracing of both passes, in bf16 as on a GPU; prediction goes without."""
     torch.manual_seed(0)
