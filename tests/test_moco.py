@@ -8,8 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from moco import Encoder, MoCo
-from whitening import whiten_last_norm
+from moco import MoCo
 
 
 @pytest.fixture
@@ -85,14 +84,3 @@ def test_keys_come_back_in_order_and_see_the_statistics_of_their_shuffled_group(
     assert keys.norm(dim=1).allclose(torch.ones(8)) and not keys.requires_grad
     # shuffling matters: other company, other keys
     assert not torch.allclose(moco.keys(views, torch.arange(8))[0], keys, atol=1e-3)
-
-
-def test_an_encoder_is_one_graph_for_the_compiler():
-    """What --compile cannot trace would split it, and run the rest as it is; traced or not, it gives the same."""
-    encoder = Encoder(whiten_last_norm(torchvision.models.resnet18(weights=None)), 8).eval()
-    images = torch.rand(4, 1, 32, 32)
-    expected = encoder(images)
-    traced = torch.compile(encoder, backend="eager", fullgraph=True)(images)  # raises where the graph would break
-    for one, other in zip(traced, expected, strict=True):
-        torch.testing.assert_close(one, other)
-    torch.compile(encoder.train(), backend="eager", fullgraph=True)(torch.rand(128, 1, 32, 32))

@@ -541,9 +541,9 @@ def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
     assert recipes.advice(args, 1_473, 184) == []
 
 
-@pytest.mark.parametrize("amp", ["bf16", "off"])
-@pytest.mark.parametrize("more", [(), ("--local", "--zca"), ("--local", "--zca", "--geometric"), ("--no-geometric",),
-                                  ("--recipe", "author")])
+@pytest.mark.parametrize("amp, more", [*(("bf16", more) for more in (
+    (), ("--local", "--zca"), ("--no-geometric",), ("--recipe", "author"), ("--local", "--zca", "--geometric"))),
+    ("off", ("--local", "--zca", "--geometric"))])
 def test_a_step_on_a_gpu_waits_for_nothing(flags, tmp_path, request, monkeypatch, more, amp):
     fused = []  # torch has no fake kernel for it
     monkeypatch.setattr(torch, "_fused_sgd_", lambda weights, *rest, **kw: fused.append(len(weights)))
