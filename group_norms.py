@@ -61,10 +61,15 @@ class GroupBatchNorm(nn.BatchNorm2d):
     groups: Groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """(P x g, C, H, W) -> the same shape and type; in evaluation mode as nn.BatchNorm2d."""
+        """(P x g, C, H, W) -> the same shape and type; in evaluation mode as nn.BatchNorm2d.
+
+        Raises ValueError where a group has one value of a channel: it has no variance.
+        """
         if not self.training:
             return super().forward(x)
         count, running = self.groups.of(len(x)), (self.running_mean, self.running_var)
+        if x.numel() == count * x.shape[1]:
+            raise ValueError(f"one value of a channel in each group of {tuple(x.shape)}: use larger groups or images")
         if torch.compiler.is_compiling():
             return by_formula(x, self.weight, self.bias, *running, count, self.groups.share(self.momentum), self.eps)
         shares = self.groups.shares(count, self.momentum)

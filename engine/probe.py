@@ -87,6 +87,7 @@ def begin(trainer, store, labelled, ranks: processes.Processes) -> Probe | None:
     made = []
 
     def make() -> None:
+        """Draws the splits where there are none, takes the first look and says what was found."""
         tasks.draw_splits(labelled.task, [v["id"] for v in labelled.volumes])
         made.append(probe := Probe(trainer, labelled))
         (fitted, _), (scored, labels) = probe.fitted, probe.scored

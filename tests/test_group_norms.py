@@ -160,6 +160,8 @@ def test_a_network_keeps_its_names_and_its_evaluation():
 
 
 def test_images_that_are_no_groups_are_refused():
+    with pytest.raises(ValueError, match="one value of a channel"):
+        norm(images=1)(torch.zeros(3, 5, 1, 1, dtype=torch.float64))
     with pytest.raises(ValueError, match="7 images do not divide into groups of 3"):
         norm()(batch(3)[:7])
 
