@@ -78,26 +78,51 @@ def test_every_row_is_measured_on_its_way_and_a_stop_changes_nothing(small, smal
 def test_all_rows_come_to_a_share_before_one_goes_on(tmp_path, monkeypatch):
     planned = []
     monkeypatch.setattr(study, "beside", lambda chains, jobs, log: planned.append([list(chain) for chain in chains]))
-    monkeypatch.setattr(study.datasets, "prepare", lambda *_, **__: range(8 * 100 // 7 + 1))  # an eighth is held out
+    monkeypatch.setattr(study.datasets, "prepare", lambda *_, **__: Slices())
     monkeypatch.setattr(study, "PRETRAINING", SMALL)
     with pytest.raises(SystemExit):  # nothing was measured
         study.main([str(a) for a in ("--ssl", tmp_path, "--seg", tmp_path, "--out", tmp_path / "s", "--seeds", 0, 4,
-                                     "--steps", 20, 190, "--rows", "moco", "moco-zca")])
+                                     "--steps", 20, 190, "--rows", "moco", "author-zca", "moco-every4")])
     starts, *shares = planned
-    assert len(starts) == 2 and len(shares) == 4
+    assert len(shares) == 4
 
     def told(argv: list[str], flag: str) -> str:
         return argv[argv.index(flag) + 1]
 
-    names = ["moco", "moco-zca", "moco-seed4", "moco-zca-seed4"]
-    for chains, step in zip(shares, (24, 48, 96, 192), strict=True):  # 12 steps an epoch, 16 epochs
-        assert [told(chain[0], "--name") for chain in chains] == names
-        for chain, name in zip(chains, names, strict=True):
-            assert (told(chain[0], "--steps"), told(chain[0], "--epochs")) == (str(step), "16")
-            assert told(chain[0], "--init") == "start" + "-seed4" * name.endswith("4")
-            heads = [(Path(told(a, "--out")).name, Path(told(a, "--backbone")).name, told(a, "--crop-size"))
-                     for a in chain[1:]]
-            assert heads == [(f"{side}px-step{step}", name, str(side)) for side in (64, 128)]
+    def heads(chain: list[list[str]]) -> list[tuple[str, str, str]]:
+        return [(Path(told(a, "--out")).name, Path(told(a, "--backbone")).name, told(a, "--crop-size")) for a in chain]
+
+    assert [told(chain[0], "--name") for chain in starts] == ["start", "author-start", "start-seed4",
+                                                              "author-start-seed4"]
+    for chain in starts:
+        author = "author-" * ("--window" in chain[0])
+        assert told(chain[0], "--name").startswith("author") == bool(author)
+        assert heads(chain[1:3]) == [(f"{author}{side}px-step0", "random", str(side)) for side in (64, 128)]
+        assert all(("--window" in argv) == bool(author) for argv in chain)  # nothing is measured at another window
+    # 12 steps an epoch, and 16 epochs; of each fourth slice 3 steps, and 64 epochs
+    for chains, step in zip(shares, (24, 48, 96, 192), strict=True):
+        names = ["moco", "author-zca", "moco-every4"]
+        assert [told(chain[0], "--name") for chain in chains] == names + [f"{name}-seed4" for name in names]
+        for chain in chains:
+            name = told(chain[0], "--name")
+            author = "author-" * name.startswith("author")
+            assert told(chain[0], "--steps") == str(step)
+            assert told(chain[0], "--epochs") == ("64" if "every4" in name else "16")
+            assert told(chain[0], "--init") == f"{author}start" + "-seed4" * name.endswith("4" if author else "seed4")
+            assert heads(chain[1:]) == [(f"{author}{side}px-step{step}", name, str(side)) for side in (64, 128)]
+            assert all(argv[argv.index("--window"):][1:3] == ["-1024", "3071"] if author else "--window" not in argv
+                       for argv in chain)
+
+
+class Slices:
+    """A store of slices of which 96 and 24 are trained on, where an eighth is held out: with each one and each fourth.
+    """
+
+    def __len__(self):
+        return 110
+
+    def of(self, every: int):
+        return range(0, 110, every)
 
 
 def test_what_to_study_is_named_once(tmp_path, refusal):
@@ -143,9 +168,10 @@ def test_tables_hold_means_and_deviations_of_what_is_there(tmp_path):
                              f"{cell(at_128, 1)} |")
     assert first["start"] == "| start | 1 | 9 | 0.50 | 0.25 | 10.0 | 31.0 | 30.0 |"
     assert first["random"] == f"| random | 2 | - | - | - | - | {cell([30, 20], 1)} | {cell([40, 20], 1)} |"
-    assert lines[7] == "| Dice at 64 / 128 px after | 10 steps | 20 steps |"
-    assert lines[9] == (f"| moco | {cell([35, 37], 1)} / {cell([41, 42], 1)} | {cell(at_64, 1)} / {cell(at_128, 1)} |")
-    assert lines[10] == "| moco-zca | 33.0 / 40.0 | - / - |"
+    assert lines[7] == "| steps: Dice at 64 / 128 px |  |  |"
+    assert lines[9] == (f"| moco | 10: {cell([35, 37], 1)} / {cell([41, 42], 1)} | 20: {cell(at_64, 1)} / "
+                        f"{cell(at_128, 1)} |")
+    assert lines[10] == "| moco-zca | 10: 33.0 / 40.0 |  |"
 
     written = study.write(tmp_path, found)
     with open(tmp_path / "study.csv", newline="") as f:

@@ -4,10 +4,11 @@ scale, and would longer training change the answer. The existing commands, and t
     python -m tools.study --ssl my_ct --seg my_btcv --out study --jobs 2
     python -m tools.study --phantom 160 --out study                  a generated phantom of 160 unlabelled patients
 
-A start (MoCo v2 without geometry, from random weights) and from it every row of ROWS, measured on its way, after 1/8,
-1/4, 1/2 and all of its epochs: a frozen linear head, trained and evaluated on whole slices at 1 and 2 times the views'
-side (a network that never saw a crop knows one scale only), and the last look at the held-out slices. It is one run
-whose learning rate falls over all of its epochs: what is measured on the way is not what a shorter run would end with.
+A start (MoCo v2 without geometry, from random weights; the first author's row has one with its own HU window) and from
+it every row of ROWS, measured on its way, after 1/8, 1/4, 1/2 and all of its epochs: a frozen linear head, trained and
+evaluated on whole slices at 1 and 2 times the views' side (a network that never saw a crop knows one scale only), and
+the last look at the held-out slices. It is one run whose learning rate falls over all of its epochs: what is measured
+on the way is not what a shorter run would end with.
 The same command continues after any stop; --table shows what is there.
 """
 
@@ -29,7 +30,7 @@ import train_ssl
 from ct import phantom
 from ct.command import Parser, cores, whole
 from ct.volumes import BadInput
-from engine import figures, processes, report, runs
+from engine import figures, processes, recipes, report, runs
 
 ROOT = Path(__file__).parent.parent
 # On real CT; the phantom has train_ssl.py's preset.
@@ -43,7 +44,11 @@ ROWS = {
     "moco-local-zca": ["--local", "--zca"],
     "moco-local-aligned": ["--local", "--geometric"],
     "moco-local-zca-aligned": ["--local", "--zca", "--geometric"],
+    "author-zca": ["--recipe", "author", "--zca", "--bn-group", str(PRETRAINING["batch_size"])],
+    "moco-every4": ["--every", "4"],
 }
+LEVELS = ("random", "start", "author-random", "author-start")  # what rows are compared with
+AUTHOR = "author-"  # begins the names of what has the first author's HU window
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of a row's epochs, after which it is measured
 SIDES = tuple(scale * PRETRAINING["image_size"] for scale in (1, 2))  # pixels of the slices that the head sees
 LOOKS = {"held_out_gap": "gap", "instance_accuracy": "instance accuracy", "effective_rank": "effective rank"}
@@ -58,20 +63,26 @@ def command(script: str, settings: dict, *more: object) -> list[str]:
     return [sys.executable, str(ROOT / f"{script}.py"), *map(str, (*given, *more))]
 
 
+def window(name: str) -> tuple[object, ...]:
+    """The flags that a row, its start and the heads on it have for the HU window; none for the default's."""
+    return ("--window", *recipes.AUTHOR["window"]) if name.startswith(AUTHOR) else ()
+
+
 def pretrain(args, seed: int, name: str, epochs: int, *more: object) -> list[str]:
     """Pre-training of one name to its horizon, or to where `more` stops it."""
     return command("train_ssl", {} if args.phantom else PRETRAINING, "--data", args.ssl, "--store",
                    args.out / "stores" / "ssl", "--out", args.out, "--seed", seed, "--name", name, "--epochs", epochs,
-                   *more)
+                   *window(name), *more)
 
 
 def heads(args, seed: int, name: str, step: int) -> Iterator[list[str]]:
     """The heads on a run that stands at `step`, or on random weights; each step has a folder of its own."""
-    backbone = name if name == "random" else (args.out / name).resolve()
+    author = AUTHOR * name.startswith(AUTHOR)
+    backbone = "random" if name == f"{author}random" else (args.out / name).resolve()
     for side in SIDES:
         yield command("train_seg", HEAD, "--data", args.seg, "--store", args.out / "stores" / "seg", "--out",
-                      args.out / "heads" / f"{side}px-step{step}", "--seed", seed, "--backbone", backbone,
-                      "--crop-size", side, "--whole-slices")
+                      args.out / "heads" / f"{author}{side}px-step{step}", "--seed", seed, "--backbone", backbone,
+                      "--crop-size", side, "--whole-slices", *window(name))
 
 
 def step_of(folder: Path) -> int:
@@ -80,24 +91,35 @@ def step_of(folder: Path) -> int:
     return records[-1]["step"] if records else 0
 
 
-def start(args, seed: int) -> Iterator[list[str]]:
+def start(args, seed: int, author: str) -> Iterator[list[str]]:
     """The commands of a seed's start and of random weights, each to be run before the next is asked for."""
-    name = f"start{processes.seed_suffix(seed)}"
-    yield pretrain(args, seed, name, args.epochs[0], "--init", "random", "--no-geometric")
-    yield from heads(args, seed, "random", 0)
+    name = f"{author}start{processes.seed_suffix(seed)}"
+    yield pretrain(args, seed, name, math.ceil(args.steps[0] / args.per_epoch[1]), "--init", "random", "--no-geometric")
+    yield from heads(args, seed, f"{author}random", 0)
     yield from heads(args, seed, name, step_of(args.out / name))
 
 
-def row(args, seed: int, name: str, epochs: int) -> Iterator[list[str]]:
-    """The commands that bring a row from its start, or from where it stands, to `epochs`, and measure it there.
+def points(args, name: str) -> dict[float, int]:
+    """{share of SHARES: epochs of a row after which it is measured}: whole ones, since a look ends each."""
+    epochs = math.ceil(args.steps[1] / args.per_epoch[every(name)])
+    return {share: max(1, round(share * epochs)) for share in SHARES}
+
+
+def every(name: str) -> int:
+    """Which slices of a volume a row trains on: each one, or each N-th."""
+    return int(ROWS[name][1]) if ROWS[name][:1] == ["--every"] else 1
+
+
+def row(args, seed: int, name: str, share: float) -> Iterator[list[str]]:
+    """The commands that bring a row from its start, or from where it stands, to a share, and measure it there.
 
     Of a row that stands beyond: none, since it was measured before it went on.
     """
-    suffix = processes.seed_suffix(seed)
-    folder, step = args.out / f"{name}{suffix}", epochs * args.steps_per_epoch
+    suffix, epochs = processes.seed_suffix(seed), points(args, name)
+    folder, step = args.out / f"{name}{suffix}", epochs[share] * args.per_epoch[every(name)]
     if step_of(folder) <= step:
-        yield pretrain(args, seed, folder.name, args.epochs[1], "--init", f"start{suffix}", "--steps", step,
-                       *ROWS[name])
+        begun = f"{AUTHOR * name.startswith(AUTHOR)}start{suffix}"
+        yield pretrain(args, seed, folder.name, epochs[1], "--init", begun, "--steps", step, *ROWS[name])
         yield from heads(args, seed, folder.name, step)
 
 
@@ -149,15 +171,21 @@ def run(args) -> None:
     settings = train_ssl.PHANTOM if args.phantom else PRETRAINING
     store = datasets.prepare(args.ssl, args.out / "stores" / "ssl", "pretrain", size=settings["size"])
     one = processes.Processes(0, 1, torch.device("cpu"))
-    batches = datasets.Batches(argparse.Namespace(seed=0, batch_size=settings["batch_size"]), len(store), one)
-    args.steps_per_epoch = batches.steps_per_epoch
-    args.epochs = [math.ceil(steps / args.steps_per_epoch) for steps in args.steps]
+    given = argparse.Namespace(seed=0, batch_size=settings["batch_size"])
+    args.per_epoch = {n: datasets.Batches(given, store.of(every=n), one).steps_per_epoch
+                      for n in {1} | {every(name) for name in args.rows}}
+    if few := [n for n, steps in args.per_epoch.items() if not steps]:
+        raise BadInput(f"{args.ssl}: one slice in {few[0]} is less than a batch of {settings['batch_size']}; give "
+                       "--rows without such rows")
     log = args.out / "study.log"
-    print(f"{len(store):,} slices, {args.epochs[0]} epochs of the start and {args.epochs[1]} of a row, of "
-          f"{args.steps_per_epoch} steps each; the output of all commands: {log}")
-    beside((start(args, seed) for seed in args.seeds), args.jobs, log)
-    for epochs in dict.fromkeys(max(1, round(share * args.epochs[1])) for share in SHARES):  # whole: a look ends each
-        beside((row(args, seed, name, epochs) for seed in args.seeds for name in args.rows), args.jobs, log)
+    print(f"{len(store):,} slices, {args.per_epoch[1]} steps an epoch; the output of all commands: {log}")
+    starts = dict.fromkeys(AUTHOR * name.startswith(AUTHOR) for name in args.rows)
+    beside((start(args, seed, author) for seed in args.seeds for author in starts), args.jobs, log)
+    before = dict.fromkeys(args.rows)  # shares of few epochs can be the same epoch
+    for share in SHARES:
+        due = [name for name in args.rows if points(args, name)[share] != before[name]]
+        beside((row(args, seed, name, share) for seed in args.seeds for name in due), args.jobs, log)
+        before |= {name: points(args, name)[share] for name in due}
 
 
 # --------------------------------------------------------------------------------------------------- what it showed
@@ -168,12 +196,14 @@ def measured(out: Path) -> dict[tuple[str, int], dict[int, dict]]:
     found: dict[tuple[str, int], dict[int, dict]] = defaultdict(lambda: defaultdict(dict))
     for path in sorted(out.glob("heads/*/results.jsonl")):
         for r in runs.read_log(path):
-            name, step = r["backbone"].removesuffix(processes.seed_suffix(r["seed"])), r["pretraining"]["step"] or 0
+            author = AUTHOR * path.parent.name.startswith(AUTHOR) * (r["backbone"] == "random")
+            name = author + r["backbone"].removesuffix(processes.seed_suffix(r["seed"]))
+            step = r["pretraining"]["step"] or 0
             found[name, step][r["seed"]][r["crop_size"]] = 100 * r["mDS"]
     for (name, step), seeds in found.items():
         for seed, values in seeds.items():
             log = out / f"{name}{processes.seed_suffix(seed)}" / "log.jsonl"
-            looks = [r for r in runs.read_log(log) if r["step"] == step] if name != "random" else []
+            looks = [r for r in runs.read_log(log) if r["step"] == step] if not name.endswith("random") else []
             values |= {key: r[key] for r in looks for key in LOOKS if key in r}
     return found
 
@@ -194,7 +224,7 @@ def shown(value: tuple[float, float | None] | None, digits: int) -> str:
 
 def tables(found: dict) -> str:
     """Markdown: each row at the last step that was measured, then Dice over the steps; mean ± sd over the seeds."""
-    names = [n for n in ("random", "start", *ROWS) if any(name == n for name, _ in found)]
+    names = [n for n in (*LEVELS, *ROWS) if any(name == n for name, _ in found)]
     head = ["row", "seeds", "steps", *LOOKS.values(), *(f"Dice at {side} px" for side in SIDES)]
     lines = [head, ["---"] * len(head)]
     for name in names:
@@ -206,12 +236,13 @@ def tables(found: dict) -> str:
         lines.append([name + untrained, str(len(seeds)), f"{step:,}" if step else "-",
                       *(shown(value, 1 if key == "effective_rank" else 2) for key, value in looks.items()),
                       *(shown(over_seeds(seeds, side), 1) for side in SIDES)])
-    steps = sorted({step for name, step in found if name in ROWS})
+    on_the_way = {n: sorted(step for name, step in found if name == n) for n in names if n in ROWS}
     sides = " / ".join(map(str, SIDES))
-    lines += [[], [f"Dice at {sides} px after", *(f"{s:,} steps" for s in steps)], ["---"] * (1 + len(steps))]
-    for name in (n for n in names if n in ROWS):
-        lines.append([name, *(" / ".join(shown(over_seeds(found.get((name, s), {}), side), 1) for side in SIDES)
-                              for s in steps)])
+    most = max(map(len, on_the_way.values()), default=0)
+    lines += [[], [f"steps: Dice at {sides} px", *[""] * most], ["---"] * (1 + most)]
+    for name, steps in on_the_way.items():
+        cells = [f"{s:,}: " + " / ".join(shown(over_seeds(found[name, s], side), 1) for side in SIDES) for s in steps]
+        lines.append([name, *cells, *[""] * (most - len(cells))])
     return "\n".join(f"| {' | '.join(cells)} |" if cells else "" for cells in lines)
 
 
@@ -227,7 +258,7 @@ def write(out: Path, found: dict) -> list[Path]:
     for side in SIDES:
         points = [(name, step, *value) for (name, step), seeds in sorted(found.items())
                   if (value := over_seeds(seeds, side))]
-        levels = {name: value for kept in ("random", "start") for name, _, *value in points if name == kept}
+        levels = {name: value for kept in LEVELS for name, _, *value in points if name == kept}
         curves = {row: [point for name, *point in points if name == row] for row in ROWS}
         panels[f"slices of {side} px"] = levels, {row: curve for row, curve in curves.items() if curve}
     written = [out / "study.md", out / "study.csv"]
