@@ -22,12 +22,13 @@ $(BIN)/.ready: requirements.txt requirements-dev.txt Makefile
 	chmod +x $(BIN)/torchrun
 	touch $@
 
-# The phantom, from volumes to Fig. 1 and a table: the start (trained first), plain MoCo v2, local + ZCA; the frozen linear
-# head on each and on random weights. All in demo/; two cores without bf16 need under ten minutes.
+# The phantom, from volumes to Fig. 1 and a table: the start (trained first), plain MoCo v2, local + ZCA by the paper's words
+# and with crops and flips; the frozen linear head on each and on random weights. All in demo/.
 demo: setup
 	$(BIN)/torchrun --standalone train_ssl.py --out demo
 	$(BIN)/torchrun --standalone train_ssl.py --local --zca --out demo
-	$(BIN)/python svd_spectrum.py --out demo random start moco moco-local-zca
+	$(BIN)/torchrun --standalone train_ssl.py --local --zca --geometric --out demo
+	$(BIN)/python svd_spectrum.py --out demo random start moco moco-local-zca moco-local-zca-aligned
 	$(BIN)/python train_seg.py --split 100 --protocol linear-frozen --backbone all --out demo
 	$(BIN)/python train_seg.py --report --out demo
 	@echo "Look at demo/spectrum.png (Fig. 1), demo/report.png (each organ's Dice) and, slice by slice,"

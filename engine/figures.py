@@ -125,6 +125,33 @@ def spectrum(path: Path, runs: Sequence[tuple[str, np.ndarray, float]], title: s
     _save(plt, figure, path)
 
 
+def overview(path: Path, views: Sequence[np.ndarray], spectra: Sequence[tuple[str, np.ndarray]],
+             maps: Sequence[tuple[str, np.ndarray]], image: np.ndarray) -> None:
+    """README's strip: a slice and two views of it, what pre-training sees; the spectra; the slice segmented.
+
+    views: (S, S) in [0, 1]; spectra: (name, descending singular values); maps: (caption, labels (H, W)) of `image`
+    (H, W) uint8.
+    """
+    plt = pyplot()
+    figure, grid = plt.subplots(1, 4 + len(maps), figsize=(2.1 * (5 + len(maps)), 2.5), layout="constrained",
+                                width_ratios=[1, 1, 1, 1.9, *[1] * len(maps)])
+    box, curves = _body(image), grid[3]
+    pictures = [("a CT slice", _coloured(image, None)[box]), ("a query view", views[0]), ("its key view", views[1]),
+                *((caption, _coloured(image, labels)[box]) for caption, labels in maps)]
+    for axes, (caption, picture) in zip([*grid[:3], *grid[4:]], pictures, strict=True):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+        axes.set_title(caption)
+        axes.axis("off")
+    for i, (name, values) in enumerate(spectra):
+        shown = values[values > values[0] * 1e-6] / values[0]
+        curves.plot(np.arange(1, len(shown) + 1), shown, **_style(i), label=name)
+    curves.set_yscale("log")
+    curves.set_title("singular values of the features (Fig. 1)")
+    curves.set_xlabel("index, largest first")
+    curves.legend(loc="lower left", fontsize=7)
+    _save(plt, figure, path)
+
+
 def curves(path: Path, log_records: Sequence[dict], chance: float) -> None:
     """A pre-training run from the records of its log.jsonl; `chance` is the level of Eq. 1 for random features.
 

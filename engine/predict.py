@@ -104,6 +104,17 @@ def name_of(path: Path, case: str) -> str:
     return name if case in name else case
 
 
+def load(folder: Path, amp: str, device: torch.device) -> tuple[Segmenter, dict, str]:
+    """The model of a finished segmentation run, its config, and the precision to predict in ("auto": the run's)."""
+    config = runs.read_config(folder, "arch", "protocol", "crop_size", "window", "data")
+    saved = runs.load(folder / "checkpoint.pt", device)
+    model = Segmenter(backbones.architecture(config["arch"]), config["protocol"], len(task_of(config).organs))
+    runs.load_weights(model, saved["model"])
+    if amp == "auto":  # what a CPU cannot do in half precision it does in full
+        amp = "off" if saved["amp"] == "fp16" and device.type == "cpu" else saved["amp"]
+    return model.to(device, memory_format=torch.channels_last), config, processes.precision(amp, device)
+
+
 def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, into: Path | None = None,
           skipped: Sequence[dict] = ()) -> None:
     """Write the labels that the run in `folder` gives to these volumes: NAME.nii.gz in `into` (folder/predictions).
@@ -113,15 +124,8 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, 
     raise one BadInput.
     """
     into = into or folder / "predictions"
-    config = runs.read_config(folder, "arch", "protocol", "crop_size", "window", "data")
-    task = task_of(config)
-    saved = runs.load(folder / "checkpoint.pt", device)
-    model = Segmenter(backbones.architecture(config["arch"]), config["protocol"], len(task.organs))
-    runs.load_weights(model, saved["model"])
-    model = model.to(device, memory_format=torch.channels_last)
-    if amp == "auto":  # as in the run; what a CPU cannot do in half precision it does in full
-        amp = "off" if saved["amp"] == "fp16" and device.type == "cpu" else saved["amp"]
-    amp, odd, bad = processes.precision(amp, device), 0, [intake.named(s) for s in skipped if not s["no_image"]]
+    model, config, amp = load(folder, amp, device)
+    task, odd, bad = task_of(config), 0, [intake.named(s) for s in skipped if not s["no_image"]]
     if others := [s["file"] for s in skipped if s["no_image"]]:
         first = ", ".join(others[:3]) + " ..." * (len(others) > 3)
         print(f"left out, no images by their names: {len(others)} ({first})")
