@@ -25,7 +25,7 @@ import torch
 
 import augment
 import resize
-from ct import audit, stores, tasks
+from ct import audit, coverage, stores, tasks
 from ct import prepare as preparation
 from ct.stores import HEADER, array, name_of, sizes_agree, task_of
 from ct.volumes import BadInput
@@ -50,6 +50,7 @@ def open_labelled(args, data: Path) -> tuple["Store", processes.Processes, list[
     ranks = processes.start(args.deterministic)
     drawn = processes.on_main(ranks.is_main, lambda: tasks.draw_splits(
         store.task, [v["id"] for v in store.volumes], args.val, args.val_cases, args.patient_regex))
+    drawn += coverage.remarks(store.volumes, store.task, getattr(args, "split", None), getattr(args, "draws", ()))
     return store, ranks, audit.remarks(store.volumes, store.skipped, store.task) + drawn
 
 

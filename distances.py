@@ -13,6 +13,7 @@ from scipy.spatial import KDTree
 from metrics import nan_mean, plain
 
 HD95 = ("hd95_mm", "hd95_transunet_voxels", "hd95_monai_mm")  # see hd95_organs
+ABSENT = (math.nan, 0.0, math.nan)  # what each is for an organ that is missing in truth or prediction
 
 
 def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> list[np.ndarray]:
@@ -47,7 +48,7 @@ def hd95_organs(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[flo
     MedPy without spacing; an organ missing in truth or prediction is worth 0, the best there is (!).
     `hd95_monai_mm`: MONAI's `compute_hausdorff_distance`, the larger of the two directions' percentiles.
     """
-    found = np.tile([math.nan, 0.0, math.nan], (classes - 1, 1))
+    found = np.tile(ABSENT, (classes - 1, 1))
     boxes = (ndimage.find_objects(labels, classes - 1) for labels in (prediction, truth))
     for c, both in enumerate(zip(*boxes, strict=True), 1):
         if None not in both:  # nothing outside of the two boxes is on a surface

@@ -29,7 +29,7 @@ import datasets
 from ct import intake, prepare
 from ct.command import number, whole
 from ct.volumes import BadInput
-from engine import backbones, evaluate, predict, processes, report, runs
+from engine import backbones, evaluate, leaks, predict, processes, report, runs
 from engine.report import DRAWS
 from segment import PROTOCOLS, Segmenter, loss_bytes
 
@@ -304,7 +304,8 @@ def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store
         records = [r for r in runs.read_log(curve) if r["step"] <= min(first, args.iterations - 1)]
         runs.write_text(curve, "".join(json.dumps(r) + "\n" for r in records))
     train(trainer, run, first)
-    processes.on_main(ranks.is_main, lambda: evaluate.finish(trainer, run, config))
+    processes.on_main(ranks.is_main, lambda: evaluate.finish(
+        trainer, run, config | {"leaks": leaks.find(store, config["cases"], name, args.out)}))
 
 
 def configure(args: argparse.Namespace, backbone: backbones.Backbone, protocol: str, draw: int,
@@ -367,7 +368,9 @@ def main(argv: list[str] | None = None) -> None:
         raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {ranks.world_size} processes")
     if ranks.is_main:
         introduce(args, titles, store, ranks)
-        for line in remarks:
+        trained = {case for draw in args.draws for case in store.task.cases(args.split, draw)}
+        remarks += [line for name in names for line in leaks.lines(leaks.find(store, trained, name, args.out), name)]
+        for line in dict.fromkeys(remarks):
             print(line)
     announce_unlike(args, names, phantom, ranks)
     for name in names:

@@ -28,7 +28,7 @@ import resize
 from ct import audit, intake, prepare, stores
 from ct.command import number, whole
 from ct.volumes import BadInput
-from engine import backbones, figures, monitor, passes, probe, processes, recipes, runs
+from engine import backbones, figures, leaks, monitor, passes, probe, processes, recipes, runs
 from local_loss import CELLS
 from moco import MoCo
 from whitening import whiten_last_norm
@@ -301,6 +301,7 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
     config |= {"data": store.name, "volumes": len(store.volumes), "slices": len(store),
                "store": store.contents()}
     run = runs.Run(args.out / args.name, config, args.overwrite, ranks.is_main)
+    processes.on_main(ranks.is_main, lambda: leaks.keep(run.folder, store, args.init, args.out))
     saved = run.resume()
     amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
     runs.announce_changes(saved, amp, ranks)

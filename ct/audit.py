@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ct import layouts, pool, tasks
+from ct import coverage, layouts, pool, repeats, tasks
 from ct.command import printable
 from ct.files import checksum
 from ct.intake import AIR, SOFT, named, skip
@@ -79,6 +79,9 @@ def audit(data: Path, kind: str, workers: int | None, store: Path, draw: Callabl
               f"{min(r['slices'] for r in good)} to {max(r['slices'] for r in good)}")
     if task:
         _print_task(good, task)
+        if source := repeats.in_abdomenct(data, [r["id"] for r in good]):
+            print(f"by its names this is {source}, whose CTs AbdomenCT-1K holds, too: a backbone that was pre-trained "
+                  "on that has seen them, and a number on them is no test of it")
     picked = good[:: -(-len(good) // SHEET) or 1]
     contact_sheet(draw, store / f"audit-{kind}.png", [r["middle"] for r in picked],
                   [f"{r['id']} slice {r['slices'] // 2}" for r in picked],
@@ -112,20 +115,16 @@ def _print_task(good: list[dict], task: Task) -> None:
         print(f"  {label:2d} {organ:26s} {voxels.sum():14,d} voxels in {(voxels > 0).sum()} volumes")
     if absent := absent_organs(good, task):
         print(f"  no volume has: {', '.join(absent)}")
+    for line in coverage.remarks(good, task):
+        print(f"  {printable(line)}")
     for patient, group in tasks.siblings(found).items():
         print(f"  one patient, it seems, {patient}: {', '.join(group)}")
 
 
 def _odd(records: list[dict]) -> list[str]:
-    """What is odd about volumes, a line each, and which are the same image."""
+    """What is odd about volumes, a line each, and what is there twice."""
     odd = [f"{r['file']}: {reason}" for r in records for reason in r["odd"]]
-    first: dict[str, str] = {}
-    for r in records:
-        if r["content"] in first:
-            known = " (a known one)" if {r["id"], first[r["content"]]} == {"Case_00297", "Case_00928"} else ""
-            odd.append(f"{r['id']}: the same image as {first[r['content']]}{known}")
-        first.setdefault(r["content"], r["id"])
-    return odd
+    return odd + [f"{name}: {reason}" for name, reason in repeats.between(records).items()]
 
 
 def print_skipped(records: list[dict], skipped: list[dict]) -> int:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ct import audit, layouts, pool, stores, tasks
+from ct import audit, coverage, layouts, pool, stores, tasks
 from ct.command import Parser, command, folder, listed, number, printable, whole
 from ct.files import checksum, lock, replacing, write_json
 from ct.intake import SOFT, named, skip
@@ -254,6 +254,7 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
         if task := stores.task_of(store, index):
             remarks = tasks.draw_splits(task, [v["id"] for v in index["volumes"]], args.val, args.val_cases,
                                         args.patient_regex)
+            remarks += coverage.remarks(index["volumes"], task)
             if not task.of_paper:
                 remarks.insert(0, f"splits: {task.file('val')} and those beside it")
             for line in remarks:

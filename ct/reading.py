@@ -1,13 +1,12 @@
 """A data folder read: its volumes as 8-bit slices with their records, and the task of its labels."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ct import layouts, pool, tasks
-from ct.intake import find_volumes, judge
+from ct import layouts, pool, repeats, tasks
+from ct.intake import SOFT, find_volumes, judge
 from ct.label_maps import label_ids, read_labels
 from ct.stores import SPLITS, name_of, recorded_label_ids
 from ct.tasks import BTCV, Task
@@ -47,18 +46,27 @@ def read_ct(path: Path, window: tuple[float, float]) -> tuple[Volume, np.ndarray
     return read, slices, (low, high), judge(read, low, high)
 
 
+def over_soft(volume: Volume, slices: np.ndarray, window: tuple[float, float]) -> Iterable[np.ndarray]:
+    """A volume's 8-bit slices over SOFT: its `slices`, if theirs is that window."""
+    if tuple(window) == SOFT:
+        return slices
+    return (window_to_uint8(volume.slice(z), SOFT) for z in range(len(slices)))
+
+
 def describe(volume: dict, task: Task | None,
              window: tuple[float, float]) -> tuple[dict, np.ndarray, np.ndarray | None]:
     """(a volume's record, its 8-bit slices, its labels for segmentation; both (Z, Y, X) uint8). Raises BadInput."""
     read, slices, (low, high), odd = read_ct(volume["image"], window)
     record = {"id": volume["id"], "file": str(volume["image"]), "phantom": read.is_phantom, "spacing": read.spacing,
               "shape": list(slices.shape), "slices": len(slices), "hu": [low, high],
-              "content": hashlib.sha256(slices).hexdigest(), "odd": odd}
+              "slice_sums": repeats.slice_sums(over_soft(read, slices, window)), "odd": odd}
     if task is None:
+        odd += repeats.within(record["slice_sums"], slices, None, read.path)
         return record, slices, None
     if volume["label"] is None:
         raise BadInput(f"{volume['image']}: has no label {Path('label', volume['image'].name.replace('img', 'label'))}")
     labels = read_labels(volume["label"], read, task.ids, record["odd"])
+    odd += repeats.within(record["slice_sums"], slices, labels, read.path)
     if not labels.any():
         if not task.negatives:
             raise BadInput(f"{volume['label']}: an empty label, all background; it would train nothing")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ct.files import replacing
+from ct.repeats import copies
 from ct.volumes import BadInput
 
 SHARES = {"12.5": 1 / 8, "25": 1 / 4}  # of the training volumes
@@ -140,7 +141,8 @@ def siblings(ids: Iterable[str]) -> dict[str, list[str]]:
 
 def _remarks(ids: list[str], train: set[str], held_out: set[str]) -> list[str]:
     remarks = []
-    if torn := [g for g in siblings(ids).values() if train.intersection(g) and held_out.intersection(g)]:
+    groups = {tuple(sorted(g)) for g in (*siblings(ids).values(), *copies(ids).items())}
+    if torn := [g for g in sorted(groups) if train.intersection(g) and held_out.intersection(g)]:
         remarks.append(f"{len(torn)} patients seem to have volumes both to train and to validate on "
                        f"({', '.join(torn[0])}{' ...' * (len(torn) > 1)}); --patient-regex keeps a patient's together")
     if new := set(ids) - train - held_out:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import distances
 import metrics
-from ct import volumes
+from ct import coverage, volumes
 from engine import backbones, figures, predict, processes, report, runs
 
 CASE_COLUMNS = ("case", "organ id", "organ", "intersection", "prediction", "truth", "dice", *distances.HD95)
@@ -41,12 +41,18 @@ def validate(trainer, run: runs.Run, done: int, stop: processes.StopRequest) -> 
         counts[record["id"]] = metrics.count_slices(labels, truth, len(trainer.store.task.organs))
         if stop.signal:
             return
-    mds = add_point(run, done, *metrics.join(counts))["mDS"]
+    left = coverage.uncounted(trainer.store.volumes, trainer.store.task)
+    mds = add_point(run, done, *metrics.join(counts), left)["mDS"]
     tqdm.write(f"{run.folder.name}: iteration {done:,}/{trainer.args.iterations:,}, validation mDS {100 * mds:.2f} %")
 
 
-def add_point(run: runs.Run, done: int, table: np.ndarray, ids: np.ndarray) -> dict:
-    """Append every convention's mean of a table to validation.jsonl; returns them."""
+def add_point(run: runs.Run, done: int, table: np.ndarray, ids: np.ndarray, left: Collection[int] = ()) -> dict:
+    """Append every convention's mean of a table to validation.jsonl; returns them.
+
+    left: classes that are as if they did not occur, `coverage.uncounted`.
+    """
+    table = table.copy()
+    table[:, list(left)] = 0
     summary = metrics.summarise(table, ids)
     runs.append(run.folder / "validation.jsonl", [{"step": done, **summary}])
     return summary
@@ -68,8 +74,11 @@ def finish(trainer, run: runs.Run, config: dict) -> None:
         counts[case], predicted[case] = metrics.count_slices(labels, truth, len(task.organs)), labels
         hd95[case] = distances.hd95_organs(labels, truth, record["spacing"], len(task.organs))
     table, ids = metrics.join(counts)
-    result = {**config, **add_point(run, args.iterations, table, ids),
-              **distances.summarise_hd95(list(hd95.values())),
+    left = coverage.uncounted(trainer.store.volumes, task)
+    absent = np.isin(np.arange(1, len(task.organs)), list(left))[:, None]
+    result = {**config, **add_point(run, args.iterations, table, ids, left),
+              **distances.summarise_hd95([np.where(absent, distances.ABSENT, d) for d in hd95.values()]),
+              "uncounted": {task.organs[c]: why for c, why in left.items()},
               "backbone_before": trainer.backbone, "backbone_after": after,
               "wall_s": round(time.time() - trainer.started, 1), "amp": trainer.amp,
               "processes": trainer.ranks.world_size, "hardware": processes.hardware(), "commit": processes.commit(),

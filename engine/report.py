@@ -12,7 +12,7 @@ import numpy as np
 from ct.prepare import WINDOW
 from ct.tasks import ORGANS
 from ct.volumes import BadInput
-from engine import figures, runs
+from engine import figures, leaks, runs
 from metrics import LEAST_GAP, mean_std, nan_mean
 from segment import PROTOCOLS
 
@@ -148,10 +148,10 @@ def settings_of(result: dict) -> str:
 
 def remarks_on(result: dict) -> list[str]:
     """What stands beside a result, of the pre-training that it measures."""
-    known = result.get("pretraining", {})
+    known, remarks = result.get("pretraining", {}), leaks.marks(result)
     if known.get("horizon") is None:  # no run of train_ssl.py
-        return []
-    remarks = [f"views of {known['view_px']} px of slices of {known['slice_px']} px"]
+        return remarks
+    remarks += [f"views of {known['view_px']} px of slices of {known['slice_px']} px"]
     window = result.get("window", WINDOW)
     if tuple(window) != WINDOW:
         remarks.append(f"HU {window[0]:g} to {window[1]:g}")
