@@ -24,6 +24,7 @@ from engine import backbones, processes, runs
 from segment import Segmenter
 
 SOURCES = "sources.jsonl"  # beside predictions: which volume each is of, and what its ids mean
+INSTEAD = "--predict-out FOLDER"  # where predictions go elsewhere
 BATCH = 8  # slices predicted at once
 CLASSES = 16  # of their logits at full size at once: 105 classes of 512 px would take 0.9 GB, twice
 
@@ -166,10 +167,10 @@ def write(folder: Path, name: str, labels: np.ndarray, read: volumes.Volume, tas
     try:
         folder.mkdir(parents=True, exist_ok=True)
         runs.append(folder / SOURCES, [{"prediction": name, "volume": os.path.realpath(read.path),
-                                        "checksum": checksum(read.path), "labels": task.labels}])
+                                        "checksum": checksum(read.path), "labels": task.labels}], INSTEAD)
         volumes.write_labels(path, np.array(task.ids)[labels], read)
     except OSError as e:
-        raise BadInput(f"{path}: cannot be written ({e.strerror}); give another --predict-out") from None
+        raise BadInput(f"{path}: cannot be written ({e.strerror}); give {INSTEAD}") from None
     return path
 
 
@@ -183,5 +184,5 @@ def refuse_another(path: Path, source: Path) -> None:
     if owner and (owner.get("volume") == os.path.realpath(source) or owner.get("checksum") == checksum(source)):
         return
     whose = owner.get("volume") if owner else "no known volume"
-    raise BadInput(f"{path}: exists and is the prediction of {whose}, not of {source}; give --predict-out FOLDER, or "
+    raise BadInput(f"{path}: exists and is the prediction of {whose}, not of {source}; give {INSTEAD}, or "
                    "move it away")
