@@ -81,14 +81,14 @@ def find_run(name: str, out: Path) -> Path:
     return folder
 
 
-def find_volumes(source: Path) -> tuple[dict[str, Path], list[dict]]:
+def find_volumes(source: Path, images: Sequence[str] | None = None) -> tuple[dict[str, Path], list[dict]]:
     """A volume, or the volumes of a folder -> ({name of its prediction: file}, what else the folder holds, skipped).
 
-    Raises BadInput for a folder without volumes.
+    images: those of `intake.find_volumes`. Raises BadInput for a folder without volumes.
     """
     if not source.is_dir():
         return {volumes.stem(source): source}, []
-    found, skipped = intake.find_volumes(source, "pretrain")
+    found, skipped = intake.find_volumes(source, "pretrain", images)
     stems = [volumes.stem(v["image"]) for v in found]
     # the file's own name, unless two subfolders have a file of that name
     names = [stem if stems.count(stem) == 1 else v["id"] for stem, v in zip(stems, found, strict=True)]
@@ -123,7 +123,7 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, 
     if amp == "auto":  # as in the run; what a CPU cannot do in half precision it does in full
         amp = "off" if saved["amp"] == "fp16" and device.type == "cpu" else saved["amp"]
     amp, odd, bad = processes.precision(amp, device), 0, [intake.named(s) for s in skipped if not s["no_image"]]
-    if others := [s["file"] for s in skipped if s["no_image"]]:
+    if others := [s["file"] for s in skipped if s["no_image"] and not s.get("odd")]:
         first = ", ".join(others[:3]) + " ..." * (len(others) > 3)
         print(f"left out, no images by their names: {len(others)} ({first})")
     several = None if len(paths) > 1 else True
