@@ -89,7 +89,7 @@ def audit(data: Path, kind: str, workers: int | None, store: Path, draw: Callabl
                   [r["labels"] for r in picked] if task else None, task)
     if task and task.of_paper:
         try:
-            tasks.refuse_other_ids(data, (r["voxels"] for r in good))
+            tasks.refuse_other_ids(data, good)
         except BadInput as e:
             bad.append(skip(data, str(e)))
     return print_skipped(good, found.skipped + bad)

@@ -80,11 +80,14 @@ def _by_voxels(data: Path, files: list[Path], skipped: list[dict]) -> tuple[list
     A name is sure that lies in a folder of labels and nothing else, and is an image's but for the words. Where one of
     the two holds, the first of all that are called by the same word is looked at, and where that is a CT, all.
     """
-    partners, likely, unsure = {names.partner(p.relative_to(data)) for p in files}, {}, []
+    # of the whole path, and of the file alone: AbdomenCT-1K's images may lie in folders of parts
+    partners = {names.partner(inner) for p in files for inner in (p.relative_to(data), Path(p.name))}
+    likely, unsure = {}, []
     for path in (Path(s["file"]) for s in skipped if s["reason"] == BY_NAME):
         inner = path.relative_to(data)
         name = names.naming(inner, names.LABELS) or ""  # none: AbdomenCT-1K's
-        reasons = (names.partner(inner) in partners) + (name in inner.parts[:-1] and names.holds_labels(name))
+        alike = any(key and key in partners for key in map(names.partner, (inner, Path(inner.name))))
+        reasons = alike + (name in inner.parts[:-1] and names.holds_labels(name))
         if reasons == 1:
             likely.setdefault(names.said(name, names.LABELS), []).append(path)
         elif not reasons:

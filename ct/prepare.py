@@ -118,7 +118,7 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
             if task.listed:
                 index["task"]["listed"] = {"source": task.listed.source, "cases": list(task.listed.cases)}
         elif task:
-            tasks.refuse_other_ids(data, (v["voxels"] for v in index["volumes"] if "voxels" in v))
+            tasks.refuse_other_ids(data, index["volumes"])
         return index
 
     try:
