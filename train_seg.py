@@ -55,6 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                               f"({'/'.join(PROTOCOLS)}).")
     parser.common("BTCV")
     prepare.task_flags(parser)
+    prepare.images_flag(parser)
     by_protocol = {key: "/".join(f"{PHANTOM_RECIPES[p][key]}" for p in PROTOCOLS) for key in ("iterations", "lr")}
     by_protocol["whole_slices"] = "/".join("yes" if PHANTOM_RECIPES[p]["whole_slices"] else "no" for p in PROTOCOLS)
     add = parser.with_defaults(PAPER | {"whole_slices": "no"}, PHANTOM | by_protocol)
@@ -350,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.predict or args.run or args.predict_out:
         if not (args.predict and args.run):
             raise BadInput("--predict VOLUME_OR_FOLDER and --run RUN: give both")
-        paths, skipped = predict.find_volumes(args.predict)
+        paths, skipped = predict.find_volumes(args.predict, args.images)
         folder, device = predict.find_run(args.run, args.out), processes.start(args.deterministic).device
         return predict.files(paths, folder, args.amp, device, args.predict_out, skipped)
     data, phantom = intake.locate(args.data, "BTCV")

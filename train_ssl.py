@@ -52,6 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = processes.Parser(prog="train_ssl.py", description=__doc__.split("\n\n")[0],
                               epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
     parser.common("AbdomenCT-1K")
+    prepare.images_flag(parser)
     parser.set_defaults(window=None)  # a recipe has its own
     add = parser.with_defaults(PAPER, PHANTOM | {"init": "phantom-start, trained first"})
     add("--local", action="store_true", help="local loss on the first stage's feature map, Eq. 2")
@@ -296,7 +297,7 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
                        f"{len(batches.held_out)} held-out ones; lower --batch-size" + " or --every" * (args.every > 1))
     moco = build(args, store.is_phantom)  # before the run folder: weights that do not fit leave nothing behind
     not_in_config = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
-                     "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass", "probe")
+                     "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass", "probe", "images")
     config = {k: v for k, v in vars(args).items() if k not in not_in_config}
     config |= {"data": store.name, "volumes": len(store.volumes), "slices": len(store),
                "store": store.contents()}
@@ -357,7 +358,7 @@ def introduce(trainer: Trainer, store: datasets.Store, ranks: processes.Processe
 def slices_of(args: argparse.Namespace, data: Path) -> datasets.Store:
     """The slices of a folder of CT volumes at the run's size and window, prepared where missing. Raises BadInput."""
     return datasets.prepare(data, args.store or stores.default_store(data), "pretrain", tuple(args.window), args.size,
-                            args.workers)
+                            args.workers, images=args.images)
 
 
 @processes.command

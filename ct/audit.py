@@ -1,5 +1,6 @@
 """What a data folder or a store holds, in words and on a contact sheet; whether a store is still what was written."""
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from ct.tasks import BTCV, Task
 from ct.volumes import BadInput
 
 SHEET = 24  # slices on a contact sheet
+NO_IMAGE = "no images by their names"
+BY_REASON = {layouts.NO_LABEL: "without a label", layouts.UNLISTED: "labelled, but listed nowhere"}
+LEFT_OUT = (NO_IMAGE, *BY_REASON.values(), "unusable")
 FEW = 20  # files of a folder that are left out for one reason: named one by one, more of them by their folder
 # What the paper says of its data. That 3017 are the slices of 24 of the 30 volumes, to train on, and that the other 6
 # have 762, is our inference (docs/decisions.md).
@@ -26,26 +30,26 @@ PAPER = {"pretrain": "AbdomenCT-1K: 1,062 volumes, 215,325 slices",
 def remarks(volumes: list[dict], skipped: list[dict], task: Task = BTCV) -> list[str]:
     """What a command prints at its start about a store's volumes: how many things are odd, intensities, organs."""
     see = "(python datasets.py audit names them)"
-    lines = [f"odd: {len(odd)} {see}"] if (odd := _odd(volumes)) else []
+    odd = _odd(volumes) + [s for s in skipped if s.get("odd")]
+    lines = [f"odd: {len(odd)} {see}"] if odd else []
     if bright := [v for v in volumes if v["hu"][0] > AIR]:
         low, high = bright[0]["hu"]
         lines.append(f"intensities: {len(bright)} of {len(volumes)} volumes never go under {AIR} HU "
                      f"({bright[0]['id']}: {low:.0f} to {high:.0f}); exported to 0..255, or stored without the "
                      "intercept? They are used as they are")
-    if left := sum(s["no_image"] and not _lacks_label(s) for s in skipped):
-        lines.append(f"left out, no images by their names: {left} {see}")
-    if unlabelled := sum(map(_lacks_label, skipped)):
-        lines.append(f"left out, without a label: {unlabelled} {see}")
-    if unusable := len(skipped) - left - unlabelled:
-        lines.append(f"left out, unusable: {unusable} {see}")
+    counts = collections.Counter(map(_kind, skipped))
+    lines += [f"left out, {kind}: {counts[kind]} {see}" for kind in LEFT_OUT if counts[kind]]
     if absent := absent_organs(volumes, task):
         more = f" ... ({len(absent)} organs)" * (len(absent) > FEW)
         lines.append(f"no volume has: {', '.join(absent[:FEW])}{more}; mean Dice is over the organs that occur")
     return lines
 
 
-def _lacks_label(skipped: dict) -> bool:
-    return skipped["reason"] == layouts.NO_LABEL
+def _kind(skipped: dict) -> str:
+    """Which of LEFT_OUT a skipped file is of; what is odd is not left out."""
+    if skipped["no_image"]:
+        return "odd" if skipped.get("odd") else BY_REASON.get(skipped["reason"], NO_IMAGE)
+    return "unusable"
 
 
 def absent_organs(volumes: list[dict], task: Task = BTCV) -> list[str]:
@@ -55,16 +59,16 @@ def absent_organs(volumes: list[dict], task: Task = BTCV) -> list[str]:
 
 
 def audit(data: Path, kind: str, workers: int | None, store: Path, draw: Callable | None = None,
-          names: Path | None = None, organs: Sequence[str] | None = None) -> int:
+          names: Path | None = None, organs: Sequence[str] | None = None, images: Sequence[str] | None = None) -> int:
     """Print what a data folder holds, against the paper's counts where it is the paper's data; the middle slices go to
     a picture in `store`.
 
     Returns the number of files it cannot use.
     """
-    labels, found, skipped = find(data, kind, names, organs)
-    task = task_in(data, store, labels, found, store / kind, workers) if kind == "segment" else None
-    good, bad = [], []
-    for volume, outcome in pool.in_processes(functools.partial(_inspect, task=task), found, workers, f"reading {data}"):
+    found, good, bad = find(data, kind, names, organs, images), [], []
+    task = task_in(data, store, found, store / kind, workers) if kind == "segment" else None
+    work = functools.partial(_inspect, task=task)
+    for volume, outcome in pool.in_processes(work, found.volumes, workers, f"reading {data}"):
         if isinstance(outcome, BadInput):
             bad.append(skip(volume["image"], str(outcome)))
         else:
@@ -86,7 +90,12 @@ def audit(data: Path, kind: str, workers: int | None, store: Path, draw: Callabl
     contact_sheet(draw, store / f"audit-{kind}.png", [r["middle"] for r in picked],
                   [f"{r['id']} slice {r['slices'] // 2}" for r in picked],
                   [r["labels"] for r in picked] if task else None, task)
-    return print_skipped(good, skipped + bad)
+    if task and task.of_paper:
+        try:
+            tasks.refuse_other_ids(data, good)
+        except BadInput as e:
+            bad.append(skip(data, str(e)))
+    return print_skipped(good, found.skipped + bad)
 
 
 def _inspect(volume: dict, task: Task | None) -> dict:
@@ -130,12 +139,13 @@ def _odd(records: list[dict]) -> list[str]:
 def print_skipped(records: list[dict], skipped: list[dict]) -> int:
     """The list that ends both commands: unusable, odd, no image, no label. Returns the number of the unusable."""
     unusable = sorted(named(s) for s in skipped if not s["no_image"])
-    unlabelled = [s for s in skipped if _lacks_label(s)]
-    others = [s for s in skipped if s["no_image"] and not _lacks_label(s)]
-    parts = [("unusable", len(unusable), unusable), ("odd", len(odd := sorted(_odd(records))), odd),
-             ("no image by its name", len(others), _by_folder(others))]
-    if unlabelled:
-        parts.append(("without a label", len(unlabelled), _by_folder(unlabelled)))
+    kinds: dict[str, list] = {"odd": [], NO_IMAGE: []}
+    for s in skipped:
+        kinds.setdefault(_kind(s), []).append(s)
+    odd = sorted(_odd(records) + _by_folder(kinds["odd"]))
+    parts = [("unusable", len(unusable), unusable), ("odd", len(odd), odd),
+             ("no image by its name", len(kinds[NO_IMAGE]), _by_folder(kinds[NO_IMAGE]))]
+    parts += [(kind, len(kinds[kind]), _by_folder(kinds[kind])) for kind in BY_REASON.values() if kind in kinds]
     for title, count, lines in parts:
         print(f"{title}: {count}")
         for line in lines:

@@ -1,76 +1,104 @@
 """What is in a folder and what of it is a CT: which layout, which volumes, what is left out and why.
 
 Every command comes in by these two doors. `find_volumes` goes by names: files and folders that name labels are left
-out, what is not read here is counted. `judge` goes by a volume's values and geometry: what is no CT in HU, or no stack
-of axial slices, is refused; what is usable and yet unusual is listed as odd.
+out, what is not read here is counted; where a name is unsure, the file's first planes decide. `judge` goes by a
+volume's values and geometry: what is no CT in HU, or no stack of axial slices, is refused; what is usable and yet
+unusual is listed as odd.
 """
 
-import functools
-import os
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from ct import phantom, volumes
+from ct import maps, names, phantom, volumes
+from ct.maps import GREYS
+from ct.names import BY_NAME, Listing, named, skip, survey
 from ct.volumes import BadInput, Volume, is_nifti, stem
 
 SOFT = (-175.0, 250.0)  # HU from fat to bone: MONAI's window for BTCV
 PADDING = -8192  # HU; scanners write -1024 to -8192 where they measured nothing
 HIGHEST = 32767  # HU that 16 bits can hold
-GREYS = 32  # a CT has more numbers than that even in a few slices; a mask of 0 and 255 has not
 LEAST_SIDE = 16  # rows and columns of a slice; a scout stored as a stack is 1 pixel high
 LEAST_SLICES = 3
 SQUARE, OTHER_PLANE = 1.1, 2.0  # ratio of a pixel's sides: above the first odd, above the second no axial slices
 AIR = -200  # HU that every CT of a body goes under: it has fat or air beside it
 
-# Words that name labels, in names of files and folders, each apart from the letters around it: labelsTr, liver_mask,
-# Segmentations, RibFrac1-label, GT; not "unlabelled". A folder of images below a folder of labels is one of images.
-LABELS = re.compile(r"(label(map)?s?|masks?|msk|d?segs?|segmentations?|annotations?|groundtruth|gt)(t[rs])?")
-IMAGES = re.compile(r"(images?|imgs?|imaging|volumes?|scans?)(t[rs])?")
-BY_NAME = "a label map by its name"
-# Images that are not read here: ending -> (what they are, what converts them to .nii.gz)
-DICOM, PAIR, ITK = (("DICOM", "dcm2niix"), ("NIfTI or Analyze pairs", "SimpleITK"), ("MetaImage or NRRD", "SimpleITK"))
-OTHERS = {".dcm": DICOM, ".dicom": DICOM, ".ima": DICOM, ".hdr": PAIR, ".img": PAIR, ".hdr.gz": PAIR, ".img.gz": PAIR,
-          ".mha": ITK, ".mhd": ITK, ".nrrd": ITK, ".nhdr": ITK, ".mgz": ("FreeSurfer", "nibabel"),
-          ".nii.bz2": ("bzip2", "bunzip2 and gzip"), ".nii.xz": ("xz", "unxz and gzip"),
-          ".nii.zip": ("zipped", "unzip"), ".nii.zst": ("zstd", "unzstd and gzip")}
+BY_VOXELS = "a distance, dose or probability map by its name and its voxels"
+READ_ANYWAY = "a CT by its voxels, and used, though its name says labels; --images says which files are the images"
 
 
 # ------------------------------------------------------------------------------------------------------ by its names
 
 
-def find_volumes(data: Path, kind: str) -> tuple[list[dict], list[dict]]:
+def find_volumes(data: Path, kind: str, images: Sequence[str] | None = None) -> tuple[list[dict], list[dict]]:
     """What a folder holds: ({id, image, label or None} sorted by id, skipped {file, reason, no_image}).
 
     Known layouts: BTCV's RawData/Training/{img,label}, AbdomenCT-1K's Case_00001_0000.nii.gz in one folder or
     in part folders, and any folder of NIfTI volumes (labelled ones of other layouts: `layouts.find`).
-    kind "segment": with the labels of BTCV; all other volumes have none here. no_image: the file's name says that it is
-    none, so nothing is missed; all other skipped ones are unusable. Raises BadInput for a missing or empty folder and
-    for two files of one id.
+    kind "segment": with the labels of BTCV; all other volumes have none here. images: the images are the files that
+    match one of these patterns (Path.match), whatever names and voxels say. no_image: the file is none by its name, so
+    nothing is missed; all other skipped ones are unusable. Raises BadInput for a missing or empty folder and for two
+    files of one id.
     """
     if not data.is_dir():
         raise BadInput(f"{data}: no such folder; give --data the folder of the CT volumes")
-    if root := btcv_root(data):
-        return _without(*_find_btcv(root, kind), _others_in_btcv(root, kind))
-    files, skipped = survey(data)
+    if (root := btcv_root(data)) and not images:
+        there = Listing.of(root)
+        return _without(*_find_btcv(there, kind), _others_in_btcv(there, kind))
+    there = Listing.of(data)
+    files, skipped = survey(there)
     if any(_is_case(p) and stem(p).endswith("_0000") for p in files):  # AbdomenCT-1K: masks lack the _0000
         masks = [p for p in files if _is_case(p) and not stem(p).endswith("_0000")]
         skipped += [skip(p, BY_NAME, no_image=True) for p in masks]
         files = [p for p in files if p not in set(masks)]
+    files, skipped = _by_pattern(data, files, skipped, images) if images else _by_voxels(data, files, skipped)
     if not files:
         others = "; ".join(named(s) for s in skipped[:3]) + f" ... ({len(skipped)} such)" * (len(skipped) > 3)
         raise BadInput(f"{data}: no .nii or .nii.gz volumes in this folder or below it" + f"; {others}" * bool(others))
-    found: dict[str, dict] = {}
-    for p in files:
-        name = (stem(p).removesuffix("_0000") if _is_case(p) else
-                "__".join([*p.relative_to(data).parts[:-1], stem(p)]))
-        if name in found:
-            raise BadInput(f"{found[name]['image']} and {p}: two files of one id, {name}; rename one, or take out the "
-                           "one that is no image or not wanted")
-        found[name] = {"id": name, "image": p, "label": None}
-    return [found[name] for name in sorted(found)], skipped
+    found = names.by_name(files, lambda p: names.without_channel(p) if _is_case(p) else
+                          "__".join([*p.relative_to(data).parts[:-1], stem(p)]))
+    return [{"id": name, "image": found[name], "label": None} for name in sorted(found)], skipped
+
+
+def _by_pattern(data: Path, files: list[Path], skipped: list[dict],
+                images: Sequence[str]) -> tuple[list[Path], list[dict]]:
+    """The files that match one of `images`, of those whose name says an image and of those whose name says labels."""
+    labels = [Path(s["file"]) for s in skipped if s["reason"] == BY_NAME]
+    wanted = {p for p in (*files, *labels) if any(p.relative_to(data).match(pattern) for pattern in images)}
+    if not wanted:
+        raise BadInput(f"--images {','.join(images)}: matches no .nii or .nii.gz file in {data}")
+    others = [skip(p, "none of --images", no_image=True) for p in files if p not in wanted]
+    return sorted(wanted), [s for s in skipped if s["reason"] != BY_NAME or Path(s["file"]) not in wanted] + others
+
+
+def _by_voxels(data: Path, files: list[Path], skipped: list[dict]) -> tuple[list[Path], list[dict]]:
+    """Where a name is unsure, the voxels decide, if they can be read: labels and maps that are CT become images, images
+    that are called distance or dose and show no CT are left out.
+
+    A name is sure that lies in a folder of labels and nothing else, and is an image's but for the words. Where one of
+    the two holds, the first of all that are called by the same word is looked at, and where that is a CT, all.
+    """
+    # of the whole path, and of the file alone: AbdomenCT-1K's images may lie in folders of parts
+    partners = {names.partner(inner) for p in files for inner in (p.relative_to(data), Path(p.name))}
+    likely, unsure = {}, []
+    for path in (Path(s["file"]) for s in skipped if s["reason"] == BY_NAME):
+        inner = path.relative_to(data)
+        name = names.naming(inner, names.LABELS) or ""  # none: AbdomenCT-1K's
+        alike = any(key and key in partners for key in map(names.partner, (inner, Path(inner.name))))
+        reasons = alike + (name in inner.parts[:-1] and names.holds_labels(name))
+        if reasons == 1:
+            likely.setdefault(names.said(name, names.LABELS), []).append(path)
+        elif not reasons:
+            unsure.append(path)
+    unsure += [p for paths in likely.values() if maps.shows_ct(paths[0]) for p in paths]
+    found = {p for p in unsure if maps.shows_ct(p)}
+    left_out = {p for p in files if names.naming(p.relative_to(data), names.MAPS) and maps.shows_ct(p) is False}
+    remarks = [skip(p, READ_ANYWAY, odd=True) for p in sorted(found)]
+    return (sorted(found.union(files) - left_out),
+            [s for s in skipped if s["reason"] != BY_NAME or Path(s["file"]) not in found]
+            + [skip(p, BY_VOXELS, no_image=True) for p in sorted(left_out)] + remarks)
 
 
 def btcv_root(data: Path) -> Path | None:
@@ -83,25 +111,15 @@ def btcv_root(data: Path) -> Path | None:
 
 
 def _as_in_btcv(root: Path) -> bool:
-    images = [p.name for p in (root / "img").glob("*") if is_nifti(p)]
+    images = [p.name for p in (root / "img").glob("*") if is_nifti(p) or not p.name.startswith(".") and p.is_dir()]
     return not images or any(name.startswith("img") for name in images)
 
 
-def named(skipped: dict) -> str:
-    """A skipped file in a line; a reason that comes from reading begins with the file's name."""
-    return skipped["reason"] if skipped["file"] in skipped["reason"] else f"{skipped['file']}: {skipped['reason']}"
-
-
-def skip(path: Path, reason: str, no_image: bool = False) -> dict:
-    """A skipped file, as `find_volumes` lists it."""
-    return {"file": str(path), "reason": reason, "no_image": no_image}
-
-
-def _others_in_btcv(root: Path, kind: str) -> list[dict]:
+def _others_in_btcv(there: Listing, kind: str) -> list[dict]:
     """What else there is in BTCV's folder; its labels are nothing else, and a label that is missing is one too few."""
     others = []
-    for s in survey(root)[1]:
-        if Path(s["file"]).is_relative_to(root / "label"):
+    for s in survey(there)[1]:
+        if Path(s["file"]).is_relative_to(there.folder / "label"):
             if s["reason"] != BY_NAME:
                 others.append(s | {"no_image": kind != "segment"})
         else:
@@ -118,103 +136,16 @@ def _without(found: list[dict], skipped: list[dict], others: list[dict]) -> tupl
     return usable, [s for s in skipped if s["file"] not in gone] + others
 
 
-def survey(folder: Path) -> tuple[list[Path], list[dict]]:
-    """(the NIfTI files in a folder and below it that may be images, sorted; what else there is, skipped).
-
-    In linked folders too, each folder once. Images of other formats are counted, one line for each format.
-    """
-    files, skipped, seen, others = [], [], set(), {}
-
-    def unreadable(error: OSError) -> None:
-        if not _hidden(path := Path(error.filename), folder):
-            skipped.append(skip(path, f"a folder that cannot be opened ({error.strerror})",
-                                 names_labels(path.relative_to(folder) / "any")))
-
-    for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        folders.sort()
-        if (real := os.path.realpath(root)) in seen:  # a link back up
-            folders.clear()
-            continue
-        seen.add(real)
-        for path in sorted(Path(root, name) for name in names):
-            if _hidden(path, folder):
-                if is_nifti(path):
-                    skipped.append(skip(path, "hidden file", no_image=True))
-            elif not is_nifti(path) and (what := _other_format(path)):
-                label = names_labels(path.relative_to(folder)) or _converted(path, names)
-                others.setdefault((what, label), []).append(path)
-            elif path.is_symlink() and not os.path.exists(path) or is_nifti(path) and not os.path.isfile(path):
-                skipped.append(skip(path, "a broken link, or no file", names_labels(path.relative_to(folder))))
-            elif is_nifti(path) and names_labels(path.relative_to(folder)):
-                skipped.append(skip(path, BY_NAME, no_image=True))
-            elif is_nifti(path):
-                files.append(path)
-    for ((what, tool), no_image), paths in others.items():
-        first = ", ".join(str(p.relative_to(folder)) for p in paths[:3]) + " ..." * (len(paths) > 3)
-        hint = "labels by their names, or there as .nii too" if no_image else f"convert them with {tool}, or move them"
-        skipped.append(skip(folder, f"{len(paths)} files of another format, {what}, not read ({first}); {hint}",
-                             no_image))
-    return sorted(files), skipped
-
-
-def names_labels(path: Path) -> bool:
-    """Whether a file's name, or the nearest of its folders that says what it holds, names labels and not images."""
-    if has_word(stem(path), LABELS):
-        return True
-    for name in reversed(path.parts[:-1]):
-        if has_word(name, IMAGES):
-            return False
-        if has_word(name, LABELS):
-            return True
-    return False
-
-
-@functools.lru_cache(1 << 14)  # folders come again with each of their files
-def has_word(name: str, words: re.Pattern) -> bool:
-    """liverMask has the words liver and mask, label0001 and labelsTr the word label(s)."""
-    parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", re.sub("(?i)ground[ _-]?truth", "groundtruth", name))
-    return any(words.fullmatch(part.lower()) for part in parts)
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def _other_format(path: Path) -> tuple[str, str] | None:
-    """(what, the tool that converts it) of an image file that is not read here; of a pair, the header alone."""
-    if (ending := _ending(path)) in (".img", ".img.gz"):
-        header = path.with_name(path.name[: -len(ending)] + ending.replace("img", "hdr"))
-        return None if header.exists() else PAIR
-    if ending:
-        return OTHERS[ending]
-    if path.suffix[1:].isdigit() or not path.suffix:  # as scanners and archives name DICOM files
-        try:
-            with open(path, "rb") as f:
-                return DICOM if f.read(132)[128:] == b"DICM" else None
-        except OSError:
-            return None
-    return None
-
-
-def _ending(path: Path) -> str:
-    return max((e for e in OTHERS if path.name.lower().endswith(e)), key=len, default="")
-
-
-def _converted(path: Path, names: list[str]) -> bool:
-    """Whether a NIfTI file of the same name lies beside a file of another format."""
-    ending = _ending(path)
-    own = path.name[: -len(ending)] if ending else path.name
-    return any(is_nifti(Path(n)) and stem(Path(n)) == own for n in names)
-
-
 def _is_case(path: Path) -> bool:
     return path.name.startswith("Case_")
 
 
-def _find_btcv(root: Path, kind: str) -> tuple[list[dict], list[dict]]:
+def _find_btcv(there: Listing, kind: str) -> tuple[list[dict], list[dict]]:
+    root = there.folder
+
     def numbered(part: str, name: str) -> dict[str, Path]:
         found: dict[str, Path] = {}
-        for path in sorted(p for p in (root / part).glob(f"{name}*") if is_nifti(p)):
+        for path in (p for p in there.volumes(root / part) if p.name.startswith(name)):
             if (other := found.setdefault(stem(path).removeprefix(name), path)) != path:
                 raise BadInput(f"{path}: the same case as {other}; remove one of the two")
         return found
@@ -239,8 +170,13 @@ def locate(data: Path | None, name: str) -> tuple[Path, bool]:
 
 
 def is_phantom(data: Path) -> bool:
-    """True when the folder's first volume was generated by phantom.py (its header says so)."""
-    return volumes.is_phantom(find_volumes(data, "pretrain")[0][0]["image"])
+    """True when the folder's first file was generated by phantom.py: its header says so, that of labels too.
+
+    The folder is not walked to its end. Raises BadInput as `find_volumes` does where there is nothing in it.
+    """
+    files = (p for _, there in names.walk(data) if not isinstance(there, OSError) for p in there)
+    first = next((p for p in files if is_nifti(p) and not names.is_hidden(p, data)), None)
+    return volumes.is_phantom(first or find_volumes(data, "pretrain")[0][0]["image"])
 
 
 # ----------------------------------------------------------------------------------------- by its values and geometry

@@ -1,6 +1,7 @@
 """Label maps: the ids of a file -> classes on the grid of its volume."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +12,29 @@ from ct.volumes import BadInput, Volume, corner_shift, display, load, scaled
 UNKNOWN = 255  # no class: in a label map, ids that the task does not have
 HIGHEST_ID = 65535  # of a label: predictions are written with 16 bits at most
 ROUNDED = 0.05  # by how much a label may lie beside a whole number (editing in floats leaves 2.9999)
+
+
+def check_labels(pairs: Iterable[tuple[object, object]], path: Path) -> dict[int, str]:
+    """{id: name} ascending, of (id, name) as `path` has them. Raises BadInput where they are not one name for one id,
+    with the background at 0, or too many.
+    """
+    labels: dict[int, str] = {}
+    for key, name in pairs:
+        if not re.fullmatch("[0-9]{1,9}", str(key)) or int(key) > HIGHEST_ID:
+            raise BadInput(f"{path}: {key} is no label id, a whole number from 0 to {HIGHEST_ID}")
+        if not isinstance(name, str) or not name.strip() or not name.strip().isprintable():
+            raise BadInput(f"{path}: label id {key} has no name but {name!r}")
+        key, name = int(key), name.strip()
+        if key in labels:
+            raise BadInput(f"{path}: two names for label id {key}, {labels[key]} and {name}")
+        if name in labels.values():
+            raise BadInput(f"{path}: label id {key} has the name of another, {name}")
+        labels[key] = name
+    if labels.get(0, "").lower() != "background":
+        raise BadInput(f"{path}: label id 0 is {labels.get(0, 'missing')}; it must be there, and be the background")
+    if len(labels) > UNKNOWN:
+        raise BadInput(f"{path}: {len(labels) - 1} labels beside the background; at most {UNKNOWN - 1} are possible")
+    return dict(sorted(labels.items())) | {0: "background"}
 
 
 def read_labels(path: Path | list[Path], volume: Volume, ids: int | Sequence[int],

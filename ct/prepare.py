@@ -91,36 +91,40 @@ def _refuse(unusable: list[dict]) -> None:
 
 def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WINDOW, size: int = SIZE,
             workers: int | None = None, skip_bad: bool = False, names: Path | None = None,
-            organs: Sequence[str] | None = None) -> tuple[Path, dict]:
+            organs: Sequence[str] | None = None, images: Sequence[str] | None = None) -> tuple[Path, dict]:
     """Make or complete the store of `kind` (pretrain, segment) below the folder `store`: (its folder, its index).
 
     Volumes are read in `workers` processes, by default one a core. What an earlier call finished is kept if its source
     and settings are unchanged; where that is all, nothing is locked or written. A second process waits for the first.
     Raises BadInput for a store of another folder, and when volumes, or other files of the folder, cannot be used, all
     named on stderr, unless `skip_bad`: then they are left out, by later calls too, and listed. names, organs: those of
-    `layouts.find`.
+    `layouts.find`; images: of `intake.find_volumes`.
     """
     window = tuple(float(w) for w in window)
     if not window[0] < window[1]:
         raise BadInput(f"--window {window[0]} {window[1]}: the lower HU must come first")
     size = size if kind == "pretrain" else 0
-    labels, found, skipped = find(data, kind, names, organs)
-    folder = store / _folder_name(kind, size, window, labels if names or organs else None)
+    found = find(data, kind, names, organs, images)
+    folder = store / _folder_name(kind, size, window, found.labels if names or organs else None)
     if not skip_bad:
-        _refuse_unusable(skipped, folder)
+        _refuse_unusable(found.skipped, folder)
     owner, complete = str(data.resolve()), None
 
     def index_of(records: dict[str, dict], left_out: list[dict]) -> dict:
         index = {"format": stores.FORMAT, "kind": kind, "data": owner, "window": list(window), "size": size,
-                 "volumes": [records[k] for k in sorted(records)], "skipped": skipped + left_out}
+                 "volumes": [records[k] for k in sorted(records)], "skipped": found.skipped + left_out}
         if task and task.recorded:
             index["task"] = {"name": task.name} | task.recorded
+            if task.listed:
+                index["task"]["listed"] = {"source": task.listed.source, "cases": list(task.listed.cases)}
+        elif task:
+            tasks.refuse_other_ids(data, index["volumes"])
         return index
 
     try:
         there = stores.own_index(folder, owner)
-        task = task_in(data, store, labels, found, folder, workers) if kind == "segment" else None
-        records, left_out, todo = _survey(found, folder, task, window, size)
+        task = task_in(data, store, found, folder, workers) if kind == "segment" else None
+        records, left_out, todo = _survey(found.volumes, folder, task, window, size)
         if records and not todo:  # complete: opened without a lock, and where nothing can be written
             complete = index_of(records, left_out)
             if there == complete:
@@ -128,7 +132,7 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder) as alone:
             there = stores.own_index(folder, owner)  # again: who was waited for may have made it, from another folder
-            records, left_out = _complete(found, folder, task, window, size, workers, skip_bad, alone)
+            records, left_out = _complete(found.volumes, folder, task, window, size, workers, skip_bad, alone)
             if not records:
                 raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
             index = index_of(records, left_out)
@@ -215,6 +219,13 @@ def task_flags(parser: argparse.ArgumentParser) -> None:
     add("--patient-regex", metavar="REGEX", help="what of a volume's id is the patient, whose volumes stay together")
 
 
+def images_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag that says which files are CT volumes, where their names or voxels say something else."""
+    parser.add_argument("--images", type=listed, metavar="A,B", help="which files of a folder of CT without labels are "
+                        "read, whatever their names say: patterns such as 'GT*,*/ct.nii.gz' (default: all that are no "
+                        "label maps, distances or doses by their names and, where those are unsure, their voxels)")
+
+
 @command
 def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     """The commands. draw(path, slices, titles, labels, names) -> bool: what draws a contact sheet, if anything."""
@@ -230,19 +241,23 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="leave out unusable volumes: listed, but no failure")
     parser.add_argument("--verify", action="store_true", help="audit: compare the store with its checksums instead")
     task_flags(parser)
+    images_flag(parser)
     args = parser.parse_args(argv)
     labelled = layouts.is_labelled(args.data) or args.labels or args.organs
     kind = args.kind or ("segment" if labelled else "pretrain")
     if kind == "pretrain" and (args.labels or args.organs or args.val or args.val_cases or args.patient_regex):
         parser.error("--labels, --organs, --val, --val-cases and --patient-regex are of --kind segment")
+    if kind == "segment" and args.images:
+        parser.error("--images is of --kind pretrain; what is labelled is found by its labels")
     target = args.store or stores.default_store(args.data)
     if args.command == "audit" and args.verify:
         raise SystemExit(1 if audit.verify(target) else 0)
     if args.command == "audit":
-        skipped = audit.audit(args.data, kind, args.workers, target, draw, args.labels, args.organs)
+        skipped = audit.audit(args.data, kind, args.workers, target, draw, args.labels, args.organs,
+                              args.images)
     else:
         store, index = prepare(args.data, target, kind, args.window, args.size, args.workers, args.skip_bad,
-                               args.labels, args.organs)
+                               args.labels, args.organs, args.images)
         places = [(v["id"], z) for v in index["volumes"] for z in range(v["slices"])]
         print(f"{store}: {len(index['volumes'])} volumes, {len(places):,} slices")
         picked = [places[i] for i in np.linspace(0, len(places) - 1, min(audit.SHEET, len(places))).astype(int)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ct import layouts, pool, repeats, tasks
+from ct import layouts, maps, pool, repeats, tasks
 from ct.intake import SOFT, find_volumes, judge
 from ct.label_maps import label_ids, read_labels
 from ct.stores import SPLITS, name_of, recorded_label_ids
@@ -43,7 +43,9 @@ def read_ct(path: Path, window: tuple[float, float]) -> tuple[Volume, np.ndarray
     """
     read = read_volume(path)
     slices, low, high = levels(read, window)
-    return read, slices, (low, high), judge(read, low, high)
+    odd = judge(read, low, high)
+    maps.refuse_smooth(read)
+    return read, slices, (low, high), odd
 
 
 def over_soft(volume: Volume, slices: np.ndarray, window: tuple[float, float]) -> Iterable[np.ndarray]:
@@ -77,27 +79,26 @@ def describe(volume: dict, task: Task | None,
     return record, slices, labels
 
 
-def find(data: Path, kind: str, names: Path | None,
-          organs: Sequence[str] | None) -> tuple[dict[int, str] | None, list[dict], list[dict]]:
-    """(labels of a task, where they are known without reading; volumes; skipped) of a data folder. Raises BadInput."""
+def find(data: Path, kind: str, names: Path | None = None, organs: Sequence[str] | None = None,
+         images: Sequence[str] | None = None) -> layouts.Found:
+    """What a data folder holds: as `layouts.find` says, or for "pretrain" `intake.find_volumes`. Raises BadInput."""
     if kind == "pretrain":
-        return None, *find_volumes(data, kind)
-    found = layouts.find(data, names, organs)
-    return found.labels, found.volumes, found.skipped
+        return layouts.Found("images", None, *find_volumes(data, kind, images))
+    return layouts.find(data, names, organs)
 
 
-def task_in(data: Path, store: Path, labels: dict[int, str] | None, found: list[dict], folder: Path,
-            workers: int | None) -> Task:
-    """What there is to segment in `data`; without `labels`, every id that its label files hold.
+def task_in(data: Path, store: Path, found: layouts.Found, folder: Path, workers: int | None) -> Task:
+    """What there is to segment in `data`; where the labels have no names, every id that its label files hold.
 
     The ids of what is in the store's `folder` are known; other label files are read. Raises BadInput where there are
     none but the background's.
     """
-    if layouts.btcv_root(data):
+    if found.layout == "BTCV":
         return BTCV
+    labels = found.labels
     if labels is None:
         ids, bad, unread = {0}, [], []
-        for volume in found:
+        for volume in found.volumes:
             known = recorded_label_ids(volume, folder)
             ids.update(known or ())
             if known is None:
@@ -110,7 +111,7 @@ def task_in(data: Path, store: Path, labels: dict[int, str] | None, found: list[
         if ids == {0}:
             raise bad[0] if bad else BadInput(f"{data}: not one label file there holds an organ, only background")
         labels = layouts.check_labels([(i, f"label {i}" if i else "background") for i in ids], data)
-    return tasks.of(name_of(data), labels, store / SPLITS)
+    return tasks.of(name_of(data), labels, store / SPLITS, found.listed)
 
 
 def _read_ids(volume: dict) -> list[int]:

@@ -183,4 +183,6 @@ def task_of(folder: Path, index: dict) -> Task | None:
         return None
     if (entry := index.get("task")) is None:
         return BTCV
-    return tasks.of(entry["name"], {int(i): organ for i, organ in entry["labels"].items()}, folder.parent / SPLITS)
+    listed = entry.get("listed") and tasks.Listed(entry["listed"]["source"], tuple(entry["listed"]["cases"]))
+    return tasks.of(entry["name"], {int(i): organ for i, organ in entry["labels"].items()}, folder.parent / SPLITS,
+                    listed)

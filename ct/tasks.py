@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ct.files import replacing
+from ct.names import composed
 from ct.repeats import copies
 from ct.volumes import BadInput
 
@@ -20,8 +22,18 @@ SHARES = {"12.5": 1 / 8, "25": 1 / 4}  # of the training volumes
 DRAWS = 3
 VAL_SHARE = 0.2  # of the patients
 SEED = 13
+# ml on average of many patients: more than any organ of BTCV but the liver, of about 1,500, has; and less than a part
+# of an organ that is worth comparing
+MOST, LEAST = 700, 100
 # what tells several scans of a patient apart: 0012_venous, 0012-post_contrast
 SUFFIXES = re.compile(r"(?<=\d)([_-][a-z][^_-]*)+$", re.IGNORECASE)
+
+
+class Listed(NamedTuple):
+    """The ids of the volumes that the data's own list has to validate on, and where it says so, in words."""
+
+    source: str
+    cases: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,7 @@ class Task:
 
     labels: {id in the label files: name}, ascending, 0 is "background"; class c of a store is the c-th of them.
     negatives: whether a volume without any organ is one of the task, and not a damaged one.
+    listed: what the data's own list has to validate on.
     """
 
     name: str
@@ -37,6 +50,7 @@ class Task:
     folder: Path  # of the splits, whose names begin with `prefix`
     prefix: str
     negatives: bool = True
+    listed: Listed | None = None
 
     @property
     def organs(self) -> tuple[str, ...]:
@@ -89,18 +103,20 @@ ORGANS = BTCV.organs
 cases = BTCV.cases
 
 
-def of(name: str, labels: dict[int, str], folder: Path) -> Task:
+def of(name: str, labels: dict[int, str], folder: Path, listed: Listed | None = None) -> Task:
     """The task of anyone's data, with the splits' `folder`; their names begin with the data's, as files can have it."""
-    return Task(name, labels, folder, re.sub(r"[^\w.]+", "_", name.lower()).strip("_") or "data")
+    prefix = re.sub(r"[^\w.]+", "_", name.lower()).strip("_") or "data"
+    return Task(name, labels, folder, prefix, listed=listed)
 
 
 def draw_splits(task: Task, ids: Iterable[str], val: float | None = None, val_cases: Path | None = None,
                 patients: str | None = None) -> list[str]:
     """Write the files of a task's splits that are not there yet. Returns remarks on them, a line each.
 
-    ids: all volumes. To validate on: the share `val` of the patients (a fifth) or the ids in the file `val_cases`; to
-    train on: all others, of which a draw takes 12.5 or 25 %, rounded up, without replacement. A patient is a volume,
-    or all whose ids have the same match of the regular expression `patients` (its first group, if it has groups).
+    ids: all volumes. To validate on: what the data's own list has for it, else the share `val` of the patients (a
+    fifth); whatever the list says, the share that is given, or the ids in the file `val_cases`. To train on: all the
+    others, of which a draw takes 12.5 or 25 %, rounded up, without replacement. A patient is a volume, or all whose ids
+    have the same match of the regular expression `patients` (its first group, if it has groups).
     Every draw has a generator of its own, from SEED and its place. Raises BadInput, also where files are there and
     what was asked for would give others.
     """
@@ -128,7 +144,25 @@ def draw_splits(task: Task, ids: Iterable[str], val: float | None = None, val_ca
                        "would have it; leave these flags out, or delete all files of the split to draw it anew")
     for path in files.keys() - there:
         _write(path, files[path])
-    return _remarks(ids, set(train), set(held_out))
+    told = [] if (val, val_cases) != (None, None) else _of_the_list(task, set(ids), set(held_out))
+    return told + _remarks(ids, set(train), set(held_out))
+
+
+def refuse_other_ids(data: Path, volumes: Iterable[dict]) -> None:
+    """Raise BadInput for label maps in BTCV's layout whose ids are another set's, such as that of its 8 organs.
+
+    volumes: records of them, with the voxels of each of BTCV's ids and the spacing. An organ that is not the liver and
+    yet larger than any other can be, or over twice the liver, on average of the volumes that have it, is none.
+    """
+    known = [v for v in volumes if "voxels" in v]
+    sizes = np.array([np.multiply(v["voxels"], math.prod(v["spacing"]) / 1000) for v in known])  # (volumes, ids) in ml
+    mean = sizes.sum(0)[1:] / np.maximum(np.count_nonzero(sizes, axis=0)[1:], 1) if known else np.zeros(len(ORGANS) - 1)
+    liver, largest = ORGANS.index("liver"), 1 + int(mean.argmax())
+    size = mean[largest - 1]
+    if largest != liver and (size > MOST or size > LEAST and 0 < 2 * mean[liver - 1] < size):
+        raise BadInput(f"{data}: its label ids are not BTCV's, it seems: {largest} would be the {ORGANS[largest]}, and "
+                       f"has {size:,.0f} ml on average, {liver} would be the liver, and has {mean[liver - 1]:,.0f} ml; "
+                       "give their names with --labels FILE, `1 aorta` a line")
 
 
 def siblings(ids: Iterable[str]) -> dict[str, list[str]]:
@@ -150,9 +184,26 @@ def _remarks(ids: list[str], train: set[str], held_out: set[str]) -> list[str]:
     return remarks
 
 
+def _of_the_list(task: Task, ids: set[str], held_out: set[str]) -> list[str]:
+    """Whether the volumes to validate on are those that the data's own list has for it, where it has any."""
+    if not task.listed:
+        return []
+    if held_out == ids.intersection(task.listed.cases):
+        return [f"validation set: {len(held_out)} volumes, {task.listed.source}"]
+    return [f"{task.file('val')}: drawn before, or edited; the data's own validation set, {task.listed.source}, is "
+            "another: delete all files of the split to use that one"]
+
+
 def _held_out(task: Task, ids: list[str], val: float | None, val_cases: Path | None,
               groups: dict[str, list[str]]) -> list[str]:
     """The ids to validate on. Raises BadInput."""
+    if task.listed and val is None and val_cases is None:
+        listed = set(task.listed.cases).intersection(ids)
+        if not listed:
+            raise BadInput(f"{task.name}: not one volume of its own validation set, {task.listed.source}, can be used; "
+                           "give --val or --val-cases")
+        _refuse_torn(task.listed.source, listed, groups)
+        return list(listed)
     if val_cases is None:
         count = round((VAL_SHARE if val is None else val) * len(groups))
         if len(groups) < 2:
@@ -164,9 +215,13 @@ def _held_out(task: Task, ids: list[str], val: float | None, val_cases: Path | N
     named = set(_listed(val_cases))
     if absent := named.difference(ids):
         raise BadInput(f"{val_cases}: {min(absent)} is none of the volumes of {task.name}, {ids[0]} ... {ids[-1]}")
-    if torn := [group for group in groups.values() if 0 < len(named.intersection(group)) < len(group)]:
-        raise BadInput(f"{val_cases}: has some of {', '.join(torn[0])} only, which by --patient-regex are one patient")
+    _refuse_torn(val_cases, named, groups)
     return list(named)
+
+
+def _refuse_torn(source: Path | str, held_out: set[str], groups: dict[str, list[str]]) -> None:
+    if torn := [group for group in groups.values() if 0 < len(held_out.intersection(group)) < len(group)]:
+        raise BadInput(f"{source}: has some of {', '.join(torn[0])} only, which by --patient-regex are one patient")
 
 
 def _of_patients(ids: list[str], pattern: str | None) -> dict[str, list[str]]:
@@ -190,7 +245,7 @@ def _listed(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
-    if not (found := [line.strip() for line in text.split("\n") if line.strip()]):
+    if not (found := [composed(line.strip()) for line in text.split("\n") if line.strip()]):
         raise BadInput(f"{path}: no volume in it; list their ids, one a line")
     return found
 

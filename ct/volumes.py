@@ -273,6 +273,20 @@ def load(path: Path) -> tuple[np.ndarray, nib.Nifti1Header, np.ndarray]:
     return np.frombuffer(body, dtype).reshape(shape, order="F"), header, affine
 
 
+def planes(path: Path) -> Iterator[np.ndarray]:
+    """The stored numbers (X, Y) of one plane of a file after the other, in its own order; only what is asked for is
+    inflated. Raises BadInput as `load` does.
+    """
+    with _opened(path) as (stream, header):
+        shape, dtype, offset = _check_header(path, header)
+        stream.read(offset - header.sizeof_hdr)
+        size = shape[0] * shape[1] * dtype.itemsize
+        for _ in range(shape[2]):
+            if len(body := stream.read(size)) < size:
+                raise BadInput(f"{path}: truncated; download it again")
+            yield np.frombuffer(body, dtype).reshape(shape[:2], order="F")
+
+
 def _check_header(path: Path, header: nib.Nifti1Header) -> tuple[tuple[int, ...], np.dtype, int]:
     """(shape, type of the voxels, byte at which they start), before anything is allocated."""
     dim = [int(d) for d in header["dim"]]

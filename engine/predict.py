@@ -24,6 +24,7 @@ from engine import backbones, processes, runs
 from segment import Segmenter
 
 SOURCES = "sources.jsonl"  # beside predictions: which volume each is of, and what its ids mean
+INSTEAD = "--predict-out FOLDER"  # where predictions go elsewhere
 BATCH = 8  # slices predicted at once
 CLASSES = 16  # of their logits at full size at once: 105 classes of 512 px would take 0.9 GB, twice
 
@@ -80,14 +81,14 @@ def find_run(name: str, out: Path) -> Path:
     return folder
 
 
-def find_volumes(source: Path) -> tuple[dict[str, Path], list[dict]]:
+def find_volumes(source: Path, images: Sequence[str] | None = None) -> tuple[dict[str, Path], list[dict]]:
     """A volume, or the volumes of a folder -> ({name of its prediction: file}, what else the folder holds, skipped).
 
-    Raises BadInput for a folder without volumes.
+    images: those of `intake.find_volumes`. Raises BadInput for a folder without volumes.
     """
     if not source.is_dir():
         return {volumes.stem(source): source}, []
-    found, skipped = intake.find_volumes(source, "pretrain")
+    found, skipped = intake.find_volumes(source, "pretrain", images)
     stems = [volumes.stem(v["image"]) for v in found]
     # the file's own name, unless two subfolders have a file of that name
     names = [stem if stems.count(stem) == 1 else v["id"] for stem, v in zip(stems, found, strict=True)]
@@ -126,7 +127,7 @@ def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, 
     into = into or folder / "predictions"
     model, config, amp = load(folder, amp, device)
     task, odd, bad = task_of(config), 0, [intake.named(s) for s in skipped if not s["no_image"]]
-    if others := [s["file"] for s in skipped if s["no_image"]]:
+    if others := [s["file"] for s in skipped if s["no_image"] and not s.get("odd")]:
         first = ", ".join(others[:3]) + " ..." * (len(others) > 3)
         print(f"left out, no images by their names: {len(others)} ({first})")
     several = None if len(paths) > 1 else True
@@ -170,10 +171,10 @@ def write(folder: Path, name: str, labels: np.ndarray, read: volumes.Volume, tas
     try:
         folder.mkdir(parents=True, exist_ok=True)
         runs.append(folder / SOURCES, [{"prediction": name, "volume": os.path.realpath(read.path),
-                                        "checksum": checksum(read.path), "labels": task.labels}])
+                                        "checksum": checksum(read.path), "labels": task.labels}], INSTEAD)
         volumes.write_labels(path, np.array(task.ids)[labels], read)
     except OSError as e:
-        raise BadInput(f"{path}: cannot be written ({e.strerror}); give another --predict-out") from None
+        raise BadInput(f"{path}: cannot be written ({e.strerror}); give {INSTEAD}") from None
     return path
 
 
@@ -187,5 +188,5 @@ def refuse_another(path: Path, source: Path) -> None:
     if owner and (owner.get("volume") == os.path.realpath(source) or owner.get("checksum") == checksum(source)):
         return
     whose = owner.get("volume") if owner else "no known volume"
-    raise BadInput(f"{path}: exists and is the prediction of {whose}, not of {source}; give --predict-out FOLDER, or "
+    raise BadInput(f"{path}: exists and is the prediction of {whose}, not of {source}; give {INSTEAD}, or "
                    "move it away")

@@ -30,8 +30,8 @@ SAVE_ALONE = ("python -c \"import sys, torch; f, new = sys.argv[1:]; x = torch.l
               "if isinstance(x, dict) else x.state_dict(), new)\"")
 
 
-def _unwritable(path: Path, e: OSError) -> BadInput:
-    mend = "make room there" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "give another --out, or mend that"
+def _unwritable(path: Path, e: OSError, flag: str = "another --out") -> BadInput:
+    mend = "make room there" if e.errno in (errno.ENOSPC, errno.EDQUOT) else f"give {flag}, or mend that"
     return BadInput(f"{path}: cannot be written ({e.strerror}); {mend} and run the same command again")
 
 
@@ -67,8 +67,11 @@ def write_text(path: Path, text: str) -> None:
         f.write(text.encode(errors="surrogateescape"))  # names of files may hold bytes that are no text
 
 
-def append(path: Path, records: list[dict]) -> None:
-    """Add JSON lines to a file, on disk when this returns. Raises BadInput when the disk is full or not writable."""
+def append(path: Path, records: list[dict], flag: str = "another --out") -> None:
+    """Add JSON lines to a file, on disk when this returns. Raises BadInput when the disk is full or not writable.
+
+    flag: what moves the file elsewhere.
+    """
     try:
         with open(path, "ab+") as f:
             if f.tell():
@@ -79,7 +82,7 @@ def append(path: Path, records: list[dict]) -> None:
             f.flush()
             os.fsync(f.fileno())
     except OSError as e:
-        raise _unwritable(path, e) from None
+        raise _unwritable(path, e, flag) from None
 
 
 def read_log(path: Path) -> list[dict]:
@@ -172,6 +175,7 @@ class Run:
 
     def __init__(self, folder: Path, config: dict, overwrite: bool, main: bool):
         self.folder, self.main = folder, main
+        self.flag = "--out" if "protocol" in config else "--name"  # of train_seg.py and train_ssl.py: makes another run
         self.path, self.previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
         self.saved = time.monotonic()  # or begun, before the first checkpoint
         self.next, self.damaged = folder / "checkpoint.next.pt", folder / "checkpoint.damaged.pt"
@@ -186,7 +190,7 @@ class Run:
         except (BlockingIOError, PermissionError) as e:
             if e.filename:
                 raise BadInput(f"{e.filename}: cannot be written ({e.strerror}); give another --out") from None
-            raise BadInput(f"{folder}: another run is at work there; wait for it or give --name") from None
+            raise BadInput(f"{folder}: another run is at work there; wait for it or give another {self.flag}") from None
         except OSError as e:
             raise BadInput(f"{folder}: cannot be written or locked ({e.strerror}); give another --out") from None
         for part in folder.glob(".*.part"):  # of a run that was killed while it wrote
@@ -212,7 +216,7 @@ class Run:
         if differing:
             more = f"; and {len(differing) - SHOWN} more" * (len(differing) > SHOWN)
             raise BadInput(f"{self.folder}: was started with other settings ({'; '.join(differing[:SHOWN])}{more}); "
-                           "give the same ones, another --name, or --overwrite")
+                           f"give the same ones, another {self.flag}, or --overwrite")
 
     def resume(self) -> dict | None:
         """The newest whole checkpoint, or None, on every process; the log is cut back to its step."""

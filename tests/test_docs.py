@@ -74,13 +74,13 @@ def paper_to_code() -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def flags(module: str) -> set[str]:
-    """The long flags of a script's parser, with those that processes.Parser.common and prepare.task_flags give it."""
+    """The long flags of a script's parser, with those that processes.Parser.common and ct/prepare.py give it."""
     found = flags_in(tree(module))
     used = {n.attr for n in ast.walk(tree(module)) if isinstance(n, ast.Attribute)}
     if module == "datasets":  # forwards the commands
         found |= flags("ct/prepare")
-    if "task_flags" in used:
-        found |= flags_in(find("ct/prepare", "task_flags"))
+    for shared in {"task_flags", "images_flag"} & used:
+        found |= flags_in(find("ct/prepare", shared))
     return found | flags("engine/processes") if "common" in used and module != "engine/processes" else found
 
 
@@ -341,6 +341,7 @@ RUNS = {
     "svd_spectrum --backbone --data --labels": HERE,
     "svd_spectrum --positions": HERE,
     "datasets audit --data": "tests/test_datasets.py::test_audit_names_duplicates_and_odd_volumes",
+    "datasets audit --data --images": "tests/test_intake.py::test_a_flag_says_which_files_are_the_images",
     "datasets audit --data --labels": "tests/test_layouts.py::test_names_come_from_a_file",
     "datasets audit --data --verify": "tests/test_datasets.py::test_verify_finds_a_flipped_bit_and_what_was_deleted",
     "datasets prepare --data": "tests/test_datasets.py::test_both_commands_end_with_what_was_skipped_or_odd",

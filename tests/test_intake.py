@@ -6,12 +6,13 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+import scipy.ndimage
 
 import datasets
 import svd_spectrum
 import train_seg
 import train_ssl
-from ct import intake, prepare, reading
+from ct import audit, intake, maps, prepare, reading, volumes
 from ct.volumes import BadInput
 from engine import predict
 
@@ -79,6 +80,119 @@ def test_files_and_folders_that_name_labels_are_left_out_and_listed(tmp_path, la
     assert sorted(str(v["image"].relative_to(tmp_path / "D")) for v in found) == sorted(images)
     assert sorted(s["file"] for s in skipped) == sorted(str(tmp_path / "D" / name) for name in labels)
     assert all(s["no_image"] for s in skipped)
+
+
+def mask(seed=0):
+    return np.random.default_rng(seed).integers(0, 3, (20, 16, 4)).astype(np.uint8)
+
+
+UNSURE = {  # files that are CT, files that are none
+    "ids of a centre": (["CT0001.nii.gz", "GT0002.nii.gz", "SEG-0003.nii.gz", "MSK_0004.nii.gz"], []),
+    "all of them": (["GT0001.nii", "GT0002.nii"], []), "a study": (["Segmentation study 2021/a.nii", "b.nii"], []),
+    "alone": (["Segmentation study 2021/p1/a.nii", "Segmentation study 2021/p2/a.nii"], []),
+    "both": (["SEG-0003.nii", "a.nii", "c.nii"], ["a_seg.nii", "c-seg.nii", "SEG-0005.nii"]),
+    "two centres, the same numbers": (["CT0001.nii", "GT0001.nii", "CT0002.nii", "GT0002.nii"], []),
+    "truth of two": (["CT0001.nii", "CT0002.nii"], ["GT0001.nii", "GT0002.nii"]),
+    "a folder that holds CT": (["gt/a.nii", "other/b.nii"], ["labels/b.nii"]),
+    "no partner": (["x/a.nii"], ["y/b_mask.nii", "Mask_cleaned/c.nii", "pseudo-labels/d.nii"]),
+    "AbdomenCT-1K without _0000": (["Case_00001_0000.nii", "Case_00002.nii"], ["Case_00001.nii"]),
+    "called maps": (["dist/p1_distal.nii", "dose.nii", "prob_0001.nii"], [])}
+
+
+@pytest.mark.parametrize("what", UNSURE)
+def test_where_a_name_is_unsure_the_voxels_decide(tmp_path, what):
+    images, labels = UNSURE[what]
+    for name in images + labels:
+        save(tmp_path / "D" / name, ct(seed=images.index(name)) if name in images else mask())
+    found, skipped = intake.find_volumes(tmp_path / "D", "pretrain")
+    assert sorted(str(v["image"].relative_to(tmp_path / "D")) for v in found) == sorted(images)
+    left_out = [s for s in skipped if not s.get("odd")]
+    assert sorted(s["file"] for s in left_out) == sorted(str(tmp_path / "D" / name) for name in labels)
+    assert all(s["no_image"] for s in skipped)
+    store = datasets.prepare(tmp_path / "D", tmp_path / "s", "pretrain", size=20)
+    told = "".join(audit.remarks(store.volumes, store.skipped))
+    odd = len(skipped) - len(left_out)  # what is used in spite of its name
+    assert (f"odd: {odd} " in told) == (odd > 0) and (f"by their names: {len(labels)} " in told) == (len(labels) > 0)
+
+
+def smooth(what, shape=(96, 96, 12)):
+    rng = np.random.default_rng(4)
+    organ = scipy.ndimage.gaussian_filter(rng.normal(size=shape), 14) > 0
+    outside, inside = (scipy.ndimage.distance_transform_edt(x, sampling=(8, 8, 8)) for x in (organ, ~organ))
+    blobs = scipy.ndimage.gaussian_filter(rng.normal(size=shape), 14)
+    return {"signed distance": outside - inside, "integers": (outside - inside).round(),
+            "dose": 7000 * (blobs - blobs.min()) / np.ptp(blobs), "blocks": 10.0 * np.kron(rng.integers(
+                -80, 80, (12, 12, 3)), np.ones((8, 8, 4)))}[what].astype(np.float32)
+
+
+@pytest.mark.parametrize("what", ["signed distance", "integers", "dose", "blocks"])
+def test_distances_and_doses_are_no_ct(tmp_path, what):
+    """By their name and voxels left out, by their voxels alone refused; their values alone could be those of a CT."""
+    save(tmp_path / "D/a.nii", ct((96, 96, 12)))
+    data = smooth(what)
+    for name in ("a_dist.nii", "dose/a.nii", "RTDOSE0001.nii", "b-sdf.nii"):
+        save(tmp_path / "D" / name, data)
+    found, skipped = intake.find_volumes(tmp_path / "D", "pretrain")
+    assert [v["id"] for v in found] == ["a"] and {s["reason"] for s in skipped} == {intake.BY_VOXELS}
+    save(tmp_path / "D/b.nii", data)
+    with pytest.raises(BadInput, match="b.nii: no CT by its voxels, as smooth as a distance, a dose or a label map"):
+        reading.read_ct(tmp_path / "D/b.nii", prepare.WINDOW)
+
+
+def test_turns_are_the_peaks_and_troughs_of_rows():
+    rows = np.random.default_rng(1).integers(0, 4, (5, 3, 40)) * 7.5 - 100
+    def share(some):
+        moving = turning = 0
+        for row in some.reshape(15, -1).tolist():
+            for a, b, c in zip(row, row[1:], row[2:], strict=False):
+                moving += not a == b == c
+                turning += a < b > c or a > b < c
+        return turning / moving
+
+    assert maps.turns(rows) == max(share(rows), share(rows[..., ::2])) and maps.turns(np.zeros((2, 9))) == 0
+    assert maps.turns(rows.repeat(2, -1)) == share(rows) > 0.3  # doubled by nearest neighbour
+
+
+def test_real_ct_and_the_phantom_have_more_turns_than_any_map(real_ct, small_phantom):
+    """Of the volumes that are clipped to 0..255 and of those in true HU, the least of all is told in maps.TURNS."""
+    images = [*real_ct.glob("AbdomenCT-1K/*")][:20] + [*real_ct.glob("nifti/*ct*.nii.gz")]
+    images = [p for p in images if "label" not in p.name] + [*small_phantom.rglob("img00*.nii.gz")][:3]
+    for path in images:
+        assert maps.shows_ct(path) and maps.turns(volumes.read_volume(path).stored) > 2 * maps.TURNS, path
+    for path in [label := real_ct / "nifti/example_ct_sm_label.nii.gz", *small_phantom.rglob("label000*")]:
+        assert maps.shows_ct(path) is False, path
+    assert maps.turns(volumes.read_volume(label).stored) < maps.TURNS
+
+
+def test_what_is_read_to_decide_on_a_name_is_its_first_planes(tmp_path, monkeypatch):
+    planes = np.zeros((64, 64, 40), np.int16)
+    planes[..., 3:] = ct((64, 64, 37))
+    nib.save(nib.Nifti1Image(planes, LPS), tmp_path / "GT1.nii.gz")
+    (tmp_path / "GT1.nii.gz").write_bytes((tmp_path / "GT1.nii.gz").read_bytes()[:40000])  # the rest is not needed
+    assert maps.shows_ct(tmp_path / "GT1.nii.gz") is True
+    (tmp_path / "GT1.nii.gz").write_bytes((tmp_path / "GT1.nii.gz").read_bytes()[:400])
+    assert maps.shows_ct(tmp_path / "GT1.nii.gz") is None
+
+
+IMAGES = {"GT*": ["GT0002.nii.gz", "deep/GT1.nii"], "deep/*,a.nii": ["a.nii", "deep/GT1.nii", "deep/c_seg.nii"],
+          "*.nii": ["a.nii", "a_dist.nii", "deep/GT1.nii", "deep/c_seg.nii"], "*_dist.nii": ["a_dist.nii"]}
+
+
+@pytest.mark.parametrize("patterns", IMAGES)
+def test_a_flag_says_which_files_are_the_images(tmp_path, patterns, capsys, refusal):
+    for name in ("GT0002.nii.gz", "deep/GT1.nii", "a.nii", "a_dist.nii", "deep/c_seg.nii"):
+        save(tmp_path / "D" / name, ct(seed=len(name)))
+    flags = ["--data", str(tmp_path / "D"), "--images", patterns]
+    datasets.main(["audit", *flags])
+    told = capsys.readouterr().out
+    assert f"{len(IMAGES[patterns])} volumes" in told and f"by its name: {5 - len(IMAGES[patterns])}\n" in told
+    store = datasets.prepare(tmp_path / "D", tmp_path / "s", "pretrain", size=20, images=patterns.split(","))
+    assert sorted(v["file"] for v in store.volumes) == [str(tmp_path / "D" / name) for name in IMAGES[patterns]]
+    paths, _ = predict.find_volumes(tmp_path / "D", patterns.split(","))
+    assert sorted(paths.values()) == [tmp_path / "D" / name for name in IMAGES[patterns]]
+    assert f"--images x*: matches no .nii or .nii.gz file in {tmp_path / 'D'}" in refusal(
+        train_ssl.main, ["--data", tmp_path / "D", "--images", "x*", "--init", "random"])
+    assert "--images is of --kind pretrain" in refusal(datasets.main, ["prepare", "--kind", "segment", *flags])
 
 
 def test_many_labels_of_a_folder_are_listed_by_their_folder(tmp_path, capsys):

@@ -1,14 +1,19 @@
 """layouts.py, and the stores, audits and splits that follow: labelled data in the layouts that people have."""
 
+import functools
 import json
+import os
 import re
+import shutil
+import unicodedata
+from collections import Counter
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 import datasets
-from ct import audit, layouts, pool, prepare, reading, stores, tasks, volumes
+from ct import audit, intake, layouts, pool, prepare, reading, stores, tasks, volumes
 from ct.volumes import BadInput
 
 AFFINE = np.diag([-1.5, -1.5, 5.0, 1.0])  # LPS
@@ -328,6 +333,269 @@ def test_flags_that_a_layout_does_not_need_are_refused(tmp_path, msd, refusal):
     assert "--organs" in line and "segment" in line
 
 
+# ------------------------------------------------------------------------------------------- what the lists say
+
+
+def entry(case, images="imagesTr", labels="labelsTr"):
+    return {"image": f"./{images}/{case}.nii.gz", "label": f"./{labels}/{case}.nii.gz"}
+
+
+def splits(data, capsys, *flags):
+    """(train, val) that prepare draws for a folder, and what it prints of them."""
+    store = data.parent / f"s{len(list(data.parent.iterdir()))}"
+    prepare.main(["prepare", "--data", str(data), "--store", str(store), *map(str, flags)])
+    folder = store / "segment"
+    task = stores.task_of(folder, json.loads((folder / "index.json").read_text()))
+    return task.cases("100"), task.cases("val"), capsys.readouterr().out
+
+
+LISTS = {  # how a list says what is to validate on -> in whose words
+    "MONAI": "validation of dataset.json", "val": "val of dataset.json", "AMOS": "validation of dataset.json",
+    "dataset_0": "validation of dataset_0.json", "folds": "fold 0 of dataset.json", "one channel": "validation of",
+    "nnU-Net": "fold 0 of splits_final.json", "nnU-Net's dataset": "fold 0 of splits_final.json"}
+
+
+@pytest.mark.parametrize("how", LISTS)
+def test_what_a_list_has_to_validate_on_is_validated_on(tmp_path, how, capsys):
+    val, train = ["spleen_10", "spleen_13"], ["spleen_12", "spleen_2", "spleen_3"]
+    data = (make_nnunet if "nnU-Net" in how else make_msd)(tmp_path / "D")
+    if how == "AMOS":
+        for part in ("images", "labels"):
+            (data / f"{part}Va").mkdir()
+            for case in val:
+                (data / f"{part}Tr/{case}.nii.gz").rename(data / f"{part}Va/{case}.nii.gz")
+    if "nnU-Net" in how:
+        write_json(data / "splits_final.json", [{"train": train, "val": val}, {"train": val, "val": train}])
+    elif how == "folds":
+        change(data / "dataset.json", training=[entry(c) | {"fold": int(c not in val)} for c in CASES])
+    else:
+        where = ("imagesVa", "labelsVa") if how == "AMOS" else ("imagesTr", "labelsTr")
+        held_out = [entry(c, *where) for c in val]
+        if how == "one channel":
+            held_out = [e | {"image": [e["image"]]} for e in held_out]
+        change(data / "dataset.json", training=[entry(c) for c in train], numTraining=3,
+               **{"val" if how == "val" else "validation": held_out})
+    if how == "dataset_0":
+        (data / "dataset.json").rename(data / "dataset_0.json")
+    if how == "nnU-Net's dataset":
+        change(data / "dataset.json", dataset={c: {"images": [f"imagesTr/{c}_0000.nii.gz"],
+                                                   "label": f"labelsTr/{c}.nii.gz"} for c in CASES})
+    found = layouts.find(data)
+    assert [v["id"] for v in found.volumes] == sorted(train + val) and not found.skipped
+    assert found.listed.source.startswith(LISTS[how]) and sorted(found.listed.cases) == val
+    if how not in ("MONAI", "nnU-Net"):
+        return
+    drawn = splits(data, capsys)
+    assert drawn[:2] == (train, val) and f"validation set: 2 volumes, {LISTS[how]}" in drawn[2]
+    if how == "nnU-Net":
+        return
+    # a flag overrules
+    (tmp_path / "cases").write_text("spleen_2")
+    assert splits(data, capsys, "--val-cases", tmp_path / "cases")[1] == ["spleen_2"]
+    drawn = splits(data, capsys, "--val", 0.6)
+    assert len(drawn[1]) == 3 and "validation set" not in drawn[2]
+
+
+def test_a_split_that_was_drawn_before_stays_and_the_lists_own_is_named(msd, tmp_path, capsys):
+    args = ["prepare", "--data", str(msd), "--store", str(tmp_path / "s")]
+    change(msd / "dataset.json", training=[entry(c) for c in CASES[1:]], numTraining=4)
+    prepare.main(args)
+    before = (tmp_path / "s/splits/task09_spleen_val.txt").read_text()
+    assert len(before.split()) == 1 and "labelled, but listed nowhere: 1\n" in capsys.readouterr().out
+    change(msd / "dataset.json", validation=[entry(CASES[0])])
+    prepare.main(args)
+    told = capsys.readouterr().out
+    assert "task09_spleen_val.txt: drawn before, or edited; the data's own validation set, validation of" in told
+    assert "1 volumes are in no split (spleen_2)" in told
+    assert (tmp_path / "s/splits/task09_spleen_val.txt").read_text() == before
+    shutil.rmtree(tmp_path / "s/splits")
+    prepare.main(args)
+    assert (tmp_path / "s/splits/task09_spleen_val.txt").read_text() == "spleen_2\n"
+
+
+def test_a_validation_list_that_cannot_be_followed_is_said(msd, tmp_path, capsys, refusal):
+    change(msd / "dataset.json", validation=[entry(CASES[0])])
+    assert "spleen_2 is in training and in validation, too" in refusal(prepare.main, ["audit", "--data", msd])
+    change(msd / "dataset.json", validation=[entry(c, "imagesVa", "labelsVa") for c in ("spleen_20", "spleen_21")])
+    told = splits(msd, capsys)[2]  # as AMOS22 was published: without the labels of its validation set
+    assert "odd: 1\n" in told and "validation lists 2 volumes and not one of their labels is there; others are" in told
+    write(msd / "imagesVa/spleen_20.nii.gz", ct(20))
+    write(msd / "labelsVa/spleen_20.nii.gz", label(20))
+    assert "imagesVa/spleen_21.nii.gz: missing, or a broken link; volume spleen_21 needs it" in refusal(
+        prepare.main, ["prepare", "--data", msd])
+    change(msd / "dataset.json", validation="all")
+    assert "validation is no list" in refusal(prepare.main, ["prepare", "--data", msd])
+
+
+FOLDS = {"an object": ({}, "is not {train"), "empty": ([], "is not {train"), "no ids": ([{"train": [], "val": []}],
+         "is not {train"), "both": ([{"train": CASES, "val": CASES[:1]}], "spleen_2 is in train and in val"),
+         "missing": ([{"train": [*CASES[1:], "a", "b"], "val": CASES[:1]}], "lists a, b, of which nothing .*2 such"),
+         "no JSON": (None, "no JSON that can be read")}
+
+
+@pytest.mark.parametrize("what", FOLDS)
+def test_folds_that_cannot_be_followed_are_one_line(tmp_path, what, refusal):
+    data, (folds, match) = make_nnunet(tmp_path / "D"), FOLDS[what]
+    write_json(data / "splits_final.json", folds)
+    if folds is None:
+        (data / "splits_final.json").write_text("{")
+    line = refusal(prepare.main, ["prepare", "--data", data])
+    assert "splits_final.json" in line and re.search(match, line)
+
+
+def test_volumes_that_no_list_has_are_named_with_their_labels(tmp_path, capsys):
+    data = make_nnunet(tmp_path / "D")
+    write_json(data / "splits_final.json", [{"train": CASES[:2], "val": CASES[2:3]}])
+    for part, name in (("imagesTs", "x_1_0000"), ("labelsTs", "x_1"), ("imagesTs", "x_2_0000")):
+        write(data / part / f"{name}.nii.gz", ct(1))
+    prepare.main(["audit", "--data", str(data)])
+    told = capsys.readouterr().out
+    assert "D: 3 volumes" in told
+    assert re.search(r"without a label: 1\n .*imagesTs/x_2_0000.nii.gz: .*\nlabelled, but listed nowhere: 3\n", told)
+    store = datasets.prepare(data, tmp_path / "s", "segment")
+    assert "left out, labelled, but listed nowhere: 3 (python datasets.py audit names them)" in audit.remarks(
+        store.volumes, store.skipped, store.task)
+
+
+def test_the_number_that_a_list_gives_of_itself_is_counted(tmp_path, capsys, refusal):
+    nnunet, listed = make_nnunet(tmp_path / "N"), make_msd(tmp_path / "M")
+    for told in (5, 12, 4, "12"):
+        change(nnunet / "dataset.json", numTraining=told)
+        if told == 5:
+            assert not layouts.find(nnunet).skipped
+            continue
+        line = refusal(prepare.main, ["prepare", "--data", nnunet, "--store", tmp_path / "s"])
+        assert f"numTraining is {told}, the pairs of image and label that are there are 5" in line
+    datasets.prepare(nnunet, tmp_path / "s", "segment", skip_bad=True)
+    assert len(datasets.prepare(nnunet, tmp_path / "s", "segment").volumes) == 5  # the choice holds
+    (nnunet / "labelsTr/spleen_2.nii.gz").unlink()
+    change(nnunet / "dataset.json", numTraining=5)
+    assert "(2 such volumes" in refusal_of(prepare.main, ["prepare", "--data", str(nnunet)], capsys)
+    change(listed / "dataset.json", numTraining=80)  # as MONAI's list of BTCV: what is missing has a name there
+    prepare.main(["prepare", "--data", str(listed)])
+    assert re.search(r"unusable: 0\nodd: 1\n .*dataset.json: numTraining is 80, and training lists 5\n",
+                     capsys.readouterr().out)
+
+
+def refusal_of(main, argv, capsys):
+    with pytest.raises(SystemExit):
+        main(argv)
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("labels", [{"background": 0, "spleen": 1, "liver": 2},
+                                    {"0": "background", "1": "spleen", "2": "liver"}])
+@pytest.mark.parametrize("make", [make_msd, make_nnunet])
+def test_ids_and_names_stand_in_either_order(tmp_path, make, labels):
+    data = make(tmp_path / "D")
+    change(data / "dataset.json", labels=labels, **({"modality": "CT"} if make is make_msd else {}))
+    assert layouts.find(data).labels == {0: "background", 1: "spleen", 2: "liver"}
+
+
+# ------------------------------------------------------------------------------------------- what belongs together
+
+
+NAMES = {"BTCV's in MSD's folders": ("imagesTr/img{}", "labelsTr/label{}"), "channel": ("images/{}_0000", "labels/{}"),
+         "words behind": ("images/{}_image", "labels/{}-mask"), "one word": ("images/ct_{}", "labels/ct_{}_seg"),
+         "LiTS": ("images/volume-{}", "labels/segmentation-{}"), "folders": ("images/{0}/{0}", "labels/{0}/{0}"),
+         "folders with endings": ("imagesTr/{0}.nii.gz/{0}", "labelsTr/{0}.nii.gz/{0}"),
+         "NFD": ("images/Mu\u0308ller_{}", "labels/M\u00fcller_{}")}
+
+
+@pytest.mark.parametrize("how", NAMES)
+def test_image_and_label_are_found_by_what_their_names_share(tmp_path, how):
+    data = tmp_path / "D"
+    for i in range(3):
+        write(data / f"{NAMES[how][0].format(f'001{i}')}.nii.gz", ct(i))
+        write(data / f"{NAMES[how][1].format(f'001{i}')}.nii.gz", label(i))
+    assert not layouts.find(data).skipped
+    store = datasets.prepare(data, tmp_path / "s", "segment")
+    for i, v in enumerate(store.volumes):
+        assert unicodedata.is_normalized("NFC", v["id"])
+        np.testing.assert_array_equal(store.slice(4 * i, label=True), label(i)[:, :, 0].T)
+
+
+def test_names_that_fit_two_are_refused(tmp_path):
+    for name in ("images/img1", "images/scan1", "labels/label1"):
+        write(tmp_path / f"A/{name}.nii.gz", ct(0))
+    with pytest.raises(BadInput, match="label1.nii.gz: by its name as near to another as to .*img1.* and|img1.*scan1"):
+        layouts.find(tmp_path / "A")
+    for name in ("images/img1", "labels/label1", "labels/mask1"):
+        write(tmp_path / f"B/{name}.nii.gz", ct(0))
+    with pytest.raises(BadInput, match="labels/mask1.nii.gz: by its name as near to another as to .*label1.nii.gz"):
+        layouts.find(tmp_path / "B")
+
+
+@pytest.mark.parametrize("inner", ["{0}.nii.gz/{0}.nii.gz", "{0}/{0}.nii.gz", "{0}.nii/{0}.nii"])
+def test_files_in_folders_of_their_own_name_are_those_files(tmp_path, inner):
+    for case in ("0001", "0002"):
+        for part, name in (("img", f"img{case}"), ("label", f"label{case}")):
+            data = ct(int(case)) if part == "img" else 3 * label(int(case)) // 2 * np.uint8(2)
+            write(tmp_path / "B/RawData/Training" / part / inner.format(name), data)
+    found = layouts.find(tmp_path / "B")
+    assert found.layout == "BTCV" and [v["id"] for v in found.volumes] == ["0001", "0002"] and not found.skipped
+    assert [v["id"] for v in intake.find_volumes(tmp_path / "B", "pretrain")[0]] == ["0001", "0002"]
+    assert len(datasets.prepare(tmp_path / "B", tmp_path / "s", "segment").volumes) == 2
+    msd = make_msd(tmp_path / "M")
+    for path in [*msd.glob("imagesTr/*"), *msd.glob("labelsTr/*")]:
+        place = path.parent / inner.format(volumes.stem(path))
+        path.rename(path.with_suffix(".moved"))
+        place.parent.mkdir()
+        path.with_suffix(".moved").rename(place)
+    assert [v["id"] for v in layouts.find(msd).volumes] == sorted(CASES)
+
+
+def test_names_that_only_look_equal(tmp_path, capsys):
+    one, other = "Mu\u0308ller", "M\u00fcller"  # the same to the eye
+    data = make_msd(tmp_path / "D")
+    for part, name in (("images", one), ("labels", other)):
+        (data / f"{part}Tr/spleen_2.nii.gz").rename(data / f"{part}Tr/{name}.nii.gz")
+    change(data / "dataset.json", training=[entry(c) for c in (*CASES[1:], other)])
+    assert other in [v["id"] for v in layouts.find(data).volumes]
+    (tmp_path / "cases").write_text(one, encoding="utf-8")
+    assert splits(data, capsys, "--val-cases", tmp_path / "cases")[1] == [other]
+    for name in (one, other):
+        write(tmp_path / f"two/{name}.nii.gz", ct(0))
+    with pytest.raises(BadInput, match="two files of one id, .*they look the same"):
+        intake.find_volumes(tmp_path / "two", "pretrain")
+
+
+EIGHT = {8: 1, 4: 2, 3: 3, 2: 4, 6: 5, 11: 6, 1: 7, 7: 8}  # BTCV's ids -> of its 8 organs, as mmsegmentation has them
+FLARE = {6: 1, 2: 2, 1: 3, 11: 4, 8: 5, 9: 6, 12: 7, 13: 8, 4: 9, 5: 10, 7: 11, 3: 13}
+IDS = {"eight": EIGHT, "FLARE22": FLARE, "AbdomenCT-1K": {6: 1, 2: 2, 3: 2, 1: 3, 11: 4}, "liver alone": {6: 1},
+       "all": {i: i for i in range(14)}, "liver as it is": {6: 6}, "eight as they are": {i: i for i in EIGHT},
+       "the first eight": {i: i for i in range(9)}, "no liver": {1: 1, 7: 7, 8: 8}}
+
+
+@pytest.mark.parametrize("ids", IDS)
+def test_ids_that_are_not_btcvs_are_not_told_as_its_organs(small_phantom, tmp_path, ids, capsys, refusal):
+    data, source = tmp_path / "B", small_phantom / "BTCV/RawData/Training"
+    table = np.zeros(14, np.uint8)
+    table[list(IDS[ids])] = list(IDS[ids].values())
+    for case in ("0001", "0004", "0021"):
+        image = nib.load(source / f"label/label{case}.nii.gz")
+        write(data / f"label/label{case}.nii.gz", table[np.asarray(image.dataobj)], image.affine)
+        (data / "img").mkdir(exist_ok=True)
+        shutil.copy(source / f"img/img{case}.nii.gz", data / "img")
+    if list(IDS).index(ids) > 3:
+        assert len(datasets.prepare(data, tmp_path / "s", "segment").volumes) == 3
+        return
+    line = refusal(prepare.main, ["prepare", "--data", data])
+    assert f"{data}: its label ids are not BTCV's, it seems" in line and "--labels FILE" in line
+    assert "unusable: 1\n" in refusal_out(prepare.main, ["audit", "--data", str(data)], capsys)
+    (tmp_path / "names").write_text("".join(f"{i} organ {i}\n" for i in sorted({*IDS[ids].values()})))
+    store = datasets.prepare(data, tmp_path / "s", "segment", names=tmp_path / "names")
+    assert store.task.organs[1] == "organ 1" and [v["id"] for v in store.volumes] == ["img0001", "img0004", "img0021"]
+    np.testing.assert_array_equal(np.sum([v["voxels"] for v in store.volumes], 0)[1],
+                                  sum((np.asarray(nib.load(p).dataobj) == 1).sum() for p in data.glob("label/*")))
+
+
+def refusal_out(main, argv, capsys):
+    with pytest.raises(SystemExit):
+        main(argv)
+    return capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------ two folders
 
 
@@ -468,6 +736,28 @@ def test_masks_that_cannot_be_used_are_one_line(tmp_path, what, match):
     with pytest.raises(BadInput, match=match) as caught:
         datasets.prepare(data, tmp_path / "s", "segment", organs=organs)
     assert "\n" not in str(caught.value)
+
+
+def test_a_start_looks_at_each_file_once(tmp_path, monkeypatch):
+    """Of 129,000 masks on a file server each look is a request: one walk, and size and time of each file."""
+    data = make_totalsegmentator(tmp_path / "T")
+    datasets.prepare(data, tmp_path / "s", "segment")
+    looks = {name: Counter() for name in ("stat", "lstat", "scandir")}
+
+    def look(real, seen, path=".", *args, **kw):
+        seen[str(path)] += 1
+        return real(path, *args, **kw)
+
+    for name, seen in looks.items():
+        monkeypatch.setattr(os, name, functools.partial(look, getattr(os, name), seen))
+    assert intake.locate(data, "BTCV") == (data, False)
+    assert sum(seen[str(p)] for seen in looks.values() for p in data.rglob("*.nii.gz")) == 0
+    looks["scandir"].clear()
+    datasets.prepare(data, tmp_path / "s", "segment")
+    monkeypatch.undo()
+    assert {looks["stat"][str(p)] for p in data.rglob("*.nii.gz")} == {1} and len([*data.rglob("*.nii.gz")]) == 15
+    assert not sum(looks["lstat"][str(p)] for p in data.rglob("*.nii.gz"))
+    assert {looks["scandir"][str(p)] for p in (data, *data.glob("*"), *data.glob("*/segmentations"))} == {1}
 
 
 # ------------------------------------------------------------------------------------------- identity, audit, splits

@@ -194,8 +194,11 @@ def test_no_prediction_is_overwritten_by_another_volumes(small_phantom, out, tmp
     assert "no known volume" in line and second.read_bytes() == ct and len(list(second.parent.iterdir())) == 1
     assert "give both" in refusal(train_seg.main, ["--predict-out", tmp_path, "--out", out])
     (tmp_path / "file").write_text("")
-    assert "file/scan.nii.gz: cannot be written" in refusal(train_seg.main, argv(second, "--predict-out",
-                                                                              tmp_path / "file"))
+    line = refusal(train_seg.main, argv(second, "--predict-out", tmp_path / "file"))
+    assert "file/scan.nii.gz: cannot be written" in line and "give --predict-out FOLDER" in line
+    (tmp_path / "closed/sources.jsonl").mkdir(parents=True)  # stands for a run's folder that may not be written
+    line = refusal(train_seg.main, argv(second, "--predict-out", tmp_path / "closed"))
+    assert "sources.jsonl: cannot be written" in line and "give --predict-out FOLDER" in line and "--out," not in line
 
 
 def test_each_volume_of_a_folder_has_a_prediction_of_its_own_name(tmp_path):

@@ -1,10 +1,12 @@
 """engine/: atomic checkpoints, the run folder, precision, backbones from files."""
 
 import errno
+import importlib
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -26,6 +28,25 @@ from segment import Segmenter
 
 def run(tmp_path, config=None, overwrite=False):
     return Run(tmp_path / "run", config or {"lr": 0.1}, overwrite, True)
+
+
+@pytest.mark.parametrize("script, more", [("train_seg", {"protocol": "linear-frozen"}), ("train_ssl", {})])
+def test_a_refusal_names_flags_that_its_command_has(tmp_path, monkeypatch, capsys, script, more):
+    """--name makes another run of train_ssl.py; a segmentation run has the name that its settings give it."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse(["--help"])
+    offered, refusals = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)), []
+    run(tmp_path, {"lr": 0.1, **more}).lock.close()
+
+    def locked(file):
+        raise BlockingIOError
+
+    for hinder in (lambda: None, lambda: monkeypatch.setattr(runs, "lock", locked)):
+        hinder()
+        with pytest.raises(BadInput) as caught:
+            run(tmp_path, {"lr": 0.2, **more})
+        refusals.append(set(re.findall(r"--[a-z-]+", str(caught.value))))
+    assert refusals[0] >= {"--overwrite"} and all(refusals) and not set.union(*refusals) - offered
 
 
 def test_config_must_agree_and_overwrite_starts_over(tmp_path):

@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, default=Path("docs/overview.png"), help="(%(default)s)")
     args = parser.parse_args(argv)
     data, _ = intake.locate(None, "BTCV")
-    _, found, _ = reading.find(data, "segment", None, None)
-    _, slices, truth = reading.describe(next(v for v in found if v["id"] == CASE), tasks.BTCV, WINDOW)
+    volumes = reading.find(data, "segment", None, None).volumes
+    _, slices, truth = reading.describe(next(v for v in volumes if v["id"] == CASE), tasks.BTCV, WINDOW)
     z = int(np.argmax([len(np.unique(labels)) for labels in truth]))  # the slice with most organs
     cpu = torch.device("cpu")
     model, config, amp = predict.load(predict.find_run(f"{SEGMENTED}-linear-frozen-100-0", args.out), "auto", cpu)
