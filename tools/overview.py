@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, default=Path("docs/overview.png"), help="(%(default)s)")
     args = parser.parse_args(argv)
     data, _ = intake.locate(None, "BTCV")
-    volumes = reading.find(data, "segment", None, None).volumes
+    volumes = reading.find(data, "segment").volumes
     _, slices, truth = reading.describe(next(v for v in volumes if v["id"] == CASE), tasks.BTCV, WINDOW)
     z = int(np.argmax([len(np.unique(labels)) for labels in truth]))  # the slice with most organs
     cpu = torch.device("cpu")
