@@ -8,7 +8,9 @@ import numpy as np
 
 from ct import layouts, pool, tasks
 from ct.intake import find_volumes, judge
+from ct.judgement import bulk
 from ct.label_maps import label_ids, read_labels
+from ct.organs import measure
 from ct.stores import SPLITS, name_of, recorded_label_ids
 from ct.tasks import BTCV, Task
 from ct.volumes import BadInput, Volume, read_volume
@@ -44,7 +46,7 @@ def read_ct(path: Path, window: tuple[float, float]) -> tuple[Volume, np.ndarray
     """
     read = read_volume(path)
     slices, low, high = levels(read, window)
-    return read, slices, (low, high), judge(read, low, high)
+    return read, slices, (low, high), judge(read)
 
 
 def describe(volume: dict, task: Task | None,
@@ -53,7 +55,7 @@ def describe(volume: dict, task: Task | None,
     read, slices, (low, high), odd = read_ct(volume["image"], window)
     record = {"id": volume["id"], "file": str(volume["image"]), "phantom": read.is_phantom, "spacing": read.spacing,
               "shape": list(slices.shape), "slices": len(slices), "hu": [low, high],
-              "content": hashlib.sha256(slices).hexdigest(), "odd": odd}
+              "bulk": list(bulk(read.sample)), "content": hashlib.sha256(slices).hexdigest(), "odd": odd}
     if task is None:
         return record, slices, None
     if volume["label"] is None:
@@ -63,7 +65,7 @@ def describe(volume: dict, task: Task | None,
         if not task.negatives:
             raise BadInput(f"{volume['label']}: an empty label, all background; it would train nothing")
         record["odd"].append("an empty label, all background; kept as a negative")
-    record["voxels"] = np.bincount(labels.ravel(), minlength=len(task.ids)).tolist()
+    record["voxels"], record["organs"] = measure(read, labels, len(task.ids))
     if ids := task.recorded_ids:
         record["ids"] = ids
     return record, slices, labels
