@@ -1,8 +1,8 @@
 """What is in a folder and what of it is a CT: which layout, which volumes, what is left out and why.
 
 Every command comes in by these two doors. `find_volumes` goes by names: files and folders that name labels are left
-out, what is not read here is counted. `judge` goes by a volume's values and geometry: what is no CT in HU, or no stack
-of axial slices, is refused; what is usable and yet unusual is listed as odd.
+out, what is not read here is counted. `judge` goes by a volume's values (judgement.py) and geometry: what is no CT in
+HU, or no stack of axial slices, is refused; what is usable and yet unusual is listed as odd.
 """
 
 import functools

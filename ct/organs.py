@@ -48,7 +48,7 @@ def measure(read: Volume, labels: np.ndarray, classes: int) -> tuple[list[int], 
     key = np.sort((of << 16) + hu + 32768)  # by class, and by HU within each
     first = np.searchsorted(key, np.arange(classes + 1) << 16)
     number = np.maximum(1, np.diff(first))
-    place = [(np.bincount(of, p, classes) / number * step - middle) / half
+    place = [(np.bincount(of, p, classes) / number * step + (step - 1) / 2 - middle) / half
              for p, step, (middle, half) in zip(at, steps, _body(read), strict=True)]
     rows, cut = [], set(np.flatnonzero(np.bincount(labels[[0, -1]].ravel())).tolist())
     for c in np.flatnonzero(np.diff(first)).tolist():
@@ -65,7 +65,7 @@ def _body(read: Volume) -> list[tuple[float, float]]:
     ends = []
     for axis, step in enumerate(steps):
         there = body.sum(tuple({0, 1, 2} - {axis}))
-        places = np.arange(len(there)) * step
+        places = np.arange(len(there)) * step + (step - 1) / 2  # each stands for the voxels up to the next
         middle = np.average(places, weights=there)
         ends.append((middle, max(1.0, 2 * np.sqrt(np.average((places - middle) ** 2, weights=there)))))
     return ends
@@ -86,15 +86,16 @@ def compare(records: list[dict], organs: tuple[str, ...]) -> Found:
     known = [r for r in records if r.get("organs")]
     judged, in_air, elsewhere = [0] * len(known), {}, {}
     gas, whole, sure, doubtful = ([{} for _ in known] for _ in range(4))
-    for c in sorted({row[0] for r in known for row in r["organs"]}):
-        rows, table = _table(known, c)
+    rows_of = [{row[0]: row for row in r["organs"]} for r in known]
+    for c in sorted(set().union(*rows_of)):
+        rows, table = _table(known, rows_of, c)
         if len(rows) < FEW:
             continue
         for i in rows:
             judged[i] += 1
         for told, words in zip((gas, whole, sure, doubtful), (*_in_air(table), *_outliers(table)), strict=True):
             for place, what in words.items():
-                told[rows[place]].setdefault(organs[c], what)
+                told[rows[place]][organs[c]] = what
     for i, r in enumerate(known):
         if whole[i] or gas[i] and 2 * len(gas[i]) >= judged[i]:
             in_air[r["id"]] = _words(gas[i])
@@ -109,13 +110,13 @@ def _words(found: dict[str, str]) -> str:
     return ", ".join(f"{organ} ({what})" for organ, what in list(found.items())[:3]) + more
 
 
-def _table(known: list[dict], c: int) -> tuple[list[int], dict[str, np.ndarray]]:
+def _table(known: list[dict], rows_of: list[dict[int, list]], c: int) -> tuple[list[int], dict[str, np.ndarray]]:
     """(the numbers of the volumes that have a class, a column of each part of ROW, of `gas`: HU up to which there is
     none of the body; of `tail`: how far its lowest tenth lies under its median; of `size`: ln of its volume in mm3).
     """
-    rows = [i for i, r in enumerate(known) if any(row[0] == c for row in r["organs"])]
-    found = [next(row for row in known[i]["organs"] if row[0] == c) for i in rows]
-    table = {name: np.array(column, float) for name, column in zip(ROW, zip(*found, strict=True), strict=True)}
+    rows = [i for i, of in enumerate(rows_of) if c in of]
+    columns = np.array([rows_of[i][c] for i in rows], float).T
+    table = dict(zip(ROW, columns, strict=True))
     table["gas"] = np.array([max(GAS, known[i]["bulk"][0]) for i in rows])  # clipped, air and fat are the lowest
     table["tail"] = table["hu10"] - table["hu50"]  # whatever its contrast
     table["size"] = np.log([known[i]["voxels"][c] * math.prod(known[i]["spacing"]) for i in rows])
