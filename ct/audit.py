@@ -2,6 +2,8 @@
 
 import collections
 import functools
+import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import numpy as np
 from ct import coverage, layouts, pool, repeats, tasks
 from ct.command import printable
 from ct.files import checksum
-from ct.intake import AIR, SOFT, named, skip
+from ct.intake import named, skip
+from ct.judgement import AIR, SOFT
+from ct.organs import IN_AIR, compare
 from ct.reading import describe, find, task_in
 from ct.stores import read_index
 from ct.tasks import BTCV, Task
@@ -30,10 +34,14 @@ PAPER = {"pretrain": "AbdomenCT-1K: 1,062 volumes, 215,325 slices",
 def remarks(volumes: list[dict], skipped: list[dict], task: Task = BTCV) -> list[str]:
     """What a command prints at its start about a store's volumes: how many things are odd, intensities, organs."""
     see = "(python datasets.py audit names them)"
-    odd = _odd(volumes) + [s for s in skipped if s.get("odd")]
+    odd = _odd(volumes, task) + [s for s in skipped if s.get("odd")]
     lines = [f"odd: {len(odd)} {see}"] if odd else []
-    if bright := [v for v in volumes if v["hu"][0] > AIR]:
-        low, high = bright[0]["hu"]
+    if astray := compare(volumes, task.organs).elsewhere:
+        first, words = next(iter(astray.items()))
+        lines.append(f"labels: {len(astray)} of {len(volumes)} volumes have them elsewhere than the other patients, it "
+                     f"seems ({first}: {words})")
+    if bright := [v for v in volumes if _bulk(v)[0] > AIR]:
+        low, high = _bulk(bright[0])
         lines.append(f"intensities: {len(bright)} of {len(volumes)} volumes never go under {AIR} HU "
                      f"({bright[0]['id']}: {low:.0f} to {high:.0f}); exported to 0..255, or stored without the "
                      "intercept? They are used as they are")
@@ -43,6 +51,11 @@ def remarks(volumes: list[dict], skipped: list[dict], task: Task = BTCV) -> list
         more = f" ... ({len(absent)} organs)" * (len(absent) > FEW)
         lines.append(f"no volume has: {', '.join(absent[:FEW])}{more}; mean Dice is over the organs that occur")
     return lines
+
+
+def _bulk(volume: dict) -> list[float]:
+    """Lowest and highest HU of the bulk of a volume; of records of before it was known, of all its voxels."""
+    return volume.get("bulk", volume["hu"])
 
 
 def _kind(skipped: dict) -> str:
@@ -73,6 +86,10 @@ def audit(data: Path, kind: str, workers: int | None, store: Path, draw: Callabl
             bad.append(skip(volume["image"], str(outcome)))
         else:
             good.append(outcome)
+    if task:
+        in_air = compare(good, task.organs).in_air
+        bad += [skip(r["file"], f"{r['file']}: {IN_AIR.format(in_air[r['id']])}") for r in good if r["id"] in in_air]
+        good = [r for r in good if r["id"] not in in_air]
     good.sort(key=lambda r: r["id"])
     paper = f"   (the paper's {PAPER[kind]})" if task is None or task.of_paper else ""
     print(f"{data}: {len(good)} volumes, {sum(r['slices'] for r in good):,} slices{paper}")
@@ -95,7 +112,7 @@ def audit(data: Path, kind: str, workers: int | None, store: Path, draw: Callabl
             tasks.refuse_other_ids(data, good)
         except BadInput as e:
             bad.append(skip(data, str(e)))
-    return print_skipped(good, found.skipped + bad)
+    return print_skipped(good, found.skipped + bad, task)
 
 
 def _inspect(volume: dict, task: Task | None) -> dict:
@@ -130,20 +147,52 @@ def _print_task(good: list[dict], task: Task) -> None:
         print(f"  one patient, it seems, {patient}: {', '.join(group)}")
 
 
-def _odd(records: list[dict]) -> list[str]:
-    """What is odd about volumes, a line each, and what is there twice."""
+def _odd(records: list[dict], task: Task | None) -> list[str]:
+    """What is odd about volumes, a line each, whose labels lie elsewhere, and what is there twice."""
     odd = [f"{r['file']}: {reason}" for r in records for reason in r["odd"]]
+    astray = compare(records, task.organs).elsewhere if task else {}
+    odd += [f"{r['file']}: labels elsewhere than the other patients', it seems: {astray[r['id']]}"
+            for r in records if r["id"] in astray]
     return odd + [f"{name}: {reason}" for name, reason in repeats.between(records).items()]
 
 
-def print_skipped(records: list[dict], skipped: list[dict]) -> int:
+def _by_kind(lines: list[str], records: list[dict]) -> list[str]:
+    """Lines `file or id: words`, sorted; those of several volumes that differ in numbers at most are one line."""
+    ids, kinds, out = {name: r["id"] for r in records for name in (r["file"], r["id"])}, {}, []
+    for line in sorted(lines):
+        name, _, words = line.partition(": ")
+        kind = re.sub(r"\d[\d,.]*|s\b", "", words) if name in ids else line
+        kinds.setdefault(kind, []).append((line, ids.get(name), words))
+    for group in kinds.values():
+        lines, volumes, words = zip(*group, strict=True)
+        if len(set(volumes)) == 1:
+            out += lines
+        else:
+            alike = " (and alike)" * (len(set(words)) > 1)
+            out.append(f"{len(set(volumes))} volumes: {words[0]}{alike}: "
+                       f"{_ranges(set(volumes), sorted(set(ids.values())))}")
+    return out
+
+
+def _ranges(some: set[str], known: list[str]) -> str:
+    """Some of the known ids, in their order; three or more that follow each other as `first to last`."""
+    parts = []
+    for there, run in itertools.groupby(known, some.__contains__):
+        if there:
+            run = list(run)
+            parts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else run
+    return ", ".join(parts)
+
+
+def print_skipped(records: list[dict], skipped: list[dict], task: Task | None) -> int:
     """The list that ends both commands: unusable, odd, no image, no label. Returns the number of the unusable."""
     unusable = sorted(named(s) for s in skipped if not s["no_image"])
     kinds: dict[str, list] = {"odd": [], NO_IMAGE: []}
     for s in skipped:
         kinds.setdefault(_kind(s), []).append(s)
-    odd = sorted(_odd(records) + _by_folder(kinds["odd"]))
-    parts = [("unusable", len(unusable), unusable), ("odd", len(odd), odd),
+    odd = _odd(records, task)
+    parts = [("unusable", len(unusable), unusable),
+             ("odd", len(odd) + len(kinds["odd"]), _by_kind(odd, records) + _by_folder(kinds["odd"])),
              ("no image by its name", len(kinds[NO_IMAGE]), _by_folder(kinds[NO_IMAGE]))]
     parts += [(kind, len(kinds[kind]), _by_folder(kinds[kind])) for kind in BY_REASON.values() if kind in kinds]
     for title, count, lines in parts:

@@ -2,8 +2,8 @@
 
 Every command comes in by these two doors. `find_volumes` goes by names: files and folders that name labels are left
 out, what is not read here is counted; where a name is unsure, the file's first planes decide. `judge` goes by a
-volume's values and geometry: what is no CT in HU, or no stack of axial slices, is refused; what is usable and yet
-unusual is listed as odd.
+volume's values (judgement.py) and geometry: what is no CT in HU, or no stack of axial slices, is refused; what is
+usable and yet unusual is listed as odd.
 """
 
 from collections.abc import Sequence
@@ -12,18 +12,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from ct import maps, names, phantom, volumes
-from ct.maps import GREYS
+from ct import judgement, maps, names, phantom, volumes
 from ct.names import BY_NAME, Listing, named, skip, survey
 from ct.volumes import BadInput, Volume, is_nifti, stem
 
-SOFT = (-175.0, 250.0)  # HU from fat to bone: MONAI's window for BTCV
-PADDING = -8192  # HU; scanners write -1024 to -8192 where they measured nothing
-HIGHEST = 32767  # HU that 16 bits can hold
 LEAST_SIDE = 16  # rows and columns of a slice; a scout stored as a stack is 1 pixel high
 LEAST_SLICES = 3
 SQUARE, OTHER_PLANE = 1.1, 2.0  # ratio of a pixel's sides: above the first odd, above the second no axial slices
-AIR = -200  # HU that every CT of a body goes under: it has fat or air beside it
 
 BY_VOXELS = "a distance, dose or probability map by its name and its voxels"
 READ_ANYWAY = "a CT by its voxels, and used, though its name says labels; --images says which files are the images"
@@ -182,13 +177,11 @@ def is_phantom(data: Path) -> bool:
 # ----------------------------------------------------------------------------------------- by its values and geometry
 
 
-def judge(read: Volume, low: float, high: float) -> list[str]:
-    """What is odd about a volume whose HU go from `low` to `high`, a line each.
+def judge(read: Volume) -> list[str]:
+    """What is odd about a volume, a line each.
 
-    Raises BadInput for what is no CT by its values, whatever the window: a CT's cover at least a third of SOFT, since
-    soft tissue together with air, fat or bone does, and are many. Constant volumes, label maps, masks, images
-    normalised to 0..1 or to unit standard deviation do not, nor soft tissue alone without its intercept; and no CT has
-    values below PADDING or above HIGHEST. Raises it, too, for what is no stack of axial slices by its geometry.
+    Raises BadInput for what is no CT by its values, whatever the window (`judgement.refuse`), and for what is no stack
+    of axial slices by its geometry.
     """
     (slices, rows, columns), (_, y, x) = read.stored.shape, read.spacing
     if min(rows, columns) < LEAST_SIDE:
@@ -198,31 +191,15 @@ def judge(read: Volume, low: float, high: float) -> list[str]:
         plane = "coronal" if y > x else "sagittal"
         raise BadInput(f"{read.path}: no stack of axial slices by its geometry, pixels of {y:.3g} x {x:.3g} mm "
                        f"({plane} slices?); resample it to square pixels or leave it out")
-    if low < PADDING or high > HIGHEST or min(high, SOFT[1]) - max(low, SOFT[0]) < (SOFT[1] - SOFT[0]) / 3:
-        raise BadInput(f"{read.path}: no CT by its values, {low:g} to {high:g}; expected HU that cover at least a "
-                       f"third of {SOFT[0]:g} to {SOFT[1]:g} (a label map? normalised?)")
-    some = read.stored[:: 1 + slices // 16, :: 1 + rows // 128, :: 1 + columns // 128]
-    if (greys := len(np.unique(some))) < GREYS:
-        raise BadInput(f"{read.path}: no CT by its values, only {greys} different ones (a mask?)")
-    return [*_odd_values(read, low, high), *_odd_geometry(read)]
-
-
-def _odd_values(read: Volume, low: float, high: float) -> list[str]:
-    odd = []
-    if low > AIR:
-        odd.append(f"HU from {low:.0f} to {high:.0f} only, never under {AIR} (exported to 0..255, or stored without "
-                   "its intercept?)")
-    elif high < 200:
-        odd.append(f"HU from {low:.0f} to {high:.0f} only")
-    slope = float(read.header["scl_slope"])
-    if not np.isfinite(slope):
-        odd.append(f"scl_slope {slope} in its header; taken for no scaling")
-    return odd
+    judgement.refuse(read.path, read.sample)
+    return [*judgement.odd(read.sample), *_odd_geometry(read)]
 
 
 def _odd_geometry(read: Volume) -> list[str]:
-    """Where the grid is unusual for a CT, or the header contradicts itself about it."""
+    """Where the grid is unusual for a CT, or the header contradicts itself."""
     header, slices, (_, y, x), odd = read.header, len(read.stored), read.spacing, []
+    if not np.isfinite(slope := float(header["scl_slope"])):
+        odd.append(f"scl_slope {slope} in its header; taken for no scaling")
     if slices < LEAST_SLICES:
         odd.append(f"{slices} slice{'s' * (slices > 1)} only (a scout?)")
     if read.spacing == (1.0, 1.0, 1.0):

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ct import volumes
+from ct.judgement import GREYS
 from ct.volumes import BadInput
 
-GREYS = 32  # a CT has more numbers than that even in a few slices; a mask of 0 and 255 has not
 # The share of pixels that are a peak or a trough of their row, `turns`: 0.3 to 0.6 in real CT and in the phantom, also
 # where it was JPEG-compressed or resampled to 3 mm, and 0.11 when smoothed by a Gaussian of 3 pixels; 0.02 to 0.05 in
 # label maps, 0.02 in distances from one of their organs.

@@ -26,7 +26,9 @@ from PIL import Image
 from ct import audit, coverage, layouts, pool, stores, tasks
 from ct.command import Parser, command, folder, listed, number, printable, whole
 from ct.files import checksum, lock, replacing, write_json
-from ct.intake import SOFT, named, skip
+from ct.intake import named, skip
+from ct.judgement import SOFT
+from ct.organs import IN_AIR, compare
 from ct.reading import describe, find, task_in
 from ct.tasks import Task
 from ct.volumes import BadInput
@@ -46,7 +48,10 @@ def square(slices: np.ndarray, size: int) -> np.ndarray:
         slices = padded
     if side == size:
         return slices
-    return np.stack([np.asarray(Image.fromarray(s).resize((size, size), Image.Resampling.BILINEAR)) for s in slices])
+    out = np.empty((z, size, size), np.uint8)
+    for small, s in zip(out, slices, strict=True):
+        small[:] = Image.fromarray(s).resize((size, size), Image.Resampling.BILINEAR)
+    return out
 
 
 def _prepare_volume(volume: dict, store: Path, task: Task | None, window: tuple[float, float], size: int) -> dict:
@@ -125,6 +130,8 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
         there = stores.own_index(folder, owner)
         task = task_in(data, store, found, folder, workers) if kind == "segment" else None
         records, left_out, todo = _survey(found.volumes, folder, task, window, size)
+        if records and not todo:
+            records, left_out = _without_air(records, left_out, found.volumes, folder, task, skip_bad)
         if records and not todo:  # complete: opened without a lock, and where nothing can be written
             complete = index_of(records, left_out)
             if there == complete:
@@ -132,7 +139,9 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder) as alone:
             there = stores.own_index(folder, owner)  # again: who was waited for may have made it, from another folder
-            records, left_out = _complete(found.volumes, folder, task, window, size, workers, skip_bad, alone)
+            records, left_out = _without_air(
+                *_complete(found.volumes, folder, task, window, size, workers, skip_bad, alone), found.volumes, folder,
+                task, skip_bad)
             if not records:
                 raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
             index = index_of(records, left_out)
@@ -207,6 +216,21 @@ def _complete(found: list[dict], folder: Path, task: Task | None, window: tuple[
     return records, left_out + bad
 
 
+def _without_air(records: dict[str, dict], left_out: list[dict], found: list[dict], folder: Path, task: Task | None,
+                 skip_bad: bool) -> tuple[dict[str, dict], list[dict]]:
+    """(records, left out) with the volumes whose labels lie in air, by what the others' are, left out.
+
+    Raises BadInput for them, unless `skip_bad` or an earlier --skip-bad accepted that.
+    """
+    in_air = compare(list(records.values()), task.organs).in_air if task else {}
+    bad = [skip(v["image"], f"{v['image']}: {IN_AIR.format(in_air[v['id']])}") | {"stamps": stores.stamps(v)}
+           for v in found if v["id"] in in_air]
+    before = _accepted(folder)
+    if not skip_bad and (new := [s for s in bad if before.get(s["file"], {}).get("stamps") != s["stamps"]]):
+        _refuse(new)
+    return {k: r for k, r in records.items() if k not in in_air}, left_out + bad
+
+
 def task_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what is segmented, and on which volumes, in data that does not say so itself."""
     add = parser.add_argument
@@ -263,10 +287,11 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
         picked = [places[i] for i in np.linspace(0, len(places) - 1, min(audit.SHEET, len(places))).astype(int)]
         slices, labels = ([np.load(stores.array(store, name, label), mmap_mode="r")[z] for name, z in picked]
                           if not label or kind == "segment" else None for label in (False, True))
+        task = stores.task_of(store, index)
         audit.contact_sheet(draw, store / "contact_sheet.png", slices, [f"{n} slice {z}" for n, z in picked], labels,
-                            stores.task_of(store, index))
-        skipped = audit.print_skipped(index["volumes"], index["skipped"])
-        if task := stores.task_of(store, index):
+                            task)
+        skipped = audit.print_skipped(index["volumes"], index["skipped"], task)
+        if task:
             remarks = tasks.draw_splits(task, [v["id"] for v in index["volumes"]], args.val, args.val_cases,
                                         args.patient_regex)
             remarks += coverage.remarks(index["volumes"], task)

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from ct import layouts, maps, pool, repeats, tasks
-from ct.intake import SOFT, find_volumes, judge
+from ct.intake import find_volumes, judge
+from ct.judgement import SOFT, bulk
 from ct.label_maps import label_ids, read_labels
+from ct.organs import measure
 from ct.stores import SPLITS, name_of, recorded_label_ids
 from ct.tasks import BTCV, Task
 from ct.volumes import BadInput, Volume, read_volume
@@ -43,7 +45,7 @@ def read_ct(path: Path, window: tuple[float, float]) -> tuple[Volume, np.ndarray
     """
     read = read_volume(path)
     slices, low, high = levels(read, window)
-    odd = judge(read, low, high)
+    odd = judge(read)
     maps.refuse_smooth(read)
     return read, slices, (low, high), odd
 
@@ -61,7 +63,8 @@ def describe(volume: dict, task: Task | None,
     read, slices, (low, high), odd = read_ct(volume["image"], window)
     record = {"id": volume["id"], "file": str(volume["image"]), "phantom": read.is_phantom, "spacing": read.spacing,
               "shape": list(slices.shape), "slices": len(slices), "hu": [low, high],
-              "slice_sums": repeats.slice_sums(over_soft(read, slices, window)), "odd": odd}
+              "bulk": list(bulk(read.sample)), "slice_sums": repeats.slice_sums(over_soft(read, slices, window)),
+              "odd": odd}
     if task is None:
         odd += repeats.within(record["slice_sums"], slices, None, read.path)
         return record, slices, None
@@ -73,7 +76,7 @@ def describe(volume: dict, task: Task | None,
         if not task.negatives:
             raise BadInput(f"{volume['label']}: an empty label, all background; it would train nothing")
         record["odd"].append("an empty label, all background; kept as a negative")
-    record["voxels"] = np.bincount(labels.ravel(), minlength=len(task.ids)).tolist()
+    record["voxels"], record["organs"] = measure(read, labels, len(task.ids))
     if ids := task.recorded_ids:
         record["ids"] = ids
     return record, slices, labels

@@ -672,6 +672,22 @@ def test_both_commands_end_with_what_was_skipped_or_odd(abdomen, btcv, tmp_path,
     assert "3 volumes, 12 slices" in outcome(capsys, "prepare", "--data", btcv, "--store", tmp_path / "b")[1]
 
 
+def test_what_is_odd_about_many_volumes_is_one_line_with_their_ids(abdomen, capsys):
+    for i, slices in ((11, 2), (12, 2), (13, 1), (15, 2), (17, 4)):
+        write(abdomen / f"Case_000{i}_0000.nii.gz", ct(i, (20, 16, slices)))
+    write(abdomen / "Case_00014_0000.nii.gz", np.abs(ct(14)) // 4)
+    code, out = outcome(capsys, "audit", "--data", abdomen)
+    listed = out.partition("odd: 5\n")[2].partition("no image by its name")[0].splitlines()
+    assert code == 0 and len(listed) == 2 and "Case_00014_0000.nii.gz: HU from 1 to 249 only, never" in listed[1]
+    assert listed[0] == "  4 volumes: 2 slices only (a scout?) (and alike): Case_00011 to Case_00013, Case_00015"
+
+
+def test_the_audit_of_the_real_ct_is_ten_lines(real_ct, capsys):
+    code, out = outcome(capsys, "audit", "--data", real_ct / "AbdomenCT-1K", "--workers", "1")
+    assert code == 0 and len(out.splitlines()) <= 10 and "odd: 93\n" in out
+    assert "  78 volumes: HU from 0 to 255 only, never under -200" in out and "Case_00001 to Case_00078\n" in out
+
+
 def test_audit_fails_on_an_unreadable_volume(abdomen, capsys):
     (abdomen / "part0" / "Case_00009_0000.nii.gz").write_text("no volume")
     with pytest.raises(SystemExit) as caught:

@@ -111,11 +111,14 @@ def make(kind, shape=(24, 20, 6)):
     kinds = {"constant": np.zeros(shape), "labels": rng.integers(0, 14, shape),
              "many labels": rng.integers(0, 118, shape), "unit": rng.random(shape),
              "deviation": rng.normal(size=shape), "no intercept": rng.integers(900, 1400, shape),
-             "16 bit": rng.integers(0, 65536, shape)}
+             "16 bit": rng.integers(0, 65536, shape),
+             "raw": rng.choice([24, 924, 1069, 1300], shape, p=[0.4, 0.25, 0.3, 0.05]) + rng.normal(0, 9, shape)}
+    kinds["raw"][rng.random(shape) < 0.2] = -2000  # beside air, fat, muscle and bone, each 1024 too high
     return kinds[kind].astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", ["constant", "labels", "many labels", "unit", "deviation", "no intercept", "16 bit"])
+@pytest.mark.parametrize("kind", ["constant", "labels", "many labels", "unit", "deviation", "no intercept", "16 bit",
+                                  "raw"])
 def test_what_is_no_ct_is_refused(out, tmp_path, refusal, kind):
     nib.save(nib.Nifti1Image(make(kind), np.eye(4)), tmp_path / "x.nii.gz")
     line = refusal(train_seg.main, ["--predict", tmp_path / "x.nii.gz", "--run", RUN, "--out", out])

@@ -6,7 +6,7 @@ import pytest
 
 import datasets
 from ct import audit, reading, repeats
-from ct.intake import SOFT
+from ct.judgement import SOFT
 from ct.phantom_anatomy import patient
 from ct.volumes import BadInput
 
