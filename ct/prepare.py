@@ -114,18 +114,6 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
     if not skip_bad:
         _refuse_unusable(found.skipped, folder)
     owner, complete = str(data.resolve()), None
-
-    def index_of(records: dict[str, dict], left_out: list[dict]) -> dict:
-        index = {"format": stores.FORMAT, "kind": kind, "data": owner, "window": list(window), "size": size,
-                 "volumes": [records[k] for k in sorted(records)], "skipped": found.skipped + left_out}
-        if task and task.recorded:
-            index["task"] = {"name": task.name} | task.recorded
-            if task.listed:
-                index["task"]["listed"] = {"source": task.listed.source, "cases": list(task.listed.cases)}
-        elif task:
-            tasks.refuse_other_ids(data, index["volumes"])
-        return index
-
     try:
         there = stores.own_index(folder, owner)
         task = task_in(data, store, found, folder, workers) if kind == "segment" else None
@@ -133,7 +121,7 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
         if records and not todo:
             records, left_out = _without_air(records, left_out, found.volumes, folder, task, skip_bad)
         if records and not todo:  # complete: opened without a lock, and where nothing can be written
-            complete = index_of(records, left_out)
+            complete = _index(data, kind, window, size, task, records, found.skipped + left_out)
             if there == complete:
                 return folder, complete
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +132,7 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
                 task, skip_bad)
             if not records:
                 raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
-            index = index_of(records, left_out)
+            index = _index(data, kind, window, size, task, records, found.skipped + left_out)
             if there != index:
                 write_json(folder / "index.json", index)
     except OSError as e:
@@ -156,6 +144,20 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
         raise BadInput(f"{folder}: a process that prepares it ran out of memory or was killed; run the same command "
                        "again, with fewer --workers") from None
     return folder, index
+
+
+def _index(data: Path, kind: str, window: tuple[float, float], size: int, task: Task | None, records: dict[str, dict],
+           skipped: list[dict]) -> dict:
+    """What index.json holds of a store. Raises BadInput where BTCV's layout holds other ids."""
+    index = {"format": stores.FORMAT, "kind": kind, "data": str(data.resolve()), "window": list(window), "size": size,
+             "volumes": [records[k] for k in sorted(records)], "skipped": skipped}
+    if task and task.recorded:
+        index["task"] = {"name": task.name} | task.recorded
+        if task.listed:
+            index["task"]["listed"] = {"source": task.listed.source, "cases": list(task.listed.cases)}
+    elif task:
+        tasks.refuse_other_ids(data, index["volumes"])
+    return index
 
 
 def _folder_name(kind: str, size: int, window: tuple[float, float], chosen: dict[int, str] | None) -> str:
