@@ -18,6 +18,11 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
+    import ct
+    ct.importing()
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel

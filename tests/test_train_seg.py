@@ -299,7 +299,7 @@ def test_crops_of_slices_of_any_shape_are_those_of_a_loop(crop, monkeypatch):
     shapes = np.concatenate([rng.integers(5, 150, (28, 2)), [[64, 64], [41, 150], [150, 41], [1, 1]]])
     slices, labels = ([rng.integers(0, top, s, np.uint8) for s in shapes] for top in (256, 14))
     store = SimpleNamespace(slice=lambda i, label=False: (labels if label else slices)[i])
-    args = SimpleNamespace(seed=3, batch_size=len(shapes), crop_size=size, whole_slices=False)
+    args = SimpleNamespace(seed=3, batch_size=len(shapes), crop_size=size, whole_slices=False, flip=True)
     crops = datasets.Crops(args, store, np.arange(len(shapes)), processes.Processes(0, 1, torch.device("cpu")))
     monkeypatch.setattr(resize, "labelled_one_by_one", crop)
     order, (images, masks) = crops.indices(5), crops.apply(5, crops.fetch(5))
