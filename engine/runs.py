@@ -200,14 +200,9 @@ class Run:
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _compare(self, new: dict) -> None:
-        old, new = (dict(_flat(config)) for config in (read_config(self.folder), json.loads(json.dumps(new))))
-        old = {k: v for k, v in SINCE.items() if k in new} | old
-        differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new})
-                     if old.get(k) != new.get(k)]
-        if differing:
-            more = f"; and {len(differing) - SHOWN} more" * (len(differing) > SHOWN)
-            raise BadInput(f"{self.folder}: was started with other settings ({'; '.join(differing[:SHOWN])}{more}); "
-                           "give the same ones, another --name, or --overwrite")
+        if differing := differences(self.folder, new):
+            raise BadInput(f"{self.folder}: was started with other settings ({differing}); give the same ones, another "
+                           "--name, or --overwrite")
 
     def resume(self) -> dict | None:
         """The newest whole checkpoint, or None, on every process; the log is cut back to its step."""
@@ -264,6 +259,15 @@ class Run:
         """Add lines to log.jsonl."""
         if records:
             on_main(self.main, lambda: append(self.folder / "log.jsonl", records))
+
+
+def differences(folder: Path, new: dict) -> str:
+    """Where the config of a run in `folder` is another than this one: `lr: 0.1 there, 0.2 here; ...`, or nothing."""
+    old, new = (dict(_flat(config)) for config in (read_config(folder), json.loads(json.dumps(new))))
+    old = {k: v for k, v in SINCE.items() if k in new} | old
+    differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new})
+                 if old.get(k) != new.get(k)]
+    return "; ".join(differing[:SHOWN]) + f"; and {len(differing) - SHOWN} more" * (len(differing) > SHOWN)
 
 
 def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
