@@ -457,8 +457,8 @@ def terminal(bench: Bench) -> list[str]:
         check(codes == [wanted], f"{out}: ended with {codes}")
         saved = runs.load(folder / "checkpoint.pt")["step"]
         check(saved == runs.read_log(folder / "log.jsonl")[-1]["step"], f"{out}: saved at step {saved}")
-    return ["| a closed terminal | 2 | its own run saved and ended with 128 + SIGHUP; a disowned one went on, saved and "
-            "ended with 128 + SIGUSR1 |"]
+    return ["| a closed terminal | 2 | its own run saved and ended with 128 + SIGHUP; a disowned one went on, saved "
+            "and ended with 128 + SIGUSR1 |"]
 
 
 def disk(bench: Bench, scripts: tuple[str, ...] = ("train_ssl", "train_seg")) -> list[str]:
