@@ -169,37 +169,40 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 @pytest.mark.parametrize("write", [lambda p: runs.write_text(p, "new"), lambda p: files.write_json(p, "new")])
 def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path, write):
     """What one at work has, on this machine or on another, stays."""
-    path = tmp_path / "report.[md]"
-    held, ready = os.pipe()
-
-    def begin():
-        with files.replacing(path) as part:
-            part.write_text("half")
-            os.write(ready, b"x")
-            time.sleep(600)
+    path, (held, ready) = tmp_path / "report.[md]", os.pipe()
 
     def child():
-        if not (pid := os.fork()):
-            begin()
-        os.read(held, 1)
-        return pid
+        if pid := os.fork():
+            os.read(held, 1)
+            return pid
+        try:
+            with files.replacing(path) as part:
+                part.write_text("half")
+                os.write(ready, b"x")
+                time.sleep(600)
+        finally:
+            os._exit(1)
 
-    killed, at_work = child(), child()
-    os.kill(killed, signal.SIGKILL)
-    os.waitpid(killed, 0)
-    parts = {int(p.name.split("-")[2]): p for p in tmp_path.iterdir()}
-    elsewhere, old = (tmp_path / f".part-0000000{n}-1-00000000.report.[md]" for n in (1, 2))
-    for part in (elsewhere, old):
-        part.touch()
-    os.utime(old, (time.time() - 3 * 24 * 3600,) * 2)
-    write(path)
-    left = {p for p in tmp_path.iterdir()}
-    os.kill(at_work, signal.SIGKILL)
-    os.waitpid(at_work, 0)
-    assert left == {path, parts[at_work], elsewhere}
+    def end(pid):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    end(killed := child())
+    at_work = child()
+    try:
+        (mine,) = (p for p in tmp_path.iterdir() if f"-{at_work}-" in p.name)
+        elsewhere, old = (tmp_path / f".part-0000000{n}-1-00000000.report.[md]" for n in (1, 2))
+        for part in (elsewhere, old):
+            part.touch()
+        os.utime(old, (time.time() - 3 * 24 * 3600,) * 2)
+        write(path)
+        left = {*tmp_path.iterdir()}
+    finally:
+        end(at_work)
+    assert left == {path, mine, elsewhere} and not [p for p in left if f"-{killed}-" in p.name]
     write(path)
     files.remove_parts(tmp_path)  # of a folder that is locked
-    assert {p for p in tmp_path.iterdir()} == {path}
+    assert {*tmp_path.iterdir()} == {path}
 
 
 def test_half_lines_stay_alone(tmp_path):
