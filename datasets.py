@@ -1,17 +1,12 @@
 """From a store to the batch of step t: slices, views and crops of them, and reading ahead.
 
-    python datasets.py prepare --data data/AbdomenCT-1K
-    python datasets.py prepare --data data/BTCV --kind segment
-    python datasets.py prepare --data data/Task09_Spleen        any labelled data, as ct/layouts.py lists it
-    python datasets.py audit --data data/BTCV
-    python datasets.py audit --data data/BTCV --verify          is what was prepared still what was written?
-
-These commands, and how a store is made, are ct/prepare.py's.
+`python datasets.py prepare` and `python datasets.py audit` are ct/prepare.py's, as is how a store is made.
 """
 
 import functools
 import os
 import resource
+import sys
 import weakref
 import zlib
 from collections import deque
@@ -19,6 +14,11 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
+    import ct
+    ct.importing()
 
 import numpy as np
 import torch
@@ -281,18 +281,18 @@ class CommonParts:
         return tuple(resize.to_device(x[here], self.device) for x in (self.boxes_q, self.flip_q, self.usable))
 
 
-def draw_crops(rng: np.random.Generator, batch_size: int) -> augment.Params:
+def draw_crops(rng: np.random.Generator, batch_size: int, flip: bool = True) -> augment.Params:
     """Every random number of a training crop of `batch_size` labelled slices, for `apply_crops`.
 
     mmsegmentation's recipe (_base_/datasets/pascal_voc12.py) without hue, saturation and cat_max_ratio:
-    scale (N,) of the shorter side relative to the crop, place (N, 2) of the crop in what it can move, flip (N,),
-    brightness (N,) added and contrast (N,) multiplied, each with p = 0.5.
+    scale (N,) of the shorter side relative to the crop, place (N, 2) of the crop in what it can move, flip (N,), none
+    without `flip`, brightness (N,) added and contrast (N,) multiplied, each with p = 0.5.
     """
-    scale, top, left, flip, brightened, brightness, contrasted, contrast = rng.random((8, batch_size))
+    scale, top, left, flipped, brightened, brightness, contrasted, contrast = rng.random((8, batch_size))
     return {
         "scale": 0.5 + 1.5 * scale,
         "place": np.stack([top, left], axis=1),
-        "flip": flip < augment.FLIP_P,
+        "flip": flip & (flipped < augment.FLIP_P),
         "brightness": np.where(brightened < 0.5, (2 * brightness - 1) * 32 / 255, 0.0),
         "contrast": np.where(contrasted < 0.5, 0.5 + contrast, 1.0),
     }
@@ -376,7 +376,7 @@ class Crops:
 
     def apply(self, t: int, read: tuple[torch.Tensor, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """The crops of iteration t of what `fetch` read: images (B, 3, S, S) and labels (B, S, S) on the device."""
-        drawn = draw_crops(processes.rng(self.args.seed, processes.CROPS, t), self.args.batch_size)
+        drawn = draw_crops(processes.rng(self.args.seed, processes.CROPS, t), self.args.batch_size, self.args.flip)
         return self._crop({k: v[self.rank_slice] for k, v in drawn.items()}, *read)
 
     def whole(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,9 +12,15 @@ n vectors cannot span more than n - 1 dimensions: the 762 slices of BTCV's valid
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
+    import ct
+    ct.importing()
 
 import numpy as np
 import torch
@@ -60,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; what it leaves to the data is None."""
     parser = processes.Parser(prog="svd_spectrum.py", description=__doc__.split("\n\n")[0],
                               epilog="Defaults are the paper's; in brackets those of the built-in phantom.")
-    parser.common("BTCV")
+    parser.common("BTCV", trains=False)
     prepare.task_flags(parser)
     add = parser.with_defaults(PAPER, PHANTOM)
     parser.add_argument("backbones", nargs="*", help="runs of --out or their folders, files, imagenet or random "
@@ -111,6 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     names = [backbones.resolve(n, args.out, phantom) for n in
              args.backbones + args.backbone or runs_in(args.out, phantom, args.window)]
     store, ranks, remarks = datasets.open_labelled(args, data)
+    amp = processes.precision(args.amp, ranks.device)
+    if not ranks.is_main:  # the work of one process, which alone writes
+        return
     if phantom:
         processes.announce_phantom()
     for line in remarks:
@@ -118,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     slices, rows = squares(store, max(args.image_size, 32)), []
     for name in tqdm(names, "features", unit="run", disable=None, leave=False):
         backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
-        vectors = features(backbone.net, slices, args.image_size, args.positions, ranks.device)
+        vectors = features(backbone.net, slices, args.image_size, args.positions, ranks.device, amp)
         values = metrics.singular_values(vectors)
         row = Row(backbone.name, report.label(backbone.name, phantom), len(vectors), values,
                   metrics.effective_rank(values), metrics.rankme(vectors))
@@ -127,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
                    f"{row.vectors:,} vectors of {len(slices)} slices{unfinished}")
         rows.append(row)
     kind = "positions of" if args.positions else "one for each of"
-    what = f"{rows[0].vectors:,} vectors ({kind} {len(slices)} slices)"
+    what = f"{rows[0].vectors:,} vectors ({kind} {len(slices)} slices)" + f", in {amp}" * (amp != "off")
     where = "the phantom's validation slices" if phantom else f"{store.name}, validation slices"
     path = args.out / ("spectrum-positions" if args.positions else "spectrum")
     written = write(path, store.name, f"{where}; {what}", rows)

@@ -20,6 +20,11 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
+    import ct
+    ct.importing()
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -74,6 +79,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=number(above=0), help="learning rate")
     add("--whole-slices", action=argparse.BooleanOptionalAction, help="linear-frozen trains on whole slices instead "
         "of random crops: their features are computed once, which is fast and not the paper's")
+    add("--no-flip", dest="flip", action="store_false", help="mirror no training crop: mirrored, with labels as they "
+        "are, left and right kidney look alike (the paper's toolbox does it; whole slices are never mirrored)")
     add("--compile", action="store_true", help="torch.compile a training iteration: faster on a GPU after one or two "
         "minutes; dropout and the last digits differ")
     add("--eval-every", type=whole(1), default=EVAL_INTERVAL, metavar="N", help="iterations between two points of the "
@@ -322,7 +329,8 @@ def configure(args: argparse.Namespace, backbone: backbones.Backbone, protocol: 
             "data": store.name, "slices": len(store),
             "cases": task.cases(args.split, draw),
             "store": store.contents({*task.cases(args.split, draw), *task.cases("val")}),
-            "split_sha256": sums[0], "validation_sha256": sums[1], **task.recorded}
+            "split_sha256": sums[0], "validation_sha256": sums[1], **task.recorded,
+            **({} if args.whole_slices else {"flip": args.flip})}
 
 
 def introduce(args: argparse.Namespace, titles: list[str], store: datasets.Store, ranks: processes.Processes) -> None:
@@ -331,7 +339,8 @@ def introduce(args: argparse.Namespace, titles: list[str], store: datasets.Store
         processes.announce_phantom()
     recipes = [recipe(args, protocol) for protocol in args.protocols]
     iterations = dict.fromkeys(f"{r.iterations:,}" for r in recipes)
-    shown = dict.fromkeys("whole slices" if r.whole_slices else "crops" for r in recipes)
+    crops = "crops" if args.flip else "unmirrored crops"
+    shown = dict.fromkeys("whole slices" if r.whole_slices else crops for r in recipes)
     print(f"{len(titles) * len(args.protocols) * len(args.draws)} run(s): {', '.join(titles)} x "
           f"{', '.join(args.protocols)} x {len(args.draws)} draw(s) of {args.split} %, {'/'.join(iterations)} "
           f"iterations of {args.batch_size} {'/'.join(shown)} of {args.crop_size} px each, in {args.out / 'seg'}; "
@@ -346,14 +355,16 @@ def introduce(args: argparse.Namespace, titles: list[str], store: datasets.Store
 def main(argv: list[str] | None = None) -> None:
     """The report, predictions, or all runs that the flags name and their table."""
     args = parse(argv)
-    if args.report:
-        return report.write_report(args.out)
+    if args.report:  # of several processes one is enough, and it alone writes
+        return report.write_report(args.out) if processes.launched()[0] == 0 else None
     if args.predict or args.run or args.predict_out:
         if not (args.predict and args.run):
             raise BadInput("--predict VOLUME_OR_FOLDER and --run RUN: give both")
         paths, skipped = predict.find_volumes(args.predict, args.images)
-        folder, device = predict.find_run(args.run, args.out), processes.start(args.deterministic).device
-        return predict.files(paths, folder, args.amp, device, args.predict_out, skipped)
+        folder, ranks = predict.find_run(args.run, args.out), processes.start(args.deterministic)
+        if ranks.is_main:
+            predict.files(paths, folder, args.amp, ranks.device, args.predict_out, skipped)
+        return
     data, phantom = intake.locate(args.data, "BTCV")
     resolve_defaults(args, phantom)
     backbones.architecture(args.arch)

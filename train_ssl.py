@@ -18,6 +18,11 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
+    import ct
+    ct.importing()
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -45,6 +50,10 @@ PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epoch
                zca_group=64, size=192, weight_decay=1e-4, window=prepare.WINDOW)
 START = dict(init="random", local=False, zca=False, geometric=False, every=1, epochs=6, steps=None, overwrite=False,
              recipe="paper")
+# flags that change no number but by rounding, and what is noted beside them: in no config
+NOT_IN_CONFIG = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
+                 "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass", "probe",
+                 "images")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -104,32 +113,10 @@ def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
         raise BadInput(f"--image-size {args.image_size}: too small for a ResNet of stride 32; give 32 or more")
     if args.queue % args.batch_size:
         raise BadInput(f"--queue {args.queue}: must be a multiple of --batch-size {args.batch_size}")
-    args.init = args.init or start_of(args)
-    args.name = name_of(args, phantom) if args.name is None else args.name
+    args.init = args.init or recipes.start_of(args)
+    args.name = recipes.name_of(args, phantom) if args.name is None else args.name
     if Path(args.name).name != args.name or args.name in ("", "..", "seg", "imagenet", "random"):
         raise BadInput(f"--name {args.name}: must be a new folder's name in --out, and none of seg, imagenet, random")
-
-
-def start_of(args: argparse.Namespace) -> str:
-    """The run from which the phantom's rows of this seed start."""
-    return "phantom-start" + processes.seed_suffix(args.seed)
-
-
-def name_of(args: argparse.Namespace, phantom: bool) -> str:
-    """A run's name where none is given: Table 2's row, its suffix where its views are not the paper's, its seed."""
-    name = "moco"
-    if args.local:
-        name += "-local"
-    if args.zca:
-        name += "-zca"
-    if args.local and args.geometric:
-        name += "-aligned"
-    if not (args.local or args.geometric):
-        name += "-nogeo"
-    name += f"-every{args.every}" * (args.every > 1)
-    if args.recipe == "author":
-        name = "author-" + name.removeprefix("moco-")
-    return "phantom-" * phantom + name + processes.seed_suffix(args.seed)
 
 
 # --------------------------------------------------------------------------------------------- model and one step
@@ -143,8 +130,7 @@ def build(args: argparse.Namespace, phantom: bool = False) -> MoCo:
     """The two encoders from --init, whitened with --zca; what was opened is noted in `args`. Raises BadInput."""
     args.init = backbones.resolve(args.init, args.out, phantom)
     opened = backbones.open_backbone(args.init, args.out, args.arch, args.seed, "fold", phantom)
-    if (arch := opened.pretraining["arch"]) != args.arch:
-        raise BadInput(f"--init {args.init}: is a {arch}; give --arch {arch} or another start")
+    backbones.refuse_other(args.init, opened.pretraining["arch"], args.arch)
     backbone, args.init_checksum = opened.net, opened.pretraining["checksum"]
     args.init_unfinished, args.init_untrained = opened.unfinished, opened.untrained
     if args.zca:
@@ -289,19 +275,9 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
 def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.Processes,
              labelled: datasets.Store | None = None) -> None:
     """One run, from the start or its checkpoint to backbone.pth; `labelled`: of --probe. Raises BadInput."""
-    passes.check_groups(args, ranks.world_size)
-    slices = store.of(every=args.every)
-    batches = datasets.Batches(args, slices, ranks)
-    if not batches.steps_per_epoch:
-        raise BadInput(f"{store.data}: {len(slices)} slices are fewer than one batch of {args.batch_size} besides "
-                       f"{len(batches.held_out)} held-out ones; lower --batch-size" + " or --every" * (args.every > 1))
+    batches = batches_of(args, store, ranks)
     moco = build(args, store.is_phantom)  # before the run folder: weights that do not fit leave nothing behind
-    not_in_config = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
-                     "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass", "probe", "images")
-    config = {k: v for k, v in vars(args).items() if k not in not_in_config}
-    config |= {"data": store.name, "volumes": len(store.volumes), "slices": len(store),
-               "store": store.contents()}
-    run = runs.Run(args.out / args.name, config, args.overwrite, ranks.is_main)
+    run = runs.Run(args.out / args.name, configure(args, store), args.overwrite, ranks.is_main)
     processes.on_main(ranks.is_main, lambda: leaks.keep(run.folder, store, args.init, args.out))
     saved = run.resume()
     amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
@@ -316,7 +292,7 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
         trainer.load(saved)
         passes.keep(moco, args, saved, ranks)
     if ranks.is_main:
-        introduce(trainer, store, ranks, first, last)
+        monitor.introduce(trainer, store, ranks, first, last)
     if first < last:
         train(trainer, store, run, ranks, first, last)
     if ranks.is_main:
@@ -328,37 +304,52 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
         figures.attempt(figures.curves, run.folder / "curves.png", log, math.log(1 + args.queue))
 
 
-def introduce(trainer: Trainer, store: datasets.Store, ranks: processes.Processes, first: int, last: int) -> None:
-    """Say what will be done, on what, and what it takes."""
-    args, trained = trainer.args, len(trainer.batches.trained)
-    if store.is_phantom:
-        processes.announce_phantom()
-    megabytes = sum(p.numel() for p in trainer.moco.encoder_q.parameters()) * 4 * 3 * 2 / 1e6 + args.queue * DIM * 8e-6
-    thinned = f"{trained + len(trainer.batches.held_out):,} (one in {args.every}) of " * (args.every > 1)
-    print(f"{args.name}: {args.arch} from {args.init} on {thinned}{len(store):,} slices of {len(store.volumes):,} "
-          f"volumes ({store.folder}), {processes.hardware()}")
-    print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
-          f"{ranks.world_size} process(es), {trainer.moco.groups_per_pass} in one pass, precision {trainer.amp}, "
-          f"{args.image_size} px; about {megabytes:,.0f} MB in {args.out / args.name}; the time needed is printed "
-          f"after {monitor.LOG_INTERVAL} steps" + ", of which the first compiles for a minute or two" * args.compile)
-    if args.init_unfinished:
-        print(f"note: {args.init}: {args.init_unfinished}; this run starts from it as it is")
-    if args.init_untrained:
-        processes.announce(f"WARNING: this run starts from {args.init}, and {args.init_untrained}.\nRows that start so "
-                           "were seen to stay at chance. Train another start first: lower --lr, shorter --queue,\nmore "
-                           "steps, --no-geometric (docs/training.md, Few slices); or --init imagenet.", sys.stderr)
-    for line in recipes.remarks(args):
-        print(f"note: {line}")
-    for line in recipes.advice(args, trained, trainer.horizon):
-        print(f"note: {trained:,} slices are few: {line}", file=sys.stderr)
-    if first:
-        print("finished before; nothing left to train" if first >= last else f"continuing after step {first:,}")
+def batches_of(args: argparse.Namespace, store: datasets.Store, ranks: processes.Processes) -> datasets.Batches:
+    """What a run's steps are made of. Raises BadInput where the slices or the groups are not enough for one."""
+    passes.check_groups(args, ranks.world_size)
+    slices = store.of(every=args.every)
+    batches = datasets.Batches(args, slices, ranks)
+    if not batches.steps_per_epoch:
+        raise BadInput(f"{store.data}: {len(slices)} slices are fewer than one batch of {args.batch_size} besides "
+                       f"{len(batches.held_out)} held-out ones; lower --batch-size" + " or --every" * (args.every > 1))
+    return batches
+
+
+def configure(args: argparse.Namespace, store: datasets.Store) -> dict:
+    """What decides a run's result, once `build` has noted its start: config.json."""
+    config = {k: v for k, v in vars(args).items() if k not in NOT_IN_CONFIG}
+    return config | {"data": store.name, "volumes": len(store.volumes), "slices": len(store), "store": store.contents()}
 
 
 def slices_of(args: argparse.Namespace, data: Path) -> datasets.Store:
     """The slices of a folder of CT volumes at the run's size and window, prepared where missing. Raises BadInput."""
     return datasets.prepare(data, args.store or stores.default_store(data), "pretrain", tuple(args.window), args.size,
                             args.workers, images=args.images)
+
+
+def begin(args: argparse.Namespace, store: datasets.Store, data: Path, ranks: processes.Processes,
+          labelled: datasets.Store | None, given: str | None) -> None:
+    """Train the phantom's start where it is missing: by its own settings, whichever row comes first.
+
+    Raises BadInput where one is there that was made otherwise, unless --init names it, and before the training for what
+    the row would be refused for after it.
+    """
+    kept = {k: v for k, v in vars(args).items() if k in NOT_IN_CONFIG}
+    start = argparse.Namespace(**vars(parse([])) | kept | PHANTOM | START | dict(name=args.init, seed=args.seed))
+    same = (tuple(start.window), start.size) == (tuple(args.window), args.size)
+    slices, folder = store if same else slices_of(start, data), args.out / args.init
+    if not processes.on_main(ranks.is_main, (folder / "backbone.pth").exists):
+        batches_of(args, store, ranks), build(argparse.Namespace(**vars(args) | {"init": "random"}), True)
+        return pretrain(start, slices, ranks, labelled)
+
+    def compare() -> None:
+        build(start, True)
+        if other := runs.differences(folder, configure(start, slices)):
+            raise BadInput(f"{folder}: was made with other settings ({other}); delete it, and it is trained again, or "
+                           f"give --init {args.init} to start from it as it is")
+
+    if given is None:
+        processes.on_main(ranks.is_main, compare)
 
 
 @processes.command
@@ -369,10 +360,15 @@ def main(argv: list[str] | None = None) -> None:
         print("--steps 0: nothing to do")
         return
     data, phantom = intake.locate(args.data, "AbdomenCT-1K")
+    given = args.init
     resolve_defaults(args, phantom)
-    backbones.architecture(args.arch)  # what is refused is refused before the slices are prepared, which takes long
-    if args.init != start_of(args):
+    # what is refused is refused before the slices are prepared, which takes long
+    backbones.architecture(args.arch)
+    own_start = phantom and args.init == recipes.start_of(args)
+    if not own_start:
         args.init = backbones.resolve(args.init, args.out, phantom)
+    of_start = backbones.architecture_of(args.init, args.out) or (PHANTOM["arch"] if own_start else args.arch)
+    backbones.refuse_other(args.init, of_start, args.arch)
     store = slices_of(args, data)
     labelled = args.probe and datasets.prepare(args.probe, stores.default_store(args.probe), "segment",
                                                tuple(args.window), workers=args.workers)
@@ -380,10 +376,8 @@ def main(argv: list[str] | None = None) -> None:
     if ranks.is_main:
         for line in audit.remarks(store.volumes, store.skipped):
             print(line)
-    trained = (args.out / args.init / "backbone.pth").exists
-    if args.init == start_of(args) and not processes.on_main(ranks.is_main, trained):
-        start = argparse.Namespace(**vars(args) | PHANTOM | START | dict(name=args.init, size=args.size))
-        pretrain(start, store if tuple(start.window) == tuple(args.window) else slices_of(start, data), ranks, labelled)
+    if own_start:
+        begin(args, store, data, ranks, labelled, given)
     pretrain(args, store, ranks, labelled)
 
 

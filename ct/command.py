@@ -6,15 +6,18 @@ It stands in ct because ct has commands of its own, and in front of torch, which
 import argparse
 import codecs
 import contextlib
+import errno
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import TextIO
 
+import ct
+from ct import cgroup
 from ct.volumes import BadInput
 
 
@@ -71,8 +74,9 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def cores() -> int:
-    """The cores that this process may use, of those that the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may use, of those that the machine has; a part of one of a quota counts as one."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min(there, cgroup.cpus()))
 
 
 def printable(text: object) -> str:
@@ -94,22 +98,24 @@ def command(main):
     @wraps(main)
     def wrapped(argv=None, *more):
         """`main`, ending as above."""
-        with contextlib.redirect_stdout(_outliving(sys.stdout)), contextlib.redirect_stderr(_outliving(sys.stderr)):
+        if signal.getsignal(signal.SIGINT) is ct.interrupted:  # all is imported
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        out, err = _outliving(sys.stdout), _outliving(sys.stderr)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                try:
+                with out.missed():
                     return main(argv, *more)
-                finally:
-                    sys.stdout.flush()
             except BadInput as e:
                 _print_error(str(e), e.relayed)
                 raise SystemExit(1) from None
             except OSError as e:
                 _print_error(cause(e))
-                sys.stdout.abandon()
                 raise SystemExit(1) from None
             except KeyboardInterrupt:  # outside the training loops, where StopRequest is not at work
                 _print_error("interrupted; the same command continues")
                 raise SystemExit(128 + signal.SIGINT) from None
+            finally:
+                out.abandon(), err.abandon()
 
     return wrapped
 
@@ -123,36 +129,56 @@ def _print_error(line: str, relayed: bool = False) -> None:
 
 
 class _Outliving:
-    """A stream that outlives its reader: after `| head`, what is printed goes nowhere and the command goes on."""
+    """A stream whose errors end nothing: what cannot be written is dropped, and the command goes on.
+
+    After `| head`, in a terminal that was closed, on a full disk. Where someone will miss it, `missed` says so.
+    """
 
     def __init__(self, stream: TextIO):
-        self.stream = stream
+        self.stream, self.lost = stream, None  # the first error that was no reader's going away
 
     def write(self, text: str) -> int:
-        try:
-            return self.stream.write(text)
-        except BrokenPipeError:
-            self.to_nowhere()
-            return len(text)
+        with self._dropping():
+            self.stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
+        with self._dropping():
             self.stream.flush()
-        except BrokenPipeError:
-            self.to_nowhere()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):  # a pipe's and a terminal's reader
+                self.lost = self.lost or e
+
+    @contextlib.contextmanager
+    def missed(self) -> Iterator[None]:
+        """At a good end of what is done in here, raise the error for which someone misses what was printed."""
+        try:
+            yield
+        except SystemExit as e:
+            if not e.code:
+                self._raise_lost()
+            raise
+        self._raise_lost()
+
+    def _raise_lost(self) -> None:
+        self.flush()
+        if self.lost:
+            raise self.lost
 
     def abandon(self) -> None:
-        """If it cannot take what it still holds (a full disk), it must not try, and fail, again at the exit."""
+        """What the stream still holds and cannot write it must not try, and fail, to write again at the exit."""
         try:
             self.stream.flush()
         except OSError:
-            self.to_nowhere()
-
-    def to_nowhere(self) -> None:
-        with contextlib.suppress(OSError):  # a stream without a file, in a test or a notebook, has nothing to redirect
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
+            with contextlib.suppress(OSError):  # without a file, in a test or a notebook, nothing can be redirected
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)

@@ -25,7 +25,7 @@ from PIL import Image
 
 from ct import audit, coverage, layouts, pool, stores, tasks
 from ct.command import Parser, command, folder, listed, number, printable, whole
-from ct.files import checksum, lock, replacing, write_json
+from ct.files import checksum, lock, remove_parts, replacing, write_json
 from ct.intake import named, skip
 from ct.judgement import SOFT
 from ct.organs import IN_AIR, compare
@@ -199,9 +199,8 @@ def _survey(found: list[dict], folder: Path, task: Task | None, window: tuple[fl
 def _complete(found: list[dict], folder: Path, task: Task | None, window: tuple[float, float], size: int,
               workers: int | None, skip_bad: bool, alone: bool) -> tuple[dict[str, dict], list[dict]]:
     """Prepare what is missing in a store: (records by id, left out). alone: this process has locked it."""
-    parts = folder.glob(".[0-9]*.*") if alone else ()  # of a process that was killed while it wrote
-    for part in parts:
-        part.unlink(missing_ok=True)
+    if alone:
+        remove_parts(folder)
     records, left_out, todo = _survey(found, folder, task, window, size, renew=True)
     if changed := [v["id"] for v in todo if stores.record_file(folder, v["id"]).exists()]:
         print(f"{folder}: {len(changed)} volumes changed since, or are damaged there; preparing them again: "

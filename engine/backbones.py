@@ -38,6 +38,17 @@ def architecture(arch: str) -> nn.Module:
     return torchvision.models.get_model(arch, weights=None)
 
 
+def architecture_of(run: str, out: Path) -> str | None:
+    """The architecture of a run of `out`, by its config.json; None of what is no run or does not say it."""
+    return read_config(out / run).get("arch") if (out / run / CHECKPOINT).exists() else None
+
+
+def refuse_other(init: str, arch: str, wanted: str) -> None:
+    """Raise BadInput where the start of a run has another architecture than that wanted."""
+    if arch != wanted:
+        raise BadInput(f"--init {init}: is a {arch}; give --arch {arch} or another start")
+
+
 def resolve(name: str, out: Path, phantom: bool) -> str:
     """What a name of a backbone stands for, the same in all commands: a run of `out` (on the phantom `moco` also for
     `phantom-moco`), the folder of a run or its checkpoint.pt, imagenet, random or a file. Raises BadInput for no such.

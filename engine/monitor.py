@@ -1,4 +1,4 @@
-"""Is it learning, is it collapsing: the monitor of collapse, the log and the bar of a pre-training."""
+"""Is it learning, is it collapsing: what a pre-training says of itself, its log and bar, the monitor of collapse."""
 
 import math
 import sys
@@ -11,7 +11,7 @@ from tqdm import tqdm
 import augment
 import metrics
 import resize
-from engine import processes, runs
+from engine import processes, recipes, runs
 
 LOG_INTERVAL = 10  # steps between two looks at the losses; each look waits for the device
 # What `Trainer.step` returns of a step; the queue's accuracy, cosine to the own key and to the queue: MoCo.query_stats
@@ -172,3 +172,31 @@ class MetricLogger:
         if warning:
             tqdm.write(warning, file=sys.stderr)
         self.pending, self.waited, self.since = [], 0.0, time.perf_counter()
+
+
+def introduce(trainer, store, ranks: processes.Processes, first: int, last: int) -> None:
+    """Say what will be done, on what, and what it takes."""
+    args, trained = trainer.args, len(trainer.batches.trained)
+    if store.is_phantom:
+        processes.announce_phantom()
+    weights = sum(p.numel() for p in trainer.moco.encoder_q.parameters())
+    megabytes = 2 * 4 * (3 * weights + trainer.moco.queue.numel()) / 1e6  # two checkpoints
+    thinned = f"{trained + len(trainer.batches.held_out):,} (one in {args.every}) of " * (args.every > 1)
+    print(f"{args.name}: {args.arch} from {args.init} on {thinned}{len(store):,} slices of {len(store.volumes):,} "
+          f"volumes ({store.folder}), {processes.hardware()}")
+    print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
+          f"{ranks.world_size} process(es), {trainer.moco.groups_per_pass} in one pass, precision {trainer.amp}, "
+          f"{args.image_size} px; about {megabytes:,.0f} MB in {args.out / args.name}; the time needed is printed "
+          f"after {LOG_INTERVAL} steps" + ", of which the first compiles for a minute or two" * args.compile)
+    if args.init_unfinished:
+        print(f"note: {args.init}: {args.init_unfinished}; this run starts from it as it is")
+    if args.init_untrained:
+        processes.announce(f"WARNING: this run starts from {args.init}, and {args.init_untrained}.\nRows that start so "
+                           "were seen to stay at chance. Train another start first: lower --lr, shorter --queue,\nmore "
+                           "steps, --no-geometric (docs/training.md, Few slices); or --init imagenet.", sys.stderr)
+    for line in recipes.remarks(args):
+        print(f"note: {line}")
+    for line in recipes.advice(args, trained, trainer.horizon):
+        print(f"note: {trained:,} slices are few: {line}", file=sys.stderr)
+    if first:
+        print("finished before; nothing left to train" if first >= last else f"continuing after step {first:,}")

@@ -1,7 +1,8 @@
-"""Processes, precision, seeds, signals: what every script needs around its loop.
+"""Processes, precision, seeds: what every script needs around its loop (signals: signals.py).
 
 Exit codes of the scripts: 0 done; 1 data, files or disk are at fault, as one line on stderr says; 2 wrong flags;
-143 and 130 (128 + signal) stopped by SIGTERM or SIGINT after saving. torchrun reports any of these but 0 as 1.
+128 + signal (130, 143, 129, 138) stopped by SIGINT, SIGTERM, SIGHUP or SIGUSR1 after saving. torchrun reports any of
+these but 0 as 1.
 After 1, once its cause is gone, and after a signal, SIGKILL too, the same command continues where it was.
 """
 
@@ -9,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,10 +27,12 @@ import torchvision
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from ct import cgroup
 from ct import command as ct_command
 from ct.command import cause, cores, folder, number, whole
 from ct.prepare import WINDOW
 from ct.volumes import BadInput
+from engine.signals import StopRequest as StopRequest  # of every loop
 
 # Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
 INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, LOOKS, PROBE = range(10)
@@ -41,26 +43,27 @@ READERS = 16  # threads of a process at most: each holds a batch
 
 def readers() -> int:
     """How many threads of a process read slices where --workers says nothing: its share of the machine's cores."""
-    return min(READERS, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(READERS, max(1, cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
 
 
 class Parser(ct_command.Parser):
     """A command's parser with the flags that the scripts share."""
 
-    def common(self, data: str) -> None:
-        """data: the folder below data/ that is taken where --data is not given."""
+    def common(self, data: str, trains: bool = True) -> None:
+        """data: the folder below data/ that is taken where --data is not given; trains: or only looks at features."""
         add = self.add_argument
         add("--data", type=Path, help=f"folder of CT volumes (default data/{data} if it exists, else the built-in "
             "phantom)")
         add("--store", type=folder, help="folder of the prepared slices (default stores/NAME-HASH of --data)")
         add("--out", type=folder, default=Path("runs"), help="folder of all runs and results (default runs)")
         add("--seed", type=whole(0), default=0, help="of all random numbers (%(default)s)")
-        add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-            help="mixed precision; auto: bf16 where the hardware computes in it")
+        add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto" if trains else "off",
+            help="mixed precision; auto: bf16 where the hardware computes in it (default %(default)s)")
         add("--deterministic", action="store_true", help="on a GPU: deterministic algorithms and no TF32, slower; "
             "there nothing else continues exactly (a CPU does)")
-        add("--checkpoint-minutes", type=number(0), default=10.0, help="time after which a checkpoint is due, at the "
-            "next tenth step (default %(default)g); one is always kept at the end and on SIGTERM and Ctrl-C")
+        if trains:
+            add("--checkpoint-minutes", type=number(0), default=10.0, help="time after which a checkpoint is due, at "
+                "the next tenth step (default %(default)g); one is always kept at the end and when asked to stop")
         add("--workers", type=whole(0), help="threads that read slices, and processes that prepare them (default: the "
             f"cores there are, to read divided by the processes on this machine and at most {READERS})")
         add("--window", type=number(), nargs=2, default=WINDOW, metavar=("LOW", "HIGH"),
@@ -117,13 +120,13 @@ def launched() -> tuple[int, int, int]:
 
     Raises BadInput where they contradict each other or are incomplete.
     """
-    numbers = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    numbers = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     for name in numbers:
         value = os.environ.get(name, str(numbers[name]))
         if not value.isdecimal():
             raise BadInput(f"{name}={value!r} in the environment: no number; start with torchrun, or unset {name}")
         numbers[name] = int(value)
-    rank, world_size, local_rank = numbers.values()
+    rank, world_size, local_rank, _ = numbers.values()
     needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise BadInput(f"WORLD_SIZE={world_size} in the environment without {', '.join(missing)}; start with torchrun, "
@@ -163,6 +166,8 @@ def start(deterministic: bool = False) -> Processes:
     else move the last digits.
     """
     cuda = torch.cuda.is_available()
+    if "OMP_NUM_THREADS" not in os.environ and cores() < torch.get_num_threads():  # torch knows no quota
+        torch.set_num_threads(cores())
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on the GPU
@@ -320,10 +325,10 @@ def hardware() -> str:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of the device's memory, of the machine's for a CPU."""
+    """Bytes of the device's memory; for a CPU of the machine's, or as many as this process's container may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), cgroup.memory())
 
 
 def commit() -> str:
@@ -352,38 +357,3 @@ def duration(seconds: float) -> str:
     """Seconds in the unit that suits them."""
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if seconds >= 100 else f"{seconds:.0f} s"
-
-
-class StopRequest:
-    """SIGTERM and SIGINT ask the loop to save and stop at the end of its step; a second one ends at once.
-
-    torchrun passes on to its workers what a cluster may have sent them already; under it, what comes within
-    REPEAT seconds of the first is taken for a repetition.
-    """
-
-    REPEAT = 5.0
-
-    def __enter__(self):
-        self.signal, self.since = 0, 0.0
-        self.before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error):
-        for n, handler in self.before.items():
-            signal.signal(n, handler)
-
-    def _note(self, received, frame):
-        under_torchrun = dist.is_available() and dist.is_torchelastic_launched()
-        if not self.signal:
-            self.signal, self.since = received, time.monotonic()
-            if not under_torchrun:
-                for n in self.before:
-                    signal.signal(n, signal.SIG_DFL)
-        elif time.monotonic() - self.since > self.REPEAT:
-            signal.signal(received, signal.SIG_DFL)
-            os.kill(os.getpid(), received)
-
-    @property
-    def exit_code(self) -> int:
-        """128 + signal; where only another process got it, 128 + SIGTERM."""
-        return 128 + (self.signal or signal.SIGTERM)

@@ -1,6 +1,8 @@
-"""Settings of others beside the paper's (--recipe), and what a pre-training is told about its own before it starts."""
+"""Settings of others beside the paper's (--recipe), what runs are called, and what one is told before it starts."""
 
 import argparse
+
+from engine.processes import seed_suffix
 
 # The first author's published code (Jamshidhsp/med_selfsup, e6e1990), as far as flags reach it: docs/decisions.md has
 # each with its file, and what is not imitated. Its 16 bits have no HU window: this one holds what a CT's 12 bits hold.
@@ -29,6 +31,28 @@ def author_schedule(t: int, horizon: int) -> float:
     """
     begin, end = horizon * 5 / 300, horizon * 500 / 300
     return 1.0 if t < begin else 1 / 3 + 2 / 3 * (t - begin) / (end - begin - 1)
+
+
+def start_of(args: argparse.Namespace) -> str:
+    """The run from which the phantom's rows of this seed start."""
+    return "phantom-start" + seed_suffix(args.seed)
+
+
+def name_of(args: argparse.Namespace, phantom: bool) -> str:
+    """A run's name where none is given: Table 2's row, its suffix where its views are not the paper's, its seed."""
+    name = "moco"
+    if args.local:
+        name += "-local"
+    if args.zca:
+        name += "-zca"
+    if args.local and args.geometric:
+        name += "-aligned"
+    if not (args.local or args.geometric):
+        name += "-nogeo"
+    name += f"-every{args.every}" * (args.every > 1)
+    if args.recipe == "author":
+        name = "author-" + name.removeprefix("moco-")
+    return "phantom-" * phantom + name + seed_suffix(args.seed)
 
 
 def advice(args: argparse.Namespace, trained: int, horizon: int) -> list[str]:

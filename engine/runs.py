@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ct.files import lock
+from ct.files import lock, remove_parts, replacing
 from ct.volumes import BadInput
 from engine import processes
 from engine.processes import Processes, on_main
 
 SHOWN = 8  # differing settings that a refusal names
-SINCE = {"recipe": "paper", "weight_decay": 1e-4, "every": 1}  # settings that older configs do not name, as they were
+# settings that older configs do not name, as they were
+SINCE = {"recipe": "paper", "weight_decay": 1e-4, "every": 1, "flip": True}
 # The tensors of a Lightning file, a dict with arguments or a whole module: what `load` reads. FILE and NEW follow.
 SAVE_ALONE = ("python -c \"import sys, torch; f, new = sys.argv[1:]; x = torch.load(f, 'cpu', weights_only=False); "
               "torch.save({k: x[k] for k in ('state_dict', 'model', 'teacher', 'student', 'backbone') if k in x} "
@@ -38,21 +39,16 @@ def _unwritable(path: Path, e: OSError, flag: str = "another --out") -> BadInput
 @contextlib.contextmanager
 def whole(path: Path):
     """A file that appears at `path` whole or not at all: written beside it, flushed to disk, renamed."""
-    part = path.with_name(f".{path.name}.part")
     try:
-        with open(part, "wb") as f:
+        with replacing(path) as part, open(part, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as e:
         cause = e if isinstance(e, OSError) else e.__context__  # torch's zip writer hides it in a RuntimeError
         if not isinstance(cause, OSError):
             raise
         raise _unwritable(path, cause) from None
-    finally:
-        with contextlib.suppress(OSError):  # that there is none, or a folder that is read-only
-            part.unlink()
 
 
 def save(value: object, path: Path) -> None:
@@ -193,8 +189,7 @@ class Run:
             raise BadInput(f"{folder}: another run is at work there; wait for it or give another {self.flag}") from None
         except OSError as e:
             raise BadInput(f"{folder}: cannot be written or locked ({e.strerror}); give another --out") from None
-        for part in folder.glob(".*.part"):  # of a run that was killed while it wrote
-            part.unlink()
+        remove_parts(folder)
         once = f"overwrite {folder.resolve()}"  # a restart of the processes goes on with what they began
         if overwrite and not processes.done_in_this_launch(once):
             for name in ("config.json", "log.jsonl", "validation.jsonl", "backbone.pth", "result.json", "dice.csv",
@@ -209,14 +204,9 @@ class Run:
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _compare(self, new: dict) -> None:
-        old, new = (dict(_flat(config)) for config in (read_config(self.folder), json.loads(json.dumps(new))))
-        old = {k: v for k, v in SINCE.items() if k in new} | old
-        differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new})
-                     if old.get(k) != new.get(k)]
-        if differing:
-            more = f"; and {len(differing) - SHOWN} more" * (len(differing) > SHOWN)
-            raise BadInput(f"{self.folder}: was started with other settings ({'; '.join(differing[:SHOWN])}{more}); "
-                           f"give the same ones, another {self.flag}, or --overwrite")
+        if differing := differences(self.folder, new):
+            raise BadInput(f"{self.folder}: was started with other settings ({differing}); give the same ones, another "
+                           f"{self.flag}, or --overwrite")
 
     def resume(self) -> dict | None:
         """The newest whole checkpoint, or None, on every process; the log is cut back to its step."""
@@ -273,6 +263,15 @@ class Run:
         """Add lines to log.jsonl."""
         if records:
             on_main(self.main, lambda: append(self.folder / "log.jsonl", records))
+
+
+def differences(folder: Path, new: dict) -> str:
+    """Where the config of a run in `folder` is another than this one: `lr: 0.1 there, 0.2 here; ...`, or nothing."""
+    old, new = (dict(_flat(config)) for config in (read_config(folder), json.loads(json.dumps(new))))
+    old = {k: v for k, v in SINCE.items() if k in new} | old
+    differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new})
+                 if old.get(k) != new.get(k)]
+    return "; ".join(differing[:SHOWN]) + f"; and {len(differing) - SHOWN} more" * (len(differing) > SHOWN)
 
 
 def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -30,7 +30,7 @@ def _start_stress(config) -> None:
     os.environ[TABLE] = f"{folder}/table"
     command = ["sh", "-c", 'cd "$0" && "$@" > out 2> err; mv out table', folder, sys.executable,
                Path(__file__).parent / "stress.py", "--short", "--kills", "6", "--files", "300", "--only", "files",
-               "kills", "signals", "processes", "disk", "restarts", "rejoin"]
+               "kills", "signals", "terminal", "processes", "disk", "restarts", "rejoin"]
     config.stash[STRESS] = subprocess.Popen(command, start_new_session=True)
 
 

@@ -9,16 +9,20 @@ and what is left of a second is spent where kills are wanted.
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import traceback
 from collections import Counter
@@ -33,6 +37,7 @@ import mutations  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import ct.files  # noqa: E402
 import datasets  # noqa: E402
 import train_seg  # noqa: E402
 import train_ssl  # noqa: E402
@@ -265,13 +270,16 @@ def guard(*allowed: str) -> None:
 
 
 def watch(folder: Path, touch: tuple | None) -> Counter:
-    """Count how this process touches a folder, {(kind, file's name): times}; SIGKILL it in the middle of one."""
+    """Count how this process touches a folder, {(kind, file's name): times}; SIGKILL it in the middle of one.
+
+    Temporary names, which differ from write to write, are `.part.NAME` here.
+    """
     seen: Counter = Counter()
 
     def note(kind: str, path: object, half=None) -> None:
         if str(folder) not in str(path):
             return
-        key = (kind, Path(str(path)).name)
+        key = (kind, re.sub(ct.files.PART, ".part.", Path(str(path)).name))
         seen[key] += 1
         if touch and (*key, seen[key]) == tuple(touch):
             if half:
@@ -363,24 +371,27 @@ def has_lines(log: Path, lines: int) -> bool:
     return log.exists() and log.read_text().count("\n") >= lines
 
 
-SIGNALS = ((signal.SIGINT, "bf16", 2, [1]), (signal.SIGTERM, "off", 1, None))
+SIGNALS = ((signal.SIGINT, "bf16", 2, [1]), (signal.SIGUSR1, "off", 1, None), (signal.SIGTERM, "off", 1, None),
+           (signal.SIGHUP, "bf16", 2, [0]))
 
 
 def signals(bench: Bench, given: tuple = SIGNALS) -> list[str]:
-    """SIGTERM, SIGINT: saved, 128 + signal, continued exactly; a second one ends at once. A second run is refused."""
+    """Signals: saved, 128 + signal, continued exactly; a second one ends at once. A second run is refused."""
     for number, amp, world, ranks in given:
         out = bench.folder / f"signal-{number}"
         log = bench.run_folder("train_ssl", out) / "log.jsonl"
         started = Started(bench, "train_ssl", out, amp, world, steps=1000)
         await_that(lambda log=log: has_lines(log, 3), started.running, started.told)
         started.kill(signal.SIGSTOP)  # or it might end while the second one starts
-        second = Started(bench, "train_ssl", out, log="second")
-        check(second.wait() == [1] and "another run is at work there" in second.told(), second.told())
+        if number == given[0][0]:
+            second = Started(bench, "train_ssl", out, log="second")
+            check(second.wait() == [1] and "another run is at work there" in second.told(), second.told())
         started.kill(number, ranks)
         started.kill(signal.SIGCONT)
         codes, wanted = started.wait(), 128 + number
         # a process that another one's signal stopped says SIGTERM
-        check(codes == ([wanted] if world == 1 else [128 + signal.SIGTERM, wanted]), f"{out}: ended with {codes}")
+        expected = [wanted if rank in (ranks or [0]) else 128 + signal.SIGTERM for rank in range(world)]
+        check(codes == expected, f"{out}: ended with {codes}")
         saved = runs.load(bench.run_folder("train_ssl", out) / "checkpoint.pt")["step"]
         check(saved == runs.read_log(log)[-1]["step"] and "the same command continues" in started.told(), saved)
         reference = bench.folder / f"never-stopped-{number}"
@@ -404,7 +415,50 @@ def signals(bench: Bench, given: tuple = SIGNALS) -> list[str]:
     check(started.wait() == [-signal.SIGTERM], "a second signal did not end the run in the middle of a step")
     told = ", ".join(f"{signal.Signals(n).name} to {'1 of ' * (w > 1)}{w}" for n, _, w, _ in given)
     return [f"| {told} process(es) | {len(given)} | saved, 128 + signal, continued to equal results |",
-            "| a second signal | 1 | ended at once |", f"| a second run on a folder at work | {len(given)} | refused |"]
+            "| a second signal | 1 | ended at once |", "| a second run on a folder at work | 1 | refused |"]
+
+
+def terminal(bench: Bench) -> list[str]:
+    """A terminal is closed: its own run gets SIGHUP, saves and ends; one that it has disowned goes on without it, until
+    SIGUSR1.
+    """
+    for disowned in (False, True):
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 24, 200, 0, 0))  # tqdm draws nothing without a place
+
+        def attach(ours=ours, theirs=theirs, disowned=disowned) -> None:
+            os.close(ours)
+            if not disowned:
+                os.setsid()
+                fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+            for stream in (0, 1, 2):
+                os.dup2(theirs, stream)
+            os.close(theirs)
+
+        out = bench.folder / f"terminal-{disowned}"
+        started = Started(bench, "train_ssl", out, steps=1000, before=attach)
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        folder, told = bench.run_folder("train_ssl", out), b""
+
+        def shown(log=folder / "log.jsonl", ours=ours) -> bool:
+            nonlocal told
+            with contextlib.suppress(BlockingIOError):
+                told += os.read(ours, 10_000)  # or it would wait for a reader
+            return has_lines(log, 3) and b"/1000 [" in told  # the bar
+
+        await_that(shown, started.running, started.told)
+        os.close(ours)
+        if disowned:
+            lines = (folder / "log.jsonl").read_text().count("\n")
+            await_that(lambda log=folder / "log.jsonl", n=lines: has_lines(log, n + 2), started.running, started.told)
+            started.kill(signal.SIGUSR1)
+        codes, wanted = started.wait(), 128 + (signal.SIGUSR1 if disowned else signal.SIGHUP)
+        check(codes == [wanted], f"{out}: ended with {codes}")
+        saved = runs.load(folder / "checkpoint.pt")["step"]
+        check(saved == runs.read_log(folder / "log.jsonl")[-1]["step"], f"{out}: saved at step {saved}")
+    return ["| a closed terminal | 2 | its own run saved and ended with 128 + SIGHUP; a disowned one went on, saved "
+            "and ended with 128 + SIGUSR1 |"]
 
 
 def disk(bench: Bench, scripts: tuple[str, ...] = ("train_ssl", "train_seg")) -> list[str]:
@@ -428,7 +482,7 @@ def disk(bench: Bench, scripts: tuple[str, ...] = ("train_ssl", "train_seg")) ->
         shutil.copy(done / "config.json", folder)
         refused(100, "log.jsonl")
         refused(size - 1000, "checkpoint.next.pt")
-        Started(bench, script, out, amp, touch=("open", ".checkpoint.next.pt.part", 2)).wait()
+        Started(bench, script, out, amp, touch=("open", ".part.checkpoint.next.pt", 2)).wait()
         kept = (folder / "checkpoint.pt").read_bytes()
         refused(size - 1000, "checkpoint.next.pt")
         check((folder / "checkpoint.pt").read_bytes() == kept, f"{out}: the good checkpoint did not survive")
@@ -485,7 +539,7 @@ train_ssl.main()
 class Launched:
     """train_ssl under torchrun: one launcher for each of `outs`, with its flags. held: see HELD."""
 
-    def __init__(self, bench: Bench, outs: list[Path], *flags: tuple, held: bool = False):
+    def __init__(self, bench: Bench, outs: list[Path], *flags: tuple, held: bool = False, nohup: tuple = ()):
         self.outs, self.launchers, self.hold = outs, [], bench.folder / "hold"
         self.logs = {out: bench.run_folder("train_ssl", out) / "log.jsonl" for out in outs}
         script = bench.folder / "train_ssl.py" if held else ROOT / "train_ssl.py"
@@ -496,7 +550,7 @@ class Launched:
             out.mkdir(parents=True, exist_ok=True)
             with open(out / "output.txt", "ab") as f:
                 self.launchers.append(subprocess.Popen(
-                    [sys.executable, "-m", "torch.distributed.run", *map(str, own), "--", str(script),
+                    [*nohup, sys.executable, "-m", "torch.distributed.run", *map(str, own), "--", str(script),
                      *bench.command("train_ssl", out, "bf16")], cwd=ROOT, stdout=f, stderr=f))
 
     def running(self) -> bool:
@@ -556,16 +610,21 @@ def rejoin(bench: Bench) -> list[str]:
 
 
 def terminated(bench: Bench) -> list[str]:
-    """SIGTERM to torchrun itself, which passes it on; and the command again."""
-    out = bench.folder / "terminated"
-    launched = Launched(bench, [out], TWO, held=True)
-    launched.await_hold()
-    launched.launchers[0].terminate()  # the signal that it passes on ends the hold
-    (code,) = launched.wait()
-    check(code != 0 and "the same command continues" in launched.told(), f"{out}: {code}")
-    check(Launched(bench, [out], TWO).wait() == [0], f"{out}: did not continue")
-    bench.check_equal("train_ssl", out, "bf16", 2)
-    return [f"| torchrun: SIGTERM | 1 | saved, exit code {code}, continued to equal results |"]
+    """SIGTERM to torchrun itself, SIGHUP where nohup had it ignored: it passes both on; and the command again."""
+    rows = []
+    for number, nohup in ((signal.SIGTERM, ()), (signal.SIGHUP, ("nohup",))):
+        out = bench.folder / f"terminated-{number}"
+        launched = Launched(bench, [out], TWO, held=True, nohup=nohup)
+        launched.await_hold()
+        launched.launchers[0].send_signal(number)  # the signal that it passes on ends the hold
+        (code,) = launched.wait()
+        check(code != 0 and "the same command continues" in launched.told(), f"{out}: {code}")
+        check(Launched(bench, [out], TWO).wait() == [0], f"{out}: did not continue")
+        bench.check_equal("train_ssl", out, "bf16", 2)
+        what = " ".join([*nohup, "torchrun"])
+        rows.append(f"| {what}: {signal.Signals(number).name} | 1 | saved, exit code {code}, continued to equal "
+                    "results |")
+    return rows
 
 
 def nodes(bench: Bench) -> list[str]:
@@ -673,7 +732,7 @@ def files(bench: Bench, count: int, seed: int = 0) -> list[str]:
 
 def main() -> None:
     parts = {"kills": lambda b: kills(b, args.kills),
-             "signals": lambda b: signals(b, SIGNALS[:1]) if args.short else signals(b),
+             "signals": lambda b: signals(b, SIGNALS[:1]) if args.short else signals(b), "terminal": terminal,
              "processes": lambda b: ranks(b, ((2, 1),)) if args.short else ranks(b),
              "disk": lambda b: disk(b, ("train_ssl",)) if args.short else disk(b),
              "restarts": lambda b: restarts(b, (0,)) if args.short else restarts(b), "rejoin": rejoin,

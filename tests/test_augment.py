@@ -347,9 +347,14 @@ def test_common_parts_show_the_same_places(side):
     """Maps that hold the slice's coordinates: the cells of two random views agree to under half a feature pixel."""
     n, stride, size = 64, 4, 64
     query, key = (augment.draw(np.random.default_rng(seed), n) for seed in (1, 2))
+    # pairs that drawn crops hardly ever give: apart, touching at a corner, with a strip in common that is too thin
+    for i, (a, b) in enumerate((((0, 0, 0.45, 0.4), (0.5, 0.55, 0.45, 0.4)), ((0, 0, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)),
+                                ((0.1, 0, 0.6, 0.54), (0.2, 0.46, 0.6, 0.54)), ((0, 0, 1, 1), (0.3, 0.3, 0.05, 0.6)))):
+        query["box"][i], key["box"][i] = a, b
     *boxes, usable = augment.common_parts(query, key, side)
+    assert not usable[:4].any() and all((box[~usable] == [0, 0, 1, 1]).all() for box in boxes)  # whole views instead
     usable = usable.nonzero()[0]
-    assert 0 < len(usable) <= n
+    assert 50 < len(usable) <= n - 4
     cells, pixels = [], []
     for params, box in zip((query, key), boxes, strict=True):
         top, left, height, width = (resize.pixel_boxes(params["box"], side) / side).T[..., None]

@@ -42,7 +42,7 @@ MODULES = {str(p.relative_to(ROOT).with_suffix("")): p for folder in (".", "ct",
            for p in (ROOT / folder).glob("*.py")} | {"tests/stress": ROOT / "tests/stress.py"}
 # flags of torchrun, Slurm and TensorBoard, checked against nothing here
 OTHERS = {"--max-restarts", "--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint",
-          "--rdzv-id", "--logdir", "--cpus-per-task"}
+          "--rdzv-id", "--logdir", "--cpus-per-task", "--signal", "--signals-to-handle"}
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.M | re.S)
 
 
@@ -309,6 +309,10 @@ RUNS = {
     "train_ssl --local --seed --zca": HERE,
     "train_ssl --no-geometric --zca": HERE,
     "train_seg --compile": "tests/test_train_seg.py::test_compiling_changes_no_number_and_no_setting",
+    "train_seg --backbone --iterations --no-whole-slices --protocol --split":
+        "tests/test_train_seg.py::test_runs_without_flips_are_others",
+    "train_seg --backbone --iterations --no-flip --no-whole-slices --out --protocol --split":
+        "tests/test_train_seg.py::test_runs_without_flips_are_others",
     "train_seg --split": "tests/test_train_seg.py::test_three_protocols_leave_results_and_are_skipped_when_done",
     "train_seg --report": "tests/test_train_seg.py::test_report_states_mean_deviation_and_what_was_not_run",
     "train_seg --draw --save-predictions --split":

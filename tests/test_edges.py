@@ -1,16 +1,21 @@
 """Every edge of every command: bad input ends it with one line and the right exit code, and nothing is written."""
 
+import contextlib
 import copy
+import fcntl
 import gzip
 import hashlib
 import io
 import json
 import os
 import pickle
+import pty
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -24,7 +29,7 @@ import datasets
 import svd_spectrum
 import train_seg
 import train_ssl
-from ct import command, phantom, prepare, tasks
+from ct import cgroup, command, phantom, prepare, tasks
 from ct.volumes import BadInput, read_volume
 from engine import backbones, figures, processes, runs
 from segment import Segmenter
@@ -125,6 +130,7 @@ def case(name, *more, code=1, says, **environment):
 
 ENVIRONMENTS = [({"WORLD_SIZE": "2"}, "without RANK"), ({"LOCAL_RANK": ""}, "LOCAL_RANK=''"),
                 ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"), ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+                ({"RANK": ""}, "RANK=''"), ({"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE=''"),
                 ({"WORLD_SIZE": "0"}, "RANK=0"), ({"RANK": "1"}, "WORLD_SIZE=1"), ({"WORLD_SIZE": "-2"}, "no number")]
 FLAGS = {"ssl": ["--seed", "--lr", "--steps", "--epochs", "--workers", "--image-size"], "seg": ["--seed", "--lr",
          "--draw", "--iterations"], "svd": ["--seed", "--image-size"], "prepare": ["--size", "--workers"],
@@ -498,6 +504,78 @@ def test_a_reader_that_goes_away_ends_nothing(tmp_path):
     assert process.wait(60) == 1 and len(told) == 1 and "No space left" in told[0]
 
 
+# Says that it is there, waits, and then prints line after line in every way that commands have.
+TALKER = """
+import os, pathlib, sys, warnings
+from tqdm import tqdm
+from ct.command import command
+@command
+def main(argv):
+    bar = tqdm(total=9, mininterval=0)
+    print("here", flush=True)
+    os.read(0, 1)
+    for i in range(9):
+        print("a line " * 1000, flush=bool(i % 2))
+        print("another", file=sys.stderr)
+        bar.update(), tqdm.write("beside the bar"), warnings.warn(f"{i}")
+    bar.close()
+    pathlib.Path(sys.argv[1]).touch()
+main()
+"""
+
+
+def talker(done: Path, **streams) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", TALKER, done], cwd=ROOT, start_new_session=True,
+                            stdin=subprocess.PIPE, **streams)
+
+
+def test_a_terminal_that_is_closed_ends_nothing(tmp_path):
+    """As after `python ... & disown` and closing it: each write fails with EIO, and the work goes on."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # tqdm draws nothing where there is no place
+    process = talker(tmp_path / "done", stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    told = b""
+    while b"here" not in told:
+        told += os.read(ours, 1000)
+    assert b"0/9" in told  # a bar, as in a terminal
+    os.close(ours)
+    process.communicate(b"x", timeout=60)
+    assert process.returncode == 0 and (tmp_path / "done").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only under Linux")
+@pytest.mark.parametrize("full", ["stdout", "stderr", "both"])
+def test_a_full_disk_for_what_is_printed_ends_nothing_and_is_told_in_the_end(tmp_path, full):
+    with open("/dev/full", "w") as device:
+        streams = {name: device if full in (name, "both") else subprocess.PIPE for name in ("stdout", "stderr")}
+        process = talker(tmp_path / "done", **streams)
+        out, err = process.communicate(b"x", timeout=60)
+    assert (tmp_path / "done").exists() and process.returncode == (0 if full == "stderr" else 1)
+    if full == "stdout":
+        assert err.decode().splitlines()[-1] == "-c: No space left on device"
+    if full == "stderr":
+        assert out.count(b"a line") == 9000
+
+
+def test_what_a_command_ends_with_is_not_hidden_by_what_it_could_not_print():
+    for raised, code in ((SystemExit(143), 143), (BadInput("damaged"), 1), (SystemExit(0), 1), (None, 1)):
+        def main(argv, raised=raised):
+            print("lost")
+            if raised:
+                raise raised
+
+        class Full(io.StringIO):
+            def write(self, text):
+                raise OSError(28, "No space left on device")
+
+        with contextlib.redirect_stdout(Full()), contextlib.redirect_stderr(io.StringIO()) as told, pytest.raises(
+                SystemExit) as caught:
+            command.command(main)([])
+        assert caught.value.code == code
+        assert ("damaged" if isinstance(raised, BadInput) else "No space" * (code == 1)) in told.getvalue()
+
+
 @pytest.mark.parametrize("what", ["prepare", "audit", "phantom"])
 def test_ctrl_c_is_one_line(tmp_path, what):
     write(tmp_path / "A/scan000.nii", 0, (200, 200, 40))
@@ -525,6 +603,102 @@ def test_windows_is_told_at_import():
     code = "import sys; sys.platform = 'win32'; import ct.prepare"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stderr == "this runs on Linux and macOS; on Windows, in WSL\n"
+
+
+# In torch's place: it tells whether the project is importable, and drops an exception, as C code does that imports
+SLOW = """
+import importlib.util, os, pathlib, time
+found = all(map(importlib.util.find_spec, ("moco", "engine", "ct")))
+pathlib.Path(os.environ["READY"]).write_text(str(found))
+try:
+    time.sleep(60)
+except BaseException:
+    pass
+"""
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    """Of each command; scripts also find the project where PYTHONSAFEPATH keeps their folder from the path."""
+    (tmp_path / "torch.py").write_text(SLOW)
+    calls = [["train_ssl.py"], ["train_seg.py"], ["svd_spectrum.py"], ["datasets.py"], ["-m", "tools.study"]]
+    begun = []
+    for i, call in enumerate(calls):
+        more = {"PYTHONPATH": str(tmp_path), "READY": str(tmp_path / f"{i}")}
+        if call[0] != "-m":
+            more["PYTHONSAFEPATH"] = "1"
+        begun.append(subprocess.Popen([sys.executable, *call], cwd=ROOT, env=os.environ | more, stderr=subprocess.PIPE,
+                                      text=True, start_new_session=True))
+    end = time.monotonic() + 60
+    while len(list(tmp_path.glob("[0-9]"))) < len(calls) and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    for process, call in zip(begun, calls, strict=True):
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+        name = call[-1].removeprefix("tools.").removesuffix(".py")
+        assert process.returncode == 130 and told.splitlines() == [
+            f"{name}.py: interrupted; the same command continues"], (call, told)
+    assert {p.read_text() for p in tmp_path.glob("[0-9]")} == {"True"}
+
+
+def test_importing_the_project_changes_no_signal(tmp_path):
+    code = "import signal, ct, ct.command; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "True\n"
+
+
+# /proc/self/cgroup, mounts (root, place, kind, options), files: the limits of a container as systems show them
+V1 = [("/docker/ab", "/sys/fs/cgroup/cpu,cpuacct", "cgroup", "rw,cpu,cpuacct"),
+      ("/docker/ab", "/sys/fs/cgroup/memory", "cgroup", "rw,memory"), ("/", "/sys/fs/cgroup/unified", "cgroup2", "rw")]
+V2 = [("/", "/sys/fs/cgroup", "cgroup2", "rw,nsdelegate")]
+CPU_V1, MEMORY_V1 = "/sys/fs/cgroup/cpu,cpuacct/", "/sys/fs/cgroup/memory/"
+GROUPS_V1 = "12:cpu,cpuacct:/docker/ab\n5:memory:/docker/ab\n4:cpuset:/\n0::/"
+GB = 2**30
+CONTAINERS = {
+    "none": ("0::/", V2, {}, 96, None),
+    "macOS": (None, V2, {"/sys/fs/cgroup/cpu.max": "100000 100000"}, 96, None),
+    "v2": ("0::/", V2, {"/sys/fs/cgroup/cpu.max": "150000 100000\n", "/sys/fs/cgroup/memory.max": f"{GB}\n"}, 2, GB),
+    "v2 without limits": ("0::/a", V2, {"/sys/fs/cgroup/a/cpu.max": "max 100000",
+                                       "/sys/fs/cgroup/a/memory.max": "max"}, 96, None),
+    "v2, Slurm's job above its step": ("0::/slurm/job_3/step_0", V2, {
+        "/sys/fs/cgroup/slurm/job_3/step_0/cpu.max": "max 100000",
+        "/sys/fs/cgroup/slurm/job_3/step_0/memory.max": f"{2 * GB}",
+        "/sys/fs/cgroup/slurm/job_3/cpu.max": "400000 100000", "/sys/fs/cgroup/slurm/job_3/memory.max": f"{GB}",
+        "/sys/fs/cgroup/slurm/cpu.max": "900000 100000", "/sys/fs/cgroup/other/cpu.max": "1000 100000"}, 4, GB),
+    "v1, the host's paths": (GROUPS_V1, V1, {CPU_V1 + "cpu.cfs_quota_us": "50000",
+                                            CPU_V1 + "cpu.cfs_period_us": "100000",
+                                            MEMORY_V1 + "memory.limit_in_bytes": f"{GB}"}, 1, GB),
+    "v1 without limits": (GROUPS_V1, V1, {CPU_V1 + "cpu.cfs_quota_us": "-1", CPU_V1 + "cpu.cfs_period_us": "100000",
+                                         MEMORY_V1 + "memory.limit_in_bytes": "9223372036854771712"}, 96, None),
+    "v1, a group of its own": (GROUPS_V1.replace("/docker/ab", "/docker/ab/c"), V1, {
+        CPU_V1 + "c/cpu.cfs_quota_us": "300000", CPU_V1 + "c/cpu.cfs_period_us": "100000",
+        CPU_V1 + "cpu.cfs_quota_us": "700000", CPU_V1 + "cpu.cfs_period_us": "100000",
+        MEMORY_V1 + "c/memory.limit_in_bytes": f"{3 * GB}", MEMORY_V1 + "memory.limit_in_bytes": f"{GB}"}, 3, GB),
+    "outside of what is mounted": ("0::/../elsewhere", V2, {"/sys/fs/cgroup/cpu.max": "200000 100000"}, 2, None)}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_containers_limits_are_what_counts(tmp_path, monkeypatch, name):
+    groups, mounts, limits, cores, memory = CONTAINERS[name]
+    mountinfo = [f"{31 + i} 23 0:{i} {root} {place} rw,relatime shared:{i} - {kind} none {options}\n"
+                 for i, (root, place, kind, options) in enumerate([("/", "/", "ext4", "rw"), *mounts])]
+    own = {"/proc/self/cgroup": f"{groups}\n", "/proc/self/mountinfo": "".join(mountinfo)}
+    for file, text in (limits | (own if groups else {})).items():
+        (tmp_path / file[1:]).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file[1:]).write_text(text)
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert physical > GB
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(96)), raising=False)
+    assert command.cores() == cores
+    assert processes.memory(torch.device("cpu")) == (memory or physical)
+    # threads, too, but for a number that was asked for
+    told = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 48)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    for asked in (True, False):
+        monkeypatch.setenv("OMP_NUM_THREADS", "48") if asked else monkeypatch.delenv("OMP_NUM_THREADS")
+        processes.start()
+    assert told == ([cores] if cores < 48 else [])
 
 
 def test_torchrun_starts_in_a_folder_with_a_space(tmp_path):

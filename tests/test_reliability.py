@@ -13,8 +13,9 @@ import torch
 import train_ssl
 from engine import monitor, runs
 
-PARTS = {"files": "mutated files", "kills": "SIGKILL", "signals": "SIGINT", "processes": "another number of processes",
-         "disk": "full disk", "restarts": "--max-restarts 1", "rejoin": "both rejoined"}
+PARTS = {"files": "mutated files", "kills": "SIGKILL", "signals": "SIGINT", "terminal": "a closed terminal",
+         "processes": "another number of processes", "disk": "full disk", "restarts": "--max-restarts 1",
+         "rejoin": "both rejoined"}
 
 
 @pytest.mark.parametrize("part", PARTS)

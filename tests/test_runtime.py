@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torchvision.models import resnet18
 
 from ct import command as ct_command
+from ct import files
 from ct.volumes import BadInput
 from engine import backbones, processes, runs
 from engine.runs import Run
@@ -168,6 +169,63 @@ def test_another_precision_or_number_of_threads_is_announced(capsys):
     assert "precision was bf16 and is off" in told and "threads here, 77 before" in told
 
 
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """As of one report.md: each write is whole, none fails, nothing else is left."""
+    path, texts = tmp_path / "report.md", [letter * 20_000 for letter in "abc"]
+
+    def write(text):
+        for _ in range(40):
+            with runs.whole(path) as f:
+                f.write(text[:10_000].encode())
+                f.write(text[10_000:].encode())
+            assert path.read_text() in texts
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        for done in [pool.submit(write, text) for text in texts]:
+            done.result(timeout=60)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
+
+
+@pytest.mark.parametrize("write", [lambda p: runs.write_text(p, "new"), lambda p: files.write_json(p, "new")])
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path, write):
+    """What one at work has, on this machine or on another, stays."""
+    path, (held, ready) = tmp_path / "report.[md]", os.pipe()
+
+    def child():
+        if pid := os.fork():
+            os.read(held, 1)
+            return pid
+        try:
+            with files.replacing(path) as part:
+                part.write_text("half")
+                os.write(ready, b"x")
+                time.sleep(600)
+        finally:
+            os._exit(1)
+
+    def end(pid):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    end(killed := child())
+    at_work = child()
+    try:
+        (mine,) = (p for p in tmp_path.iterdir() if f"-{at_work}-" in p.name)
+        elsewhere, old = (tmp_path / f".part-0000000{n}-1-00000000.report.[md]" for n in (1, 2))
+        for part in (elsewhere, old):
+            part.touch()
+        os.utime(old, (time.time() - 3 * 24 * 3600,) * 2)
+        write(path)
+        left = {*tmp_path.iterdir()}
+    finally:
+        end(at_work)
+    assert left == {path, mine, elsewhere} and not [p for p in left if f"-{killed}-" in p.name]
+    write(path)
+    files.remove_parts(tmp_path)  # of a folder that is locked
+    assert {*tmp_path.iterdir()} == {path}
+
+
 def test_half_lines_stay_alone(tmp_path):
     (tmp_path / "results.jsonl").write_bytes(b'{"a": 1}\n{"a": 2, "b')
     runs.append(tmp_path / "results.jsonl", [{"a": 3}])
@@ -182,6 +240,38 @@ def test_under_torchrun_a_repeated_signal_is_one_signal(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
         assert stop.signal == signal.SIGTERM and stop.exit_code == 143
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_signals_ask_to_save_and_stop(monkeypatch, number, torchrun):
+    """And a terminal that is closed says so more than once: by the kernel and by the shell, then by torchrun."""
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(processes.StopRequest, "REPEAT", 0.0)
+    before = [signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)]
+    with processes.StopRequest() as stop:
+        assert stop.signal == 0
+        os.kill(os.getpid(), number)
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal == number and stop.exit_code == 128 + number
+        if not torchrun:  # a second one ends at once, in the middle of a step too
+            others = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
+            assert {signal.getsignal(n) for n in others} == {signal.SIG_DFL}
+    assert [signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_nohups_ignored_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal == 0
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.signal == signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_ctrl_c_outside_the_loop_is_one_line(capsys):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import statistics
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -299,7 +300,7 @@ def test_crops_of_slices_of_any_shape_are_those_of_a_loop(crop, monkeypatch):
     shapes = np.concatenate([rng.integers(5, 150, (28, 2)), [[64, 64], [41, 150], [150, 41], [1, 1]]])
     slices, labels = ([rng.integers(0, top, s, np.uint8) for s in shapes] for top in (256, 14))
     store = SimpleNamespace(slice=lambda i, label=False: (labels if label else slices)[i])
-    args = SimpleNamespace(seed=3, batch_size=len(shapes), crop_size=size, whole_slices=False)
+    args = SimpleNamespace(seed=3, batch_size=len(shapes), crop_size=size, whole_slices=False, flip=True)
     crops = datasets.Crops(args, store, np.arange(len(shapes)), processes.Processes(0, 1, torch.device("cpu")))
     monkeypatch.setattr(resize, "labelled_one_by_one", crop)
     order, (images, masks) = crops.indices(5), crops.apply(5, crops.fetch(5))
@@ -321,6 +322,41 @@ def test_crops_of_slices_of_any_shape_are_those_of_a_loop(crop, monkeypatch):
         torch.testing.assert_close(images[n, 0] * 0.229 + 0.485, part.float(), rtol=0, atol=0.01 / 255)
         smaller += h_shown < size or w_shown < size
     assert 5 < smaller < len(shapes) - 5 and 5 < drawn["flip"].sum() < len(shapes) - 5
+
+
+def test_without_flips_left_stays_left(flags):
+    """Slices whose grey level is the column: it rises to the right in every crop, and labels have the same place."""
+    args = train_seg.parse(flags("--split", "25", "--no-flip"))
+    args.batch_size, args.crop_size, args.seed = 64, 32, 0
+    columns = np.tile(np.arange(0, 250, 5, dtype=np.uint8), (50, 1))
+    store = SimpleNamespace(slice=lambda i, label=False: columns // 25 if label else columns)
+    found = []
+    for flip in (args.flip, True):
+        args.flip = flip
+        crops = datasets.Crops(args, store, np.arange(64), processes.Processes(0, 1, torch.device("cpu")))
+        images, masks = crops.apply(3, crops.fetch(3))
+        rows = images[:, 0, 0]  # what pads a small crop is 0 and comes last
+        shown = [int((mask[0] < 255).sum()) for mask in masks]
+        rising = [bool((row[:n].diff() >= -1e-6).all()) for row, n in zip(rows, shown, strict=True)]
+        assert rising == [bool((mask[0, :n].diff() >= 0).all()) for mask, n in zip(masks, shown, strict=True)]
+        found.append((sum(rising), images, masks, np.array(rising)))
+    (alone, images, masks, _), (half, mirrored, _, unmirrored) = found
+    assert alone == 64 and 20 < half < 44  # the toolbox mirrors each second one
+    assert torch.equal(images[unmirrored], mirrored[unmirrored])  # nothing else is drawn otherwise
+
+
+def test_runs_without_flips_are_others(flags, tmp_path, refusal, capsys):
+    argv = flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random", "--iterations", 1,
+                 "--no-whole-slices", "--out", tmp_path)
+    train_seg.main([*argv, "--no-flip"])
+    assert "iterations of 2 unmirrored crops" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.jsonl").read_text())["flip"] is False
+    assert "flip: False there, True here" in refusal(train_seg.main, argv)
+    (folder,) = (tmp_path / "seg").iterdir()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "flip"}))
+    assert runs.differences(folder, config) == "flip: True there, False here"  # of before the flag: mirrored
+    assert not runs.differences(folder, config | {"flip": True})
 
 
 def test_batched_crops_are_as_many_operations_for_any_batch():
@@ -480,6 +516,56 @@ def test_spectrum_command(flags, pretrained, small_phantom, capsys):
     assert row.split(",")[:2] == ["phantom-moco-local-zca", "phantom"] and len(row.split(",")) == 5 + 512
 
 
+def test_the_spectrums_flags_do_what_they_say(pretrained, small_phantom, tmp_path, capsys, monkeypatch, refusal):
+    """--amp computes in what it names; not one flag that it takes is never looked at."""
+    argv = ["--data", str(small_phantom / "BTCV"), "--store", str(small_phantom.parent / "seg"), "--out",
+            str(pretrained), "--image-size", "64", "moco-local-zca"]
+    read, parse = set(), svd_spectrum.parse
+
+    class Flags(SimpleNamespace):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(svd_spectrum, "parse", lambda argv: Flags(**vars(parse(argv))))
+    told = []
+    for amp in ((), ("--amp", "bf16")):
+        svd_spectrum.main([*argv, *amp])
+        told.append((capsys.readouterr().out, (pretrained / "spectrum.csv").read_text().splitlines()[1]))
+    assert not vars(parse(argv)).keys() - read and parse(argv).amp == "off"
+    assert "in bf16" not in told[0][0] and "slices), in bf16" in told[1][0]
+    ranks = [float(line.split(",")[3]) for _, line in told]
+    assert ranks[0] != ranks[1] == pytest.approx(ranks[0], rel=0.05)
+    assert "--checkpoint-minutes" in refusal(svd_spectrum.main, [*argv, "--checkpoint-minutes", "5"])
+
+
+def test_of_several_processes_one_alone_writes(flags, pretrained, small_phantom, tmp_path, capsys, monkeypatch):
+    """What needs no other process: spectrum, report, predictions, here asked for in process 1 of 2."""
+    data, store = small_phantom / "BTCV", small_phantom.parent / "seg"
+    volume = data / "RawData/Training/img/img0001.nii.gz"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr(processes, "start", lambda *_: processes.Processes(1, 2, torch.device("cpu")))
+    monkeypatch.setattr(processes, "on_main", lambda main, work: [])
+    out = tmp_path / "runs"
+    for name in ("phantom-moco-local-zca", "seg"):
+        if (pretrained / name).exists():
+            shutil.copytree(pretrained / name, out / name)
+    (out / "results.jsonl").write_text(json.dumps(result("25", 0, 0.5)) + "\n")
+    (out / "seg/x").mkdir(parents=True)
+    (out / "seg/x/config.json").write_text(json.dumps({"data": "phantom", "arch": "resnet18", "crop_size": 64,
+                                                       "protocol": "linear-frozen", "window": [-175, 250]}))
+    (out / "seg/x/checkpoint.pt").touch()
+    (out / "seg/x/result.json").write_text("{}")
+    before = sorted(out.rglob("*"))
+    svd_spectrum.main([str(a) for a in ("--data", data, "--store", store, "--out", out, "moco-local-zca")])
+    train_seg.main(["--report", "--out", str(out)])
+    train_seg.main(["--predict", str(volume), "--run", "x", "--out", str(out)])
+    assert sorted(out.rglob("*")) == before and not capsys.readouterr().out
+
+
 def test_bad_input_ends_in_one_line(flags, pretrained, tmp_path, refusal, small_phantom):
     def line(*more):
         return refusal(train_seg.main, flags(*more))
@@ -504,11 +590,35 @@ def test_bad_input_ends_in_one_line(flags, pretrained, tmp_path, refusal, small_
     assert "case 0037 is missing" in line("--split", "25", "--data", tmp_path / "BTCV", "--store", tmp_path / "s")
 
 
-def test_phantom_backbones_meet_only_phantom_segmentation(flags, pretrained, tmp_path, refusal, real_ct):
-    line = refusal(train_seg.main, ["--data", real_ct / "BTCV", "--store", tmp_path, "--out", pretrained, "--split",
-                                    "100", "--backbone", "phantom-moco-local-zca", "--arch", "resnet18",
-                                    "--crop-size", 64])
-    assert "measured on the phantom only" in line
+@pytest.fixture
+def unmarked(small_phantom, tmp_path):
+    """BTCV's layout with volumes of the phantom that do not say so: real CT to every command."""
+    places = [Path(f"RawData/Training/{part}/{part}{case}.nii.gz") for part in ("img", "label")
+              for case in (*tasks.cases("12.5", 0), *tasks.cases("val"))]
+    for place in places:
+        image = nib.load(small_phantom / "BTCV" / place)
+        image.header["descrip"] = b""
+        (tmp_path / "BTCV" / place).parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), tmp_path / "BTCV" / place)
+    return tmp_path / "BTCV"
+
+
+def test_backbones_of_the_phantom_and_of_real_ct_do_not_meet(flags, pretrained, unmarked, tmp_path, refusal):
+    shutil.copytree(pretrained / "phantom-moco-local-zca", tmp_path / "mine")
+    config = json.loads((tmp_path / "mine/config.json").read_text())
+    (tmp_path / "mine/config.json").write_text(json.dumps(config | {"data": "my_ct"}))
+    small = ("--split", "12.5", "--draw", 0, "--protocol", "linear-frozen", "--iterations", 1)
+    ours, theirs = tmp_path / "mine", pretrained / "phantom-moco-local-zca"
+    real = ("--data", unmarked, "--store", tmp_path / "s", "--arch", "resnet18")
+    ssl = ("--data", unmarked / "RawData/Training/img", "--arch", "resnet18", "--image-size", 32, "--batch-size", 8,
+           "--bn-group", 4, "--queue", 32, "--size", 64, "--steps", 1)
+    for told in (refusal(train_seg.main, [*flags(*small), *real, "--backbone", theirs]),
+                 refusal(svd_spectrum.main, [*real, "--image-size", 64, theirs]),
+                 refusal(train_ssl.main, [*ssl, "--store", tmp_path / "s", "--out", tmp_path / "o", "--init", theirs])):
+        assert "was pre-trained on the phantom; a backbone of the phantom is measured on the phantom only" in told
+    assert "was pre-trained on real CT" in refusal(train_seg.main, flags(*small, "--backbone", ours))
+    train_seg.main([str(a) for a in (*flags(*small), *real, "--backbone", ours, "--out", tmp_path / "o")])
+    assert json.loads((tmp_path / "o/results.jsonl").read_text())["data"] == "BTCV"  # where each belongs it is used
 
 
 def test_results_name_what_they_were_made_from(pretrained):

@@ -506,25 +506,66 @@ def test_rows_start_from_a_run_of_out(flags, tmp_path, refusal, capsys):
     assert "init_checksum" in refusal(train_ssl.main, [*flags(tmp_path, "--steps", 2, "--lr", 1e-9), "--init", "start"])
 
 
-def test_the_phantoms_start_is_trained_first_and_once(flags, tmp_path, monkeypatch, capsys):
-    small = dict(image_size=32, batch_size=8, bn_group=4, queue=32, epochs=1)
+@pytest.fixture
+def tiny_start(monkeypatch):
+    """The phantom's preset and its start, of two steps."""
+    small = dict(image_size=32, batch_size=8, bn_group=4, queue=32, epochs=1, size=64)
     monkeypatch.setattr(train_ssl, "PHANTOM", train_ssl.PHANTOM | small)
     monkeypatch.setattr(train_ssl, "START", train_ssl.START | dict(epochs=1))
-    argv = [x for x in flags(tmp_path, "--seed", 2) if x not in ("--init", "random")]
-    train_ssl.main([*argv, "--recipe", "author", "--out", str(tmp_path / "author"), "--steps", "1"])
+
+
+OTHERS = ["--temperature=0.05", "--temperature-local=0.3", "--lambda-local=2", "--patches=3", "--zca-iterations=3",
+          "--size=48", "--lr=0.5", "--ema=0.5", "--queue=16", "--weight-decay=0", "--epochs=3", "--local", "--zca"]
+
+
+def test_the_phantoms_start_is_trained_first_and_once(flags, tmp_path, tiny_start, refusal, capsys):
+    argv = flags(tmp_path, "--seed", 2, "--steps", 1)
+    argv = [*argv[: argv.index("--init")], *argv[argv.index("--zca-group") :]]
+    train_ssl.main([*argv, *OTHERS, "--recipe", "author", "--out", str(tmp_path / "author")])
     author, plain = (tmp_path / x / "phantom-start-seed2" for x in ("author", ""))
     capsys.readouterr()
-    train_ssl.main([*argv, "--every", "2", "--steps", "1"])
+    train_ssl.main([*argv, "--every", "2"])
     out = capsys.readouterr().out
-    assert (author / "config.json").read_text() == (plain / "config.json").read_text()  # whichever row comes first
-    assert author.with_name("phantom-author-moco-seed2").is_dir()
+    for file in ("config.json", "backbone.pth"):  # whichever row comes first
+        assert (author / file).read_bytes() == (plain / file).read_bytes()
+    assert author.with_name("phantom-author-local-zca-aligned-seed2").is_dir()
     places = [out.index(f"{run}: resnet18 from {init}") for run, init in (
         ("phantom-start-seed2", "random"), ("phantom-moco-every2-seed2", "phantom-start-seed2"))]
     assert places == sorted(places)
-    config = json.loads((tmp_path / "phantom-start-seed2/config.json").read_text())
+    config = json.loads((plain / "config.json").read_text())
     assert not config["geometric"] and not config["local"] and not config["zca"] and config["every"] == 1
-    train_ssl.main([*argv, "--zca", "--steps", "1"])
+    assert (config["temperature"], config["patches"], config["size"], config["window"], config["lr"]) == (
+        0.2, 20, 64, [-175, 250], 0.01)
+    # one that was made otherwise, as by an earlier version: said, and used only where it is named
+    (plain / "config.json").write_text(json.dumps(config | {"temperature": 0.05}))
+    line = refusal(train_ssl.main, [*argv, "--zca"])
+    assert f"{plain}: was made with other settings (temperature: 0.05 there, 0.2 here); delete it" in line
+    assert "give --init phantom-start-seed2" in line and not (tmp_path / "phantom-moco-zca-seed2").exists()
+    train_ssl.main([*argv, "--zca", "--init", "phantom-start-seed2"])
     assert "phantom-start-seed2: resnet18 from random" not in capsys.readouterr().out
+    (plain / "config.json").write_text(json.dumps(config))
+    train_ssl.main([*argv, "--zca"])  # the same run, which is finished, with the start as it should be
+    assert "finished before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, says", [
+    (("--arch", "resnet34"), "--init phantom-start: is a resnet18; give --arch resnet18"),
+    (("--zca", "--zca-group", "100"), "--zca-group 100: must divide the 512 channels"),
+    (("--batch-size", "6", "--queue", "36"), "--batch-size 6: must be a multiple of"),
+    (("--every", "20"), "slices are fewer than one batch of 8")])
+def test_what_refuses_a_row_is_told_before_its_start_is_trained(flags, tmp_path, tiny_start, refusal, more, says):
+    plain = flags(tmp_path)
+    assert says in refusal(train_ssl.main, [*plain[: plain.index("--init")], *more])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_start_of_another_architecture_is_refused_before_the_slices_are_prepared(flags, tmp_path, refusal):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/checkpoint.pt").touch()
+    (tmp_path / "mine/config.json").write_text('{"arch": "resnet50"}')
+    assert "--init mine: is a resnet50; give --arch resnet50" in refusal(
+        train_ssl.main, [*flags(tmp_path), "--init", "mine", "--store", tmp_path / "fresh"])
+    assert not (tmp_path / "fresh").exists()
 
 
 def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
