@@ -30,6 +30,7 @@ from ct import intake, prepare
 from ct.command import number, whole
 from ct.volumes import BadInput
 from engine import backbones, evaluate, predict, processes, report, runs
+from engine.recipes import PHANTOM_RECIPES, SEGMENTATION, SEGMENTATION_PHANTOM
 from engine.report import DRAWS
 from segment import PROTOCOLS, Segmenter, loss_bytes
 
@@ -40,12 +41,6 @@ LOG_INTERVAL = 10  # iterations between two looks at the loss
 # ------------------------------------------------------------------------------------------------------ settings
 
 MOMENTUM, WEIGHT_DECAY, LR_END, POWER = 0.9, 5e-4, 1e-4, 0.9  # mmsegmentation's schedule_40k
-PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, lr=0.01, whole_slices=False)
-# The phantom's preset. The frozen head sees whole slices, so that their features are computed once.
-PHANTOM = dict(arch="resnet18", crop_size=96, batch_size=16)
-PHANTOM_RECIPES = {"linear-frozen": dict(iterations=300, lr=0.2, whole_slices=True),
-                   "linear-finetune": dict(iterations=100, lr=0.05, whole_slices=False),
-                   "deeplabv3plus": dict(iterations=60, lr=0.05, whole_slices=False)}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -57,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     prepare.task_flags(parser)
     by_protocol = {key: "/".join(f"{PHANTOM_RECIPES[p][key]}" for p in PROTOCOLS) for key in ("iterations", "lr")}
     by_protocol["whole_slices"] = "/".join("yes" if PHANTOM_RECIPES[p]["whole_slices"] else "no" for p in PROTOCOLS)
-    add = parser.with_defaults(PAPER | {"whole_slices": "no"}, PHANTOM | by_protocol)
+    add = parser.with_defaults(SEGMENTATION | {"whole_slices": "no"}, SEGMENTATION_PHANTOM | by_protocol)
     add("--split", help="percent of the training volumes: 12.5, 25 or 100")
     add("--draw", type=whole(0), help="one of the random choices of volumes, 0 to 2 (default: all)")
     add("--protocol", choices=PROTOCOLS, help="default: all three")
@@ -89,7 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
     """Fill the defaults that all runs share, and refuse what cannot work (BadInput); see `recipe` for the rest."""
-    processes.fill(args, PHANTOM if phantom else PAPER)
+    processes.fill(args, SEGMENTATION_PHANTOM if phantom else SEGMENTATION)
     args.phantom = phantom
     if args.split is None:
         raise BadInput("--split is missing: give --split 12.5, 25 or 100 (or --report)")

@@ -25,10 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 import augment
 import datasets
 import resize
-from ct import audit, intake, prepare, stores
+from ct import audit, intake, stores
 from ct.command import number, whole
 from ct.volumes import BadInput
 from engine import backbones, figures, monitor, passes, probe, processes, recipes, runs
+from engine.recipes import LR, PAPER, PHANTOM, START
 from local_loss import CELLS
 from moco import MoCo
 from whitening import whiten_last_norm
@@ -36,15 +37,6 @@ from whitening import whiten_last_norm
 # ------------------------------------------------------------------------------------------------------ settings
 
 MOMENTUM, DIM = 0.9, 128  # mmselfsup's mocov2_resnet50_8xb32-coslr-200e, as the weight decay
-LR = 0.03  # of a batch of 256; in proportion to the batch
-PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, bn_group=32, epochs=200, lr=None,
-             queue=65536, ema=0.999, zca_group=64, size=prepare.SIZE, weight_decay=1e-4, window=prepare.WINDOW)
-# The phantom's preset: see docs/training.md, "Few slices". Its rows start from a run of START, the stand-in for
-# ImageNet weights: MoCo v2 without geometry, which learns from random weights where MoCo v2 with crops does not.
-PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=8, lr=0.01, queue=256, ema=0.99,
-               zca_group=64, size=192, weight_decay=1e-4, window=prepare.WINDOW)
-START = dict(init="random", local=False, zca=False, geometric=False, every=1, epochs=6, steps=None, overwrite=False,
-             recipe="paper")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -75,12 +67,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weight-decay", type=number(0), help="of SGD, on all parameters")
     add("--queue", type=whole(1), help="keys kept, a multiple of the batch")
     add("--ema", type=number(0, 1), help="momentum of the key encoder")
-    add("--temperature", type=number(above=0), default=0.2, help="of Eq. 1")
-    add("--temperature-local", type=number(above=0), default=0.2, help="of Eq. 2")
-    add("--lambda-local", type=number(0), default=1.0, help="weight of the local loss, Eq. 3")
-    add("--patches", type=whole(1), default=20, help="K of Eq. 2")
+    add("--temperature", type=number(above=0), default=PAPER["temperature"], help="of Eq. 1")
+    add("--temperature-local", type=number(above=0), default=PAPER["temperature_local"], help="of Eq. 2")
+    add("--lambda-local", type=number(0), default=PAPER["lambda_local"], help="weight of the local loss, Eq. 3")
+    add("--patches", type=whole(1), default=PAPER["patches"], help="K of Eq. 2")
     add("--zca-group", type=whole(0), help="channels whitened together; 0: all")
-    add("--zca-iterations", type=whole(1), default=5, help="T of Newton's iteration")
+    add("--zca-iterations", type=whole(1), default=PAPER["zca_iterations"], help="T of Newton's iteration")
     add("--groups-per-pass", type=whole(1), metavar="N", help="groups that run at once; more need memory and change "
         "results by rounding only (default: on a GPU as many as fit)")
     add("--probe", type=Path, metavar="FOLDER", help="labelled CT, as train_seg.py --data takes it: each epoch, what a "
@@ -115,20 +107,8 @@ def start_of(args: argparse.Namespace) -> str:
 
 
 def name_of(args: argparse.Namespace, phantom: bool) -> str:
-    """A run's name where none is given: Table 2's row, its suffix where its views are not the paper's, its seed."""
-    name = "moco"
-    if args.local:
-        name += "-local"
-    if args.zca:
-        name += "-zca"
-    if args.local and args.geometric:
-        name += "-aligned"
-    if not (args.local or args.geometric):
-        name += "-nogeo"
-    name += f"-every{args.every}" * (args.every > 1)
-    if args.recipe == "author":
-        name = "author-" + name.removeprefix("moco-")
-    return "phantom-" * phantom + name + processes.seed_suffix(args.seed)
+    """A run's name where none is given: its row of the tables and its seed."""
+    return "phantom-" * phantom + recipes.row(args) + processes.seed_suffix(args.seed)
 
 
 # --------------------------------------------------------------------------------------------- model and one step
