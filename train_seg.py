@@ -29,7 +29,7 @@ import datasets
 from ct import intake, prepare
 from ct.command import number, whole
 from ct.volumes import BadInput
-from engine import backbones, evaluate, predict, processes, report, runs
+from engine import backbones, evaluate, origin, predict, processes, report, runs
 from engine.recipes import PHANTOM_RECIPES, SEGMENTATION, SEGMENTATION_PHANTOM
 from engine.report import DRAWS
 from segment import PROTOCOLS, Segmenter, loss_bytes
@@ -130,12 +130,11 @@ def choose_backbones(args: argparse.Namespace, phantom: bool) -> list[str]:
 
 
 def announce_unlike(args: argparse.Namespace, names: list[str], phantom: bool, ranks: processes.Processes) -> None:
-    """Say before all work which backbones are runs that have not come to their end, or that saw another HU window."""
+    """Say before all work which backbones are runs that have not come to their end, or saw other grey values."""
     for name in names:
+        if ranks.is_main:
+            origin.announce_input(name, args.out, args.window)
         if (args.out / name / "checkpoint.pt").exists():
-            window = backbones.window_of(runs.read_config(args.out / name), args.window)
-            if window and ranks.is_main:
-                print(f"note: {name}: pre-trained with --window {window}; these slices have another")
             backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
             if backbone.unfinished and ranks.is_main:
                 print(f"note: {backbone.name}: {backbone.unfinished}; it is measured as it is and marked in the tables")
@@ -266,8 +265,10 @@ def train(trainer: Trainer, run: runs.Run, first: int) -> None:
 
 
 def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store: datasets.Store,
-            ranks: processes.Processes) -> None:
-    """One run: one backbone, protocol, split and draw, from the start or its checkpoint to its result."""
+            ranks: processes.Processes) -> str:
+    """One run: one backbone, protocol, split and draw, from the start or its checkpoint to its result. Returns what the
+    backbone is called there.
+    """
     args = recipe(args, protocol)
     whitening = "fold" if protocol == "linear-frozen" else args.whitening
     # before the run folder: a backbone that does not fit leaves nothing behind
@@ -287,7 +288,7 @@ def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store
             print(f"{title}: done before, mDS {100 * result['mDS']:.2f} %")
             if args.save_predictions:
                 predict.files(dict(evaluate.validation_files(store).values()), folder, args.amp, ranks.device)
-        return
+        return backbone.name
     saved = run.resume()
     amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
     runs.announce_changes(saved, amp, ranks)
@@ -299,7 +300,8 @@ def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store
         records = [r for r in runs.read_log(curve) if r["step"] <= min(first, args.iterations - 1)]
         runs.write_text(curve, "".join(json.dumps(r) + "\n" for r in records))
     train(trainer, run, first)
-    processes.on_main(ranks.is_main, lambda: evaluate.finish(trainer, run, config))
+    processes.on_main(ranks.is_main, lambda: evaluate.finish(trainer, run, config | {"pretraining": backbone.made}))
+    return backbone.name
 
 
 def configure(args: argparse.Namespace, backbone: backbones.Backbone, protocol: str, draw: int,
@@ -365,13 +367,12 @@ def main(argv: list[str] | None = None) -> None:
         for line in remarks:
             print(line)
     announce_unlike(args, names, phantom, ranks)
-    for name in names:
-        for draw in args.draws:
-            for protocol in args.protocols:
-                measure(args, name, protocol, draw, store, ranks)
+    measured = {measure(args, name, protocol, draw, store, ranks)
+                for name in names for draw in args.draws for protocol in args.protocols}
     if ranks.is_main:
-        here = report.data_of({"data": store.name, "slices": len(store)})
-        print(report.markdown([c for c in report.cells_of(args.out) if (c["data"] + ",").startswith(f"{here},")]))
+        here = {"data": store.name, "slices": len(store)}
+        print(report.markdown(report.of_command(report.cells_of(args.out), args.split, measured, here)))
+        print(f"all results: python train_seg.py --report --out {args.out}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import resize
 from ct import audit, intake, stores
 from ct.command import number, whole
 from ct.volumes import BadInput
-from engine import backbones, figures, monitor, passes, probe, processes, recipes, runs
+from engine import backbones, figures, monitor, origin, passes, probe, processes, recipes, runs
 from engine.recipes import LR, PAPER, PHANTOM, START
 from local_loss import CELLS
 from moco import MoCo
@@ -97,8 +97,7 @@ def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
         raise BadInput(f"--queue {args.queue}: must be a multiple of --batch-size {args.batch_size}")
     args.init = args.init or start_of(args)
     args.name = name_of(args, phantom) if args.name is None else args.name
-    if Path(args.name).name != args.name or args.name in ("", "..", "seg", "imagenet", "random"):
-        raise BadInput(f"--name {args.name}: must be a new folder's name in --out, and none of seg, imagenet, random")
+    backbones.fit_name("--name", args.name, "", "seg")
 
 
 def start_of(args: argparse.Namespace) -> str:
@@ -126,6 +125,8 @@ def build(args: argparse.Namespace, phantom: bool = False) -> MoCo:
         raise BadInput(f"--init {args.init}: is a {arch}; give --arch {arch} or another start")
     backbone, args.init_checksum = opened.net, opened.pretraining["checksum"]
     args.init_unfinished, args.init_untrained = opened.unfinished, opened.untrained
+    if opened.pretraining["step"] is not None:  # a run: its settings are part of this one's
+        args.start = opened.config | {key: opened.pretraining[key] for key in ("step", "horizon")}
     if args.zca:
         width = backbone.fc.in_features
         args.zca_group = args.zca_group or width
@@ -279,7 +280,7 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
                      "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass", "probe")
     config = {k: v for k, v in vars(args).items() if k not in not_in_config}
     config |= {"data": store.name, "volumes": len(store.volumes), "slices": len(store),
-               "store": store.contents()}
+               "store": store.contents(), "normalisation": origin.NORMALISATION}
     run = runs.Run(args.out / args.name, config, args.overwrite, ranks.is_main)
     saved = run.resume()
     amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
@@ -319,6 +320,7 @@ def introduce(trainer: Trainer, store: datasets.Store, ranks: processes.Processe
           f"{ranks.world_size} process(es), {trainer.moco.groups_per_pass} in one pass, precision {trainer.amp}, "
           f"{args.image_size} px; about {megabytes:,.0f} MB in {args.out / args.name}; the time needed is printed "
           f"after {monitor.LOG_INTERVAL} steps" + ", of which the first compiles for a minute or two" * args.compile)
+    origin.announce_input(args.init, args.out, args.window)
     if args.init_unfinished:
         print(f"note: {args.init}: {args.init_unfinished}; this run starts from it as it is")
     if args.init_untrained:

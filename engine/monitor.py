@@ -152,8 +152,7 @@ class MetricLogger:
                 self.seen += f", probe {100 * found['probe_dice']:.1f} % (at first {100 * trainer.probe.start:.1f} %)"
             apart = found["held_out_gap"] >= metrics.LEAST_GAP or done < judged_from(trainer)
             self.alarm = "" if apart else "DOES NOT TELL SLICES APART, "
-            if done % trainer.batches.steps_per_epoch == 0:  # where --steps ends, a longer run would not look
-                record |= found
+            record |= found  # every look, also the one where --steps ends and a longer run would not look
         self.run.log(records)
 
         # the same, shown

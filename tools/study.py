@@ -29,7 +29,7 @@ import train_ssl
 from ct import phantom
 from ct.command import Parser, cores, whole
 from ct.volumes import BadInput
-from engine import figures, processes, report, runs
+from engine import figures, origin, processes, report, runs
 
 ROOT = Path(__file__).parent.parent
 # On real CT; the phantom has train_ssl.py's preset.
@@ -167,7 +167,8 @@ def measured(out: Path) -> dict[tuple[str, int], dict[int, dict]]:
     """{(row, step): {seed: {look or side of the slices: value}}} of what is there, Dice in percent."""
     found: dict[tuple[str, int], dict[int, dict]] = defaultdict(lambda: defaultdict(dict))
     for path in sorted(out.glob("heads/*/results.jsonl")):
-        for r in runs.read_log(path):
+        for r in origin.newest(origin.read(path, backbone=str, seed=int, crop_size=int, mDS=(int, float),
+                                           pretraining=dict)):
             name, step = r["backbone"].removesuffix(processes.seed_suffix(r["seed"])), r["pretraining"]["step"] or 0
             found[name, step][r["seed"]][r["crop_size"]] = 100 * r["mDS"]
     for (name, step), seeds in found.items():
