@@ -28,6 +28,7 @@ IDENTITY = ("data", "slices", "labels", "backbone", "split", "protocol", "draw",
 FREE = {"backbone", "draw", "seed", "cases", "split_sha256", "validation_sha256", "store", "pretraining", "mDS",
         "mDice_with_background", "organs", "backbone_before", "backbone_after", "amp", "processes", "hardware",
         "commit", "date", "wall_s"}
+PLACE = {"data", "slices", "labels", "split", "protocol"}  # in which table, line and column it stands
 MEASURED = ("per_volume_", "hd95_")  # begin the names of the rest that was measured
 IDLE = {"temperature_local": "local", "lambda_local": "local", "patches": "local", "zca_group": "zca",
         "zca_iterations": "zca"}  # {setting: the flag without which it does nothing}
@@ -195,7 +196,7 @@ def unlike_pretraining(result: dict) -> dict[str, str]:
     if result["backbone"] in BUILT_IN:
         return {}
     if not of_this(result):
-        return {"config": UNTOLD if is_file(result) else "settings of the pre-training not recorded"}
+        return {"config": UNTOLD if is_file(result) and not config else "settings of the pre-training not recorded"}
     found = _unlike(config, phantom, bare(result["backbone"], phantom)[0] == "start")
     if config.get("volumes") != (UNLABELLED_PATIENTS if phantom else ABDOMEN):
         found["data"] = f"on {config['data']} of {_shown(config.get('volumes', '?'))} volumes"
@@ -246,7 +247,8 @@ def unlike_segmentation(result: dict) -> dict[str, str]:
     author = (known(result).get("config") or {}).get("recipe") == "author"
     paper = paper | {"whitening": "fold" if result["protocol"] == "linear-frozen" else "bn",
                      "window": recipes.AUTHOR["window"] if author else WINDOW}
-    return compare({k: result[k] for k in paper if k in result}, paper, set())
+    own = {k: v for k, v in result.items() if k not in FREE | PLACE and not k.startswith(MEASURED)}
+    return compare(own, paper, set())
 
 
 def compare(own: dict, paper: dict, silent: set[str]) -> dict[str, str]:

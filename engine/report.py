@@ -138,12 +138,21 @@ def _in_words(lines: list[dict]) -> list[dict]:
         told.append([*dict.fromkeys(w for r in found for w in remarks_on(r))])
         said.add(str((told[-1], *dict.fromkeys(w for r in found for w in origin.unlike_segmentation(r).values()))))
     if len(said) < len(lines):  # they differ in what has no words
-        flat = [{k: v for p, cell in line.items() for r in cell for k, v in (
-            origin.backbone_key(r) | {f"{p} {k}": v for k, v in (origin.head_key(r) | origin.contents(r)).items()}
-        ).items()} for line in lines]
-        other = [k for k in dict.fromkeys(k for f in flat for k in f) if len({str(f[k]) for f in flat if k in f}) > 1]
-        told = [words + [f"{k}: {f[k]}" for k in other if k in f][:3] for words, f in zip(told, flat, strict=True)]
+        told = [words + more[:3] for words, more in zip(told, _raw(lines), strict=True)]
     return [{"cells": line, "remarks": words} for line, words in zip(lines, told, strict=True)]
+
+
+def _raw(lines: list[dict]) -> list[list[str]]:
+    """Of each line the settings and contents in which it differs from others, as they stand in the results."""
+    flat: list[dict[tuple, object]] = []
+    for line in lines:
+        flat.append({("", k): v for cell in line.values() for k, v in origin.backbone_key(cell[0]).items()})
+        flat[-1] |= {(p, k): v for p, cell in line.items() for k, v in origin.head_key(cell[0]).items()}
+        flat[-1] |= {("holds", k): v for cell in line.values() for r in cell for k, v in origin.contents(r).items()}
+    keys = dict.fromkeys(k for f in flat for k in f)  # a setting may be missing, of a volume only what both have counts
+    values = {k: {str(f.get(k, "not told")) for f, line in zip(flat, lines, strict=True)
+                  if k in f or k[0] in ("", *line)} for k in keys}
+    return [[f"{' '.join(k).strip()}: {f.get(k, 'not told')}" for k in keys if len(values[k]) > 1] for f in flat]
 
 
 def _cell(line: dict, protocol: str) -> dict:

@@ -433,6 +433,26 @@ def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
     assert cell("phantom", "100", "MoCo v2 + aligned local + ZCA")["remarks"].startswith("unfinished: step 9 of 184")
 
 
+def test_after_a_command_its_own_rows_are_shown(flags, tmp_path, capsys):
+    """Not those of other commands: another split, another backbone; of other draws its own row's."""
+    def run(*more):
+        capsys.readouterr()
+        train_seg.main([*flags("--protocol", "linear-frozen", "--iterations", 1, "--backbone", "random"),
+                        *map(str, more), "--out", str(tmp_path)])
+        return capsys.readouterr().out
+
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "x.pth")
+    run("--split", "12.5", "--draw", 0)
+    run("--split", "25", "--draw", 0, "--backbone", tmp_path / "x.pth", "--row", "theirs")
+    out = run("--split", "25", "--draw", 1)
+    assert re.findall(r"^\| ([\d.]+ %) \| ([^|(]*) .*\(n = (\d)\) \|$", out, re.M) == [("25 %", "Random weights", "1")]
+    out = run("--split", "25", "--draw", 0)
+    assert re.findall(r"^\| ([\d.]+ %) \| ([^|(]*) .*\(n = (\d)\) \|$", out, re.M) == [("25 %", "Random weights", "2")]
+    assert f"train_seg.py --report --out {tmp_path}" in out
+    train_seg.main(["--report", "--out", str(tmp_path)])
+    assert len(re.findall(r"^\| [\d.]+ % \|", capsys.readouterr().out, re.M)) == 3
+
+
 def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_path, monkeypatch):
     """Features computed once are those of every iteration: the same losses as with the backbone run each time."""
     args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
