@@ -88,8 +88,8 @@ def announce_input(name: str, out: Path, window: Sequence[float]) -> None:
     if unlike.endswith(UNTOLD):
         print(f"note: {unlike}; here {window[0]:g} to {window[1]:g} HU are [0, 1], then ImageNet's normalisation")
     elif not unlike.endswith(": "):
-        announce(f"WARNING: {unlike}.\nA grey value is another tissue to it. Give the same --window, or take what is "
-                 "measured for what it is: the tables mark it.")
+        announce(f"WARNING: {unlike}.\nA grey value is another tissue to it: give its --window, unless you mean it. "
+                 "Beside the numbers it is said.")
 
 
 def window_of(config: dict, window: Sequence[float]) -> str:
@@ -235,8 +235,9 @@ def _unlike_start(config: dict, phantom: bool, start: bool) -> dict[str, str]:
         other = [*_unlike(begun, phantom, True).values()]
         other += [f"at step {begun['step']} of {begun['horizon']}"] * (begun["step"] < begun["horizon"])
         return {"init": f"from another start ({', '.join(other)})"} if other else {}
-    name = own.removesuffix(seed_suffix(config.get("seed", 0)))
-    return {"init": f"from {'ImageNet weights' if own == 'imagenet' else name}"}
+    name = "ImageNet weights" if own == "imagenet" else own.removesuffix(seed_suffix(config.get("seed", 0)))
+    other = window_of(begun, config["window"]).replace(" ", " to ") if begun and "window" in config else ""
+    return {"init": f"from {name}" + f", which saw HU {other}" * bool(other)}
 
 
 def unlike_segmentation(result: dict) -> dict[str, str]:

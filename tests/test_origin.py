@@ -96,6 +96,10 @@ def test_a_name_alone_makes_no_row():
     elsewhere = [result("100", 0, 0.1, "moco-local", "mine", 99, config=own)]
     assert lines(elsewhere) == {("The paper's rows", "100", "MoCo v2 + local"): [[10]]}
     assert "on my_ct of 78 volumes" in printed(elsewhere)
+    # a start that saw other grey values
+    begun = made("--init", "random", "--window", -1000, 1000) | {"step": 9, "horizon": 9}
+    assert "MoCo v2 (from wide, which saw HU -1000 to 1000" in printed(
+        [result("100", 0, 0.1, config=made("--init", "wide", start=begun))])
     # a run that has the name of a row in words, and one of which nothing is told
     assert lines([result("100", 0, 0.1, "MoCo v2", config=made())]) == {("Others", "100", "MoCo v2 (a run)"): [[10]]}
     old = result("100", 0, 0.1, "moco")

@@ -507,7 +507,7 @@ def test_every_look_that_is_shown_stands_in_the_log(flags, tmp_path, monkeypatch
 
 def test_a_start_that_saw_other_grey_values_is_told_of(flags, tmp_path, monkeypatch, capsys):
     train_ssl.main(flags(tmp_path, "--name", "start", "--steps", 1, "--window", -1000, 1000))
-    monkeypatch.setattr(train_ssl, "train", lambda *_: None)
+    monkeypatch.setattr(train_ssl, "train", lambda trainer, store, run, *_: run.log([{"step": 1}]))
     capsys.readouterr()
     for init, loud in (("start", True), (tmp_path / "start/backbone.pth", True), ("random", False)):
         train_ssl.main([*flags(tmp_path, "--steps", 1, "--overwrite"), "--init", str(init)])
