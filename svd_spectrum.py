@@ -33,13 +33,13 @@ import resize
 from ct import intake, prepare
 from ct.command import whole
 from ct.volumes import BadInput
-from engine import backbones, figures, processes, report
+from engine import backbones, figures, origin, processes, report
 
 PAPER, PHANTOM = dict(arch="resnet50", image_size=224), dict(arch="resnet18", image_size=64)
 
 
 class Row(NamedTuple):
-    """A backbone's line of spectrum.csv and curve of Fig. 1."""
+    """A backbone's line of spectrum.csv and curve of Fig. 1, with the remarks of the tables: doubts in bold."""
 
     name: str
     label: str  # in the figure
@@ -47,6 +47,7 @@ class Row(NamedTuple):
     values: np.ndarray  # singular values of the covariance, descending
     rank: float
     rankme: float
+    remarks: list[str]
 
 
 @torch.no_grad()
@@ -97,11 +98,12 @@ def write(path: Path, data: str, title: str, rows: list[Row]) -> list[Path]:
     """PATH.csv with all numbers and PATH.png, Fig. 1; returns those that were written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     longest = max(len(row.values) for row in rows)
-    table = [["backbone", "data", "vectors", "effective_rank", "rankme", *range(1, 1 + longest)]]
-    table += [[row.name, data, row.vectors, f"{row.rank:.4f}", f"{row.rankme:.4f}", *(f"{v:.6e}" for v in row.values)]
-              for row in rows]
+    table = [["backbone", "data", "vectors", "effective_rank", "rankme", "remarks", *range(1, 1 + longest)]]
+    table += [[row.name, data, row.vectors, f"{row.rank:.4f}", f"{row.rankme:.4f}",
+               "; ".join(row.remarks).replace("**", ""), *(f"{v:.6e}" for v in row.values)] for row in rows]
     report.write_csv(path.with_suffix(".csv"), table)
-    curves = [(row.label, row.values, row.rank) for row in rows]
+    curves = [("\n".join([row.label, *(w.split("**")[1] for w in row.remarks if w.startswith("**"))]), row.values,
+               row.rank) for row in rows]
     if figures.attempt(figures.spectrum, path.with_suffix(".png"), curves, title):
         return [path.with_suffix(".png"), path.with_suffix(".csv")]
     return [path.with_suffix(".csv")]
@@ -124,16 +126,19 @@ def main(argv: list[str] | None = None) -> None:
         processes.announce_phantom()
     for line in remarks:
         print(line)
+    for name in names:
+        origin.announce_input(name, args.out, args.window)
     slices, rows = squares(store, max(args.image_size, 32)), []
     for name in tqdm(names, "features", unit="run", disable=None, leave=False):
         backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
         vectors = features(backbone.net, slices, args.image_size, args.positions, ranks.device, amp)
         values = metrics.singular_values(vectors)
-        row = Row(backbone.name, report.label(backbone.name, phantom), len(vectors), values,
-                  metrics.effective_rank(values), metrics.rankme(vectors))
-        unfinished = f" (unfinished: {backbone.unfinished})" if backbone.unfinished else ""
+        told = {"backbone": backbone.name, "data": store.name, "window": args.window, "pretraining": backbone.made}
+        row = Row(backbone.name, report.label(told), len(vectors), values, metrics.effective_rank(values),
+                  metrics.rankme(vectors), report.remarks_on(told))
+        remarks = f" ({'; '.join(row.remarks)})".replace("**", "") if row.remarks else ""
         tqdm.write(f"{name}: effective rank {row.rank:.2f} of {vectors.shape[1]}, RankMe {row.rankme:.2f}, "
-                   f"{row.vectors:,} vectors of {len(slices)} slices{unfinished}")
+                   f"{row.vectors:,} vectors of {len(slices)} slices{remarks}")
         rows.append(row)
     kind = "positions of" if args.positions else "one for each of"
     what = f"{rows[0].vectors:,} vectors ({kind} {len(slices)} slices)" + f", in {amp}" * (amp != "off")

@@ -34,7 +34,8 @@ import datasets
 from ct import intake, prepare
 from ct.command import number, whole
 from ct.volumes import BadInput
-from engine import backbones, evaluate, leaks, predict, processes, report, runs
+from engine import backbones, evaluate, leaks, origin, predict, processes, report, runs
+from engine.recipes import PHANTOM_RECIPES, SEGMENTATION, SEGMENTATION_PHANTOM
 from engine.report import DRAWS
 from segment import PROTOCOLS, Segmenter, loss_bytes
 
@@ -45,12 +46,6 @@ LOG_INTERVAL = 10  # iterations between two looks at the loss
 # ------------------------------------------------------------------------------------------------------ settings
 
 MOMENTUM, WEIGHT_DECAY, LR_END, POWER = 0.9, 5e-4, 1e-4, 0.9  # mmsegmentation's schedule_40k
-PAPER = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, lr=0.01, whole_slices=False)
-# The phantom's preset. The frozen head sees whole slices, so that their features are computed once.
-PHANTOM = dict(arch="resnet18", crop_size=96, batch_size=16)
-PHANTOM_RECIPES = {"linear-frozen": dict(iterations=300, lr=0.2, whole_slices=True),
-                   "linear-finetune": dict(iterations=100, lr=0.05, whole_slices=False),
-                   "deeplabv3plus": dict(iterations=60, lr=0.05, whole_slices=False)}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -63,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     prepare.images_flag(parser)
     by_protocol = {key: "/".join(f"{PHANTOM_RECIPES[p][key]}" for p in PROTOCOLS) for key in ("iterations", "lr")}
     by_protocol["whole_slices"] = "/".join("yes" if PHANTOM_RECIPES[p]["whole_slices"] else "no" for p in PROTOCOLS)
-    add = parser.with_defaults(PAPER | {"whole_slices": "no"}, PHANTOM | by_protocol)
+    add = parser.with_defaults(SEGMENTATION | {"whole_slices": "no"}, SEGMENTATION_PHANTOM | by_protocol)
     add("--split", help="percent of the training volumes: 12.5, 25 or 100")
     add("--draw", type=whole(0), help="one of the random choices of volumes, 0 to 2 (default: all)")
     add("--protocol", choices=PROTOCOLS, help="default: all three")
@@ -97,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
     """Fill the defaults that all runs share, and refuse what cannot work (BadInput); see `recipe` for the rest."""
-    processes.fill(args, PHANTOM if phantom else PAPER)
+    processes.fill(args, SEGMENTATION_PHANTOM if phantom else SEGMENTATION)
     args.phantom = phantom
     if args.split is None:
         raise BadInput("--split is missing: give --split 12.5, 25 or 100 (or --report)")
@@ -143,12 +138,11 @@ def choose_backbones(args: argparse.Namespace, phantom: bool) -> list[str]:
 
 
 def announce_unlike(args: argparse.Namespace, names: list[str], phantom: bool, ranks: processes.Processes) -> None:
-    """Say before all work which backbones are runs that have not come to their end, or that saw another HU window."""
+    """Say before all work which backbones are runs that have not come to their end, or saw other grey values."""
     for name in names:
+        if ranks.is_main:
+            origin.announce_input(name, args.out, args.window)
         if (args.out / name / "checkpoint.pt").exists():
-            window = backbones.window_of(runs.read_config(args.out / name), args.window)
-            if window and ranks.is_main:
-                print(f"note: {name}: pre-trained with --window {window}; these slices have another")
             backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
             if backbone.unfinished and ranks.is_main:
                 print(f"note: {backbone.name}: {backbone.unfinished}; it is measured as it is and marked in the tables")
@@ -279,8 +273,10 @@ def train(trainer: Trainer, run: runs.Run, first: int) -> None:
 
 
 def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store: datasets.Store,
-            ranks: processes.Processes) -> None:
-    """One run: one backbone, protocol, split and draw, from the start or its checkpoint to its result."""
+            ranks: processes.Processes) -> str:
+    """One run: one backbone, protocol, split and draw, from the start or its checkpoint to its result. Returns what the
+    backbone is called there.
+    """
     args = recipe(args, protocol)
     whitening = "fold" if protocol == "linear-frozen" else args.whitening
     # before the run folder: a backbone that does not fit leaves nothing behind
@@ -300,7 +296,7 @@ def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store
             print(f"{title}: done before, mDS {100 * result['mDS']:.2f} %")
             if args.save_predictions:
                 predict.files(dict(evaluate.validation_files(store).values()), folder, args.amp, ranks.device)
-        return
+        return backbone.name
     saved = run.resume()
     amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
     runs.announce_changes(saved, amp, ranks)
@@ -312,8 +308,9 @@ def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store
         records = [r for r in runs.read_log(curve) if r["step"] <= min(first, args.iterations - 1)]
         runs.write_text(curve, "".join(json.dumps(r) + "\n" for r in records))
     train(trainer, run, first)
-    processes.on_main(ranks.is_main, lambda: evaluate.finish(
-        trainer, run, config | {"leaks": leaks.find(store, config["cases"], name, args.out)}))
+    made = {"pretraining": backbone.made, "leaks": leaks.find(store, config["cases"], name, args.out)}
+    processes.on_main(ranks.is_main, lambda: evaluate.finish(trainer, run, config | made))
+    return backbone.name
 
 
 def configure(args: argparse.Namespace, backbone: backbones.Backbone, protocol: str, draw: int,
@@ -385,13 +382,12 @@ def main(argv: list[str] | None = None) -> None:
         for line in dict.fromkeys(remarks):
             print(line)
     announce_unlike(args, names, phantom, ranks)
-    for name in names:
-        for draw in args.draws:
-            for protocol in args.protocols:
-                measure(args, name, protocol, draw, store, ranks)
+    measured = {measure(args, name, protocol, draw, store, ranks)
+                for name in names for draw in args.draws for protocol in args.protocols}
     if ranks.is_main:
-        here = report.data_of({"data": store.name, "slices": len(store)})
-        print(report.markdown([c for c in report.cells_of(args.out) if (c["data"] + ",").startswith(f"{here},")]))
+        here = {"data": store.name, "slices": len(store)}
+        print(report.markdown(report.of_command(report.cells_of(args.out), args.split, measured, here)))
+        print(f"all results: python train_seg.py --report --out {args.out}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ import resize
 from ct import audit, intake, prepare, stores
 from ct.command import number, whole
 from ct.volumes import BadInput
-from engine import backbones, figures, leaks, monitor, passes, probe, processes, recipes, runs
+from engine import backbones, figures, leaks, monitor, origin, passes, probe, processes, recipes, runs
+from engine.recipes import LR, PAPER, PHANTOM, START
 from local_loss import CELLS
 from moco import MoCo
 from whitening import whiten_last_norm
@@ -41,19 +42,9 @@ from whitening import whiten_last_norm
 # ------------------------------------------------------------------------------------------------------ settings
 
 MOMENTUM, DIM = 0.9, 128  # mmselfsup's mocov2_resnet50_8xb32-coslr-200e, as the weight decay
-LR = 0.03  # of a batch of 256; in proportion to the batch
-PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, bn_group=32, epochs=200, lr=None,
-             queue=65536, ema=0.999, zca_group=64, size=prepare.SIZE, weight_decay=1e-4, window=prepare.WINDOW)
-# The phantom's preset: see docs/training.md, "Few slices". Its rows start from a run of START, the stand-in for
-# ImageNet weights: MoCo v2 without geometry, which learns from random weights where MoCo v2 with crops does not.
-PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=12, lr=0.01, queue=256, ema=0.99,
-               zca_group=64, size=192, weight_decay=1e-4, window=prepare.WINDOW)
-START = dict(init="random", local=False, zca=False, geometric=False, every=1, epochs=6, steps=None, overwrite=False,
-             recipe="paper")
 # flags that change no number but by rounding, and what is noted beside them: in no config
 NOT_IN_CONFIG = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
-                 "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass", "probe",
-                 "images")
+                 "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass", "probe", "images")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -85,12 +76,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weight-decay", type=number(0), help="of SGD, on all parameters")
     add("--queue", type=whole(1), help="keys kept, a multiple of the batch")
     add("--ema", type=number(0, 1), help="momentum of the key encoder")
-    add("--temperature", type=number(above=0), default=0.2, help="of Eq. 1")
-    add("--temperature-local", type=number(above=0), default=0.2, help="of Eq. 2")
-    add("--lambda-local", type=number(0), default=1.0, help="weight of the local loss, Eq. 3")
-    add("--patches", type=whole(1), default=20, help="K of Eq. 2")
+    add("--temperature", type=number(above=0), default=PAPER["temperature"], help="of Eq. 1")
+    add("--temperature-local", type=number(above=0), default=PAPER["temperature_local"], help="of Eq. 2")
+    add("--lambda-local", type=number(0), default=PAPER["lambda_local"], help="weight of the local loss, Eq. 3")
+    add("--patches", type=whole(1), default=PAPER["patches"], help="K of Eq. 2")
     add("--zca-group", type=whole(0), help="channels whitened together; 0: all")
-    add("--zca-iterations", type=whole(1), default=5, help="T of Newton's iteration")
+    add("--zca-iterations", type=whole(1), default=PAPER["zca_iterations"], help="T of Newton's iteration")
     add("--groups-per-pass", type=whole(1), metavar="N", help="groups that run at once; more need memory and change "
         "results by rounding only (default: on a GPU as many as fit)")
     add("--probe", type=Path, metavar="FOLDER", help="labelled CT, as train_seg.py --data takes it: each epoch, what a "
@@ -115,8 +106,7 @@ def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
         raise BadInput(f"--queue {args.queue}: must be a multiple of --batch-size {args.batch_size}")
     args.init = args.init or recipes.start_of(args)
     args.name = recipes.name_of(args, phantom) if args.name is None else args.name
-    if Path(args.name).name != args.name or args.name in ("", "..", "seg", "imagenet", "random"):
-        raise BadInput(f"--name {args.name}: must be a new folder's name in --out, and none of seg, imagenet, random")
+    backbones.fit_name("--name", args.name, "", "seg")
 
 
 # --------------------------------------------------------------------------------------------- model and one step
@@ -133,6 +123,8 @@ def build(args: argparse.Namespace, phantom: bool = False) -> MoCo:
     backbones.refuse_other(args.init, opened.pretraining["arch"], args.arch)
     backbone, args.init_checksum = opened.net, opened.pretraining["checksum"]
     args.init_unfinished, args.init_untrained = opened.unfinished, opened.untrained
+    if opened.pretraining["step"] is not None:  # a run: its settings are part of this one's
+        args.start = opened.config | {key: opened.pretraining[key] for key in ("step", "horizon")}
     if args.zca:
         width = backbone.fc.in_features
         args.zca_group = args.zca_group or width
@@ -318,7 +310,8 @@ def batches_of(args: argparse.Namespace, store: datasets.Store, ranks: processes
 def configure(args: argparse.Namespace, store: datasets.Store) -> dict:
     """What decides a run's result, once `build` has noted its start: config.json."""
     config = {k: v for k, v in vars(args).items() if k not in NOT_IN_CONFIG}
-    return config | {"data": store.name, "volumes": len(store.volumes), "slices": len(store), "store": store.contents()}
+    return config | {"data": store.name, "volumes": len(store.volumes), "slices": len(store),
+                     "store": store.contents(), "normalisation": origin.NORMALISATION}
 
 
 def slices_of(args: argparse.Namespace, data: Path) -> datasets.Store:

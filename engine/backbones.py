@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from ct.command import printable
 from ct.volumes import BadInput
+from engine.origin import BUILT_IN, CHECKPOINT, made_with, window_of
 from engine.processes import INIT, seed_torch
 from engine.runs import load, read_config
 from metrics import LEAST_GAP
 from whitening import fold, to_batch_norm, whiten_last_norm
 
-CHECKPOINT = "checkpoint.pt"  # what makes a folder a run
 IMAGENET = "IMAGENET1K_V1"  # torchvision's first weights; mmsegmentation's recipe has others (resnet50_v1c: deep stem)
-BUILT_IN = ("imagenet", "random")
+UNFIT = {*'\\/:*?"<>|`'}  # of a name: what cuts tables of Markdown, or what some file systems refuse
 ARCHITECTURES = [m for m in torchvision.models.list_models() if m.startswith(("resnet", "resnext", "wide_resnet"))]
 # A file's ResNet stands under a chain of these. What stands under any other word is left out: MoCo's encoder_k,
 # lightly's backbone_momentum, solo-learn's momentum_backbone are not what their projects measure.
@@ -89,12 +89,6 @@ def pretrained(folders: Iterable[Path], window: Sequence[float]) -> dict[Path, d
             except BadInput as e:
                 print(f"left out: {printable(e)}", file=sys.stderr)
     return found
-
-
-def window_of(config: dict, window: Sequence[float]) -> str:
-    """The HU window of a pre-training as the values of --window, where it is another than this one; else nothing."""
-    own = config.get("window", window)
-    return f"{own[0]:g} {own[1]:g}" if tuple(own) != tuple(window) else ""
 
 
 def build_backbone(init: str, arch: str) -> nn.Module:
@@ -256,11 +250,18 @@ class Backbone:
 
     pretraining: arch, checksum of the weights and, of a run, its step and horizon, the gap of its last look (see
     train_ssl.py), view_px and slice_px; those are None for a file, for ImageNet's and for random weights.
+    config: `made_with`.
     """
 
     net: nn.Module
     name: str
     pretraining: dict
+    config: dict | None = None
+
+    @property
+    def made(self) -> dict:
+        """What is known of it with all that it was made with: what a result keeps."""
+        return self.pretraining | ({"config": self.config} if self.config else {})
 
     @property
     def unfinished(self) -> str:
@@ -307,7 +308,7 @@ def open_backbone(name: str, out: Path, arch: str, seed: int, whitening: str, ph
         net.load_state_dict(weights | {k: v for k, v in net.state_dict().items() if k.startswith("fc.")})
         net = fold(net) if whitening == "fold" else to_batch_norm(net)
     known = {key: state.get(key) for key in ("step", "horizon", "gap", "view_px", "slice_px")}
-    return Backbone(net, title, {"arch": arch, "checksum": checksum(net), **known})
+    return Backbone(net, title, {"arch": arch, "checksum": checksum(net), **known}, made_with(name, out))
 
 
 def title_of(name: str, row: str | None = None) -> str:
@@ -319,9 +320,16 @@ def title_of(name: str, row: str | None = None) -> str:
         return path.stem if path.is_file() and path.stem not in BUILT_IN else path.name
     if not path.is_file():
         raise BadInput(f"--row {row}: only a FILE is given a name, {name} has its own")
-    if row in (*BUILT_IN, "", "..") or Path(row).name != row or "|" in row or not row.isprintable():
-        raise BadInput(f"--row {row}: must be fit to name a folder, and neither imagenet nor random")
-    return row
+    return fit_name("--row", row, "")
+
+
+def fit_name(flag: str, name: str, *taken: str) -> str:
+    """A name that a flag gives: of a folder, a file and a row of a table. Raises BadInput where it is unfit for one."""
+    if name in (taken := (*BUILT_IN, *taken)) or name == ".." or Path(name).name != name or UNFIT & {*name} or (
+            not name.isprintable() or name != name.strip()):
+        raise BadInput(f"{flag} {name}: must be fit to name a folder and a row of a table, without any of "
+                       f"{' '.join(sorted(UNFIT))} or blanks at its ends, and none of {', '.join(filter(None, taken))}")
+    return name
 
 
 def checksum(module: nn.Module) -> str:

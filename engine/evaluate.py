@@ -94,8 +94,8 @@ def finish(trainer, run: runs.Run, config: dict) -> None:
         for case, (name, path) in validation_files(trainer.store).items():
             predict.write(folder / "predictions", name, predicted[case], volumes.read_volume(path), task)
     phantom = config["data"] == "phantom"
-    title = (f"{report.label(config['backbone'], phantom)}, {config['protocol']}, {config['split']} % of the training "
-             f"volumes, draw {config['draw']}")
+    title = (f"{report.label(result)}, {config['protocol']}, {config['split']} % of the training volumes, draw "
+             f"{config['draw']}")
     if phantom:
         title += ", on the generated phantom"
     pictures(trainer.store, folder, title, table, ids, predicted)

@@ -359,7 +359,7 @@ def report(path: Path, cells: Sequence[dict]) -> None:
     cells = [c for c in cells if c["values"]]
     rows = {(c["data"], c["split"]): c["names"] for c in cells}
     protocols = list(dict.fromkeys(c["protocol"] for c in cells))
-    methods = list(dict.fromkeys(c["method"] for c in cells))
+    methods = list(dict.fromkeys(c["label"] for c in cells))
     looks = {m: {"marker": MARKERS[i % len(MARKERS)], "color": STYLES[i % len(STYLES)][0], "linestyle": "none",
                  "markersize": 4.5, "fillstyle": "none" if i % 2 else "full"} for i, m in enumerate(methods)}
     step = min(0.22, 0.66 / len(methods))  # aside, so that equal values stay visible
@@ -373,7 +373,7 @@ def report(path: Path, cells: Sequence[dict]) -> None:
             for c in cells:
                 if (c["data"], c["split"], c["protocol"]) == (data, split, protocol):
                     shown = [*(100 * np.array(c["organs"], float)), np.mean(c["values"])]
-                    axes.plot(shown, np.arange(len(shown)) + aside[c["method"]], **looks[c["method"]])
+                    axes.plot(shown, np.arange(len(shown)) + aside[c["label"]], **looks[c["label"]])
             axes.set_title(f"{protocol}, {split} % of the training volumes\n{where}", fontsize=8)
             axes.hlines([*places, len(organs)], 0, 100, color="#e8e8e8", linewidth=0.8, zorder=0)
             axes.set_xlim(-2, 102)

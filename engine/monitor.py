@@ -11,7 +11,7 @@ from tqdm import tqdm
 import augment
 import metrics
 import resize
-from engine import processes, recipes, runs
+from engine import origin, processes, recipes, runs
 
 LOG_INTERVAL = 10  # steps between two looks at the losses; each look waits for the device
 # What `Trainer.step` returns of a step; the queue's accuracy, cosine to the own key and to the queue: MoCo.query_stats
@@ -152,8 +152,7 @@ class MetricLogger:
                 self.seen += f", probe {100 * found['probe_dice']:.1f} % (at first {100 * trainer.probe.start:.1f} %)"
             apart = found["held_out_gap"] >= metrics.LEAST_GAP or done < judged_from(trainer)
             self.alarm = "" if apart else "DOES NOT TELL SLICES APART, "
-            if done % trainer.batches.steps_per_epoch == 0:  # where --steps ends, a longer run would not look
-                record |= found
+            record |= found  # every look, also the one where --steps ends and a longer run would not look
         self.run.log(records)
 
         # the same, shown
@@ -188,6 +187,7 @@ def introduce(trainer, store, ranks: processes.Processes, first: int, last: int)
           f"{ranks.world_size} process(es), {trainer.moco.groups_per_pass} in one pass, precision {trainer.amp}, "
           f"{args.image_size} px; about {megabytes:,.0f} MB in {args.out / args.name}; the time needed is printed "
           f"after {LOG_INTERVAL} steps" + ", of which the first compiles for a minute or two" * args.compile)
+    origin.announce_input(args.init, args.out, args.window)
     if args.init_unfinished:
         print(f"note: {args.init}: {args.init_unfinished}; this run starts from it as it is")
     if args.init_untrained:

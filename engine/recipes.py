@@ -1,14 +1,53 @@
-"""Settings of others beside the paper's (--recipe), what runs are called, and what one is told before it starts."""
+"""Whose settings: the paper's, the phantom's, others' (--recipe); what runs are called, and are told at their start."""
 
 import argparse
 
+from ct.prepare import SIZE, WINDOW
 from engine.processes import seed_suffix
+
+LR = 0.03  # of a batch of 256; in proportion to the batch
+# What no preset changes: temperatures and lambda of Eq. 1 to 3, K of Eq. 2, T of Newton's iteration.
+TERMS = dict(temperature=0.2, temperature_local=0.2, lambda_local=1.0, patches=20, zca_iterations=5)
+PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, bn_group=32, epochs=200, lr=None,
+             queue=65536, ema=0.999, zca_group=64, size=SIZE, weight_decay=1e-4, window=WINDOW) | TERMS
+# The phantom's preset: see docs/training.md, "Few slices". Its rows start from a run of START, the stand-in for
+# ImageNet weights: MoCo v2 without geometry, which learns from random weights where MoCo v2 with crops does not.
+PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=12, lr=0.01, queue=256, ema=0.99,
+               zca_group=64, size=192, weight_decay=1e-4, window=WINDOW) | TERMS
+START = dict(init="random", local=False, zca=False, geometric=False, every=1, epochs=6, steps=None, overwrite=False,
+             recipe="paper")
+
+SEGMENTATION = dict(arch="resnet50", iterations=40_000, crop_size=512, batch_size=16, lr=0.01, whole_slices=False)
+# On the phantom the frozen head sees whole slices, so that their features are computed once.
+SEGMENTATION_PHANTOM = dict(arch="resnet18", crop_size=96, batch_size=16)
+PHANTOM_RECIPES = {"linear-frozen": dict(iterations=300, lr=0.2, whole_slices=True),
+                   "linear-finetune": dict(iterations=100, lr=0.05, whole_slices=False),
+                   "deeplabv3plus": dict(iterations=60, lr=0.05, whole_slices=False)}
 
 # The first author's published code (Jamshidhsp/med_selfsup, e6e1990), as far as flags reach it: docs/decisions.md has
 # each with its file, and what is not imitated. Its 16 bits have no HU window: this one holds what a CT's 12 bits hold.
 AUTHOR = dict(window=(-1024, 3071), weight_decay=1e-6, zca_group=0)
 AUTHOR_SIZES = dict(image_size=336, lr=0.03, epochs=300)  # the phantom keeps its own, with its batch, queue and EMA
 FEW = 20_000  # slices: below, the paper's settings are looked at for what cannot work
+
+
+def row(args: argparse.Namespace) -> str:
+    """The row of the tables that a pre-training's method is: Table 2's, with a suffix where its views are not the
+    paper's. It names a run without --name.
+    """
+    name = "moco"
+    if args.local:
+        name += "-local"
+    if args.zca:
+        name += "-zca"
+    if args.local and args.geometric:
+        name += "-aligned"
+    if not (args.local or args.geometric):
+        name += "-nogeo"
+    name += f"-every{args.every}" * (args.every > 1)
+    if args.recipe == "author":
+        name = "author-" + name.removeprefix("moco-")
+    return name
 
 
 def author(args: argparse.Namespace, defaults: dict, phantom: bool) -> dict:
@@ -39,20 +78,8 @@ def start_of(args: argparse.Namespace) -> str:
 
 
 def name_of(args: argparse.Namespace, phantom: bool) -> str:
-    """A run's name where none is given: Table 2's row, its suffix where its views are not the paper's, its seed."""
-    name = "moco"
-    if args.local:
-        name += "-local"
-    if args.zca:
-        name += "-zca"
-    if args.local and args.geometric:
-        name += "-aligned"
-    if not (args.local or args.geometric):
-        name += "-nogeo"
-    name += f"-every{args.every}" * (args.every > 1)
-    if args.recipe == "author":
-        name = "author-" + name.removeprefix("moco-")
-    return "phantom-" * phantom + name + seed_suffix(args.seed)
+    """A run's name where none is given: its row of the tables and its seed."""
+    return "phantom-" * phantom + row(args) + seed_suffix(args.seed)
 
 
 def advice(args: argparse.Namespace, trained: int, horizon: int) -> list[str]:

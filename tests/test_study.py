@@ -181,6 +181,18 @@ def test_tables_hold_means_and_deviations_of_what_is_there(tmp_path):
     assert [p.name for p in written] == ["study.md", "study.csv"]  # and no picture in tests
 
 
+def test_a_run_that_was_measured_again_counts_once_and_what_is_no_result_is_told(tmp_path, capsys, refusal):
+    write_results(tmp_path, {("moco", 10): {0: (0.1, 0.1, 0.2), 2: (0.2, 0.2, 0.2)}})
+    write_results(tmp_path, {("moco", 10): {0: (0.3, 0.3, 0.2)}})
+    path = tmp_path / "heads/64px-step10/results.jsonl"
+    runs.append(path, [{}])
+    found = study.measured(tmp_path)
+    assert study.over_seeds(found["moco", 10], 64) == pytest.approx((25, 50**0.5))  # of 30 and 20
+    assert capsys.readouterr().err.count("\n") == 1
+    path.write_text("{}\n")
+    assert "results.jsonl: lines that are no results" in refusal(study.main, ["--out", tmp_path, "--table"])
+
+
 @pytest.mark.pictures
 def test_the_picture_has_a_curve_a_row_and_a_level_for_random_weights(tmp_path, monkeypatch):
     write_results(tmp_path, MADE)

@@ -26,7 +26,7 @@ import svd_spectrum
 import train_seg
 import train_ssl
 from ct import tasks
-from engine import backbones, evaluate, figures, predict, processes, runs
+from engine import backbones, evaluate, figures, origin, predict, processes, runs
 from segment import PROTOCOLS, Segmenter
 from whitening import whiten_last_norm
 
@@ -382,28 +382,61 @@ def test_prediction_is_made_at_the_masks_own_resolution():
     assert labels.dtype == torch.uint8 and torch.equal(labels.long(), expected)
 
 
-def result(split, draw, mds, backbone="moco", data="BTCV", slices=3779, **more):
-    return {"data": data, "slices": slices, "split": split, "draw": draw, "backbone": backbone, "arch": "resnet50",
-            "protocol": "linear-finetune", "mDS": mds, "organs": [mds] * 12 + [None], **more}
+def made(*flags, phantom=False, **more):
+    """The config of a pre-training by these flags, as its run folder has it."""
+    args = train_ssl.parse([str(f) for f in flags])
+    train_ssl.resolve_defaults(args, phantom)
+    config = {k: v for k, v in vars(args).items() if k not in (
+        "steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
+        "checkpoint_minutes", "groups_per_pass", "probe")}
+    data = {"data": "phantom", "volumes": 40} if phantom else {"data": "AbdomenCT-1K", "volumes": 1062}
+    if phantom and args.init.startswith("phantom-start"):
+        start = made("--init", "random", "--no-geometric", "--epochs", 6, phantom=True)
+        data["start"] = start | {"step": 138, "horizon": 138}
+    return config | data | {"slices": 9, "store": "", "init_checksum": "", "normalisation": origin.NORMALISATION} | more
+
+
+def result(split, draw, mds, backbone="moco", data="BTCV", slices=3779, protocol="linear-finetune", config=None,
+           gap=0.3, step=184, **more):
+    """A line of results.jsonl as the paper's settings, or the phantom's preset, make it."""
+    config = config or (made(phantom=data == "phantom") if "moco" in backbone else None)
+    preset = dict(arch="resnet50", iterations=40000, crop_size=512, batch_size=16, lr=0.01, whole_slices=False)
+    if data == "phantom":
+        preset = dict(arch="resnet18", crop_size=96, batch_size=16) | {
+            "linear-frozen": dict(iterations=300, lr=0.2, whole_slices=True),
+            "linear-finetune": dict(iterations=100, lr=0.05, whole_slices=False),
+            "deeplabv3plus": dict(iterations=60, lr=0.05, whole_slices=False)}[protocol]
+    known = dict.fromkeys(("step", "horizon", "gap", "view_px", "slice_px"))
+    if config:
+        known = {"step": step, "horizon": 184, "gap": gap, "view_px": config["image_size"], "slice_px": config["size"],
+                 "config": json.loads(json.dumps(config))}
+    return preset | {"data": data, "slices": slices, "split": split, "draw": draw, "backbone": backbone, "seed": 0,
+                     "protocol": protocol, "mDS": mds, "organs": [mds] * 12 + [None], "window": [-175, 250],
+                     "whitening": "fold" if protocol == "linear-frozen" else "bn",
+                     "pretraining": known | {"checksum": f"{backbone} {mds}"}} | more
 
 
 @pytest.mark.pictures
 def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
-    trained = {"step": 184, "horizon": 184, "gap": 0.3, "view_px": 64, "slice_px": 192}
     rows = [result("12.5", d, m) for d, m in enumerate((0.40, 0.46, 0.43))]
-    rows += [result("25", 0, 0.5), result("25", 0, 0.6), result("100", 0, 0.7, "mine"),
-             result("100", 0, 0.1, "phantom-moco", "phantom", 1193, pretraining=trained | {"gap": 0.003}, seed=0),
-             result("100", 0, 0.3, "phantom-moco-seed1", "phantom", 1193, pretraining=trained, seed=1),
-             result("100", 0, 0.5, "phantom-moco-local-zca-aligned", "phantom", 1193,
-                    pretraining=trained | {"step": 9}),
-             result("100", 0, 0.4, "phantom-author-zca", "phantom", 1193, pretraining=trained, window=[-1024, 3071]),
-             result("100", 0, 0.2, slices=231), result("12.5", 0, 0.3, "imagenet", lr=4)]
+    rows += [result("25", 0, 0.5), result("25", 0, 0.6), result("100", 0, 0.7, "mine", config=made()),
+             result("100", 0, 0.1, "phantom-moco", "phantom", 1193, gap=0.003),
+             result("100", 0, 0.3, "phantom-moco-seed1", "phantom", 1193, seed=1,
+                    config=made("--seed", 1, phantom=True)),
+             result("100", 0, 0.5, "phantom-moco-local-zca-aligned", "phantom", 1193, step=9,
+                    config=made("--local", "--zca", "--geometric", phantom=True)),
+             result("100", 0, 0.4, "phantom-author-zca", "phantom", 1193, window=[-1024, 3071],
+                    config=made("--recipe", "author", "--zca", "--bn-group", 64, phantom=True, zca_group=512)),
+             result("100", 0, 0.2, slices=231), result("12.5", 0, 0.3, "imagenet", lr=4),
+             result("12.5", 1, 0.31, "imagenet")]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     train_seg.main(["--report", "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert "| 46.04 ± 4.37 | 43.00 ± 3.00 (n = 3) |" in out  # the paper's, those of here
     assert "| 66.17 ± 6.16 | 60.00 (n = 1) |" in out  # the newest of two counts
-    assert "| 100 % | mine | not run | 70.00 (n = 1) | not run |" in out
+    assert "| 42.55 ± 2.41 | 31.00 (n = 1) |" in out  # of two learning rates the paper's; the other one is another row
+    assert "| 12.5 % | No SSL (segmentation: learning rate 4 instead of 0.01) | 30.00 (n = 1) |" in out
+    assert "| 100 % | mine (made as MoCo v2; views of 224 px of slices of 512 px) | 70.00 (n = 1) |" in out
     # seeds are replicates; what did not train, or has not finished, says so; nothing is shown of what was not run
     assert re.search(r"\| 100 % \| MoCo v2 \(\*\*did not train\*\*[^|]*\) \| 20.00 ± 14.14 \(n = 2\) \|$", out, re.M)
     assert re.search(r"Beyond the paper, on the generated phantom.*?\| 100 % \| MoCo v2 \+ aligned local \+ ZCA "
@@ -411,13 +444,16 @@ def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
     assert re.search(r"\| 100 % \| MoCo v2 \+ ZCA, first author's settings \(HU -1024 to 3071\) \| 40.00", out)
     assert "no BTCV results" in out and "views of 64 px of slices of 192 px" in out
     assert "on BTCV of 231 slices" in out  # a folder of that name with other slices is another data set
-    assert len(re.findall(r"^(?:Table|The paper's rows|Beyond|Others)", out, re.M)) == 5  # Table 2 has no result
+    # Table 2 has no result, as the run named mine is not the paper's by its name
+    heads = re.findall(r"^(?:Table|The paper's rows|Beyond|Others).*?, on (?:\w+)", out, re.M)
+    assert [re.split(r",| \(", h)[0] for h in heads] == ["Table 1", "Others", "The paper's rows", "The paper's rows",
+                                                        "Beyond the paper"]
     assert out.count("**the settings differ:**") == 1 and "lr 4" in out
     assert (tmp_path / "report.md").read_text() in out
     assert (tmp_path / "report.png").stat().st_size > 10_000
     cells = list(csv.DictReader((tmp_path / "report.csv").open()))
-    # three protocols: Table 1 of BTCV and one other row of it; three rows of the phantom, one of the third
-    assert len(cells) == 3 * (9 + 1 + 3 + 1)
+    # three protocols: Table 1 of BTCV and two others of it; three rows of the phantom, one of the third
+    assert len(cells) == 3 * (9 + 2 + 3 + 1)
 
     def cell(data, split, method, protocol="linear-finetune"):
         return [c for c in cells if (c["data"], c["split"], c["method"], c["protocol"])
@@ -429,6 +465,28 @@ def test_report_states_mean_deviation_and_what_was_not_run(tmp_path, capsys):
     assert [told[k] for k in ("paper mDS", "paper sd", "mDS", "sd", "n", "settings")] == ["81.22", "", "", "", "", ""]
     told = cell("phantom", "100", "MoCo v2")
     assert [told[k] for k in ("paper mDS", "mDS", "sd", "n")] == ["", "20.00", "14.14", "2"]
+    assert told["remarks"].startswith("did not train: it does not tell slices apart; views of 64 px")
+    assert cell("phantom", "100", "MoCo v2 + aligned local + ZCA")["remarks"].startswith("unfinished: step 9 of 184")
+
+
+def test_after_a_command_its_own_rows_are_shown(flags, tmp_path, capsys):
+    """Not those of other commands: another split, another backbone; of other draws its own row's."""
+    def run(*more):
+        capsys.readouterr()
+        train_seg.main([*flags("--protocol", "linear-frozen", "--iterations", 1, "--backbone", "random"),
+                        *map(str, more), "--out", str(tmp_path)])
+        return capsys.readouterr().out
+
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "x.pth")
+    run("--split", "12.5", "--draw", 0)
+    run("--split", "25", "--draw", 0, "--backbone", tmp_path / "x.pth", "--row", "theirs")
+    out = run("--split", "25", "--draw", 1)
+    assert re.findall(r"^\| ([\d.]+ %) \| ([^|(]*) .*\(n = (\d)\) \|$", out, re.M) == [("25 %", "Random weights", "1")]
+    out = run("--split", "25", "--draw", 0)
+    assert re.findall(r"^\| ([\d.]+ %) \| ([^|(]*) .*\(n = (\d)\) \|$", out, re.M) == [("25 %", "Random weights", "2")]
+    assert f"train_seg.py --report --out {tmp_path}" in out
+    train_seg.main(["--report", "--out", str(tmp_path)])
+    assert len(re.findall(r"^\| [\d.]+ % \|", capsys.readouterr().out, re.M)) == 3
 
 
 def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_path, monkeypatch):
@@ -513,7 +571,9 @@ def test_spectrum_command(flags, pretrained, small_phantom, capsys):
     assert "effective rank" in capsys.readouterr().out
     assert (pretrained / "spectrum.png").stat().st_size > 10_000
     header, row = (pretrained / "spectrum.csv").read_text().splitlines()
-    assert row.split(",")[:2] == ["phantom-moco-local-zca", "phantom"] and len(row.split(",")) == 5 + 512
+    assert row.split(",")[:2] == ["phantom-moco-local-zca", "phantom"] and len(next(csv.reader([row]))) == 6 + 512
+    told = dict(zip(header.split(","), next(csv.reader([row])), strict=True))["remarks"]
+    assert told.startswith("unfinished: step 2 of ") and "zca group 16 instead of 64; from random weights" in told
 
 
 def test_the_spectrums_flags_do_what_they_say(pretrained, small_phantom, tmp_path, capsys, monkeypatch, refusal):

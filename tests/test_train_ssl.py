@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -488,6 +489,38 @@ def test_a_model_that_only_drifts_brings_the_warning(flags, tmp_path, small_phan
     assert ("does not tell slices apart" in collapse.warning(told, full)) is not apart
     assert (told["held_out_gap"] > 0.1) is apart
     assert (told["instance_accuracy"] > 2 * told["instance_chance"]) is apart
+
+
+def test_every_look_that_is_shown_stands_in_the_log(flags, tmp_path, monkeypatch, capsys):
+    """Also the last of --steps within an epoch, and the one from which a run is judged; 2 steps are an epoch."""
+    monkeypatch.setattr(monitor, "EARLIEST", 1)
+    for steps, looked in ((1, [1]), (3, [1, 2, 3])):  # 1: where it is judged first
+        train_ssl.main(flags(tmp_path / str(steps), "--batch-size", 8, "--epochs", 2, "--steps", steps))
+        shown = re.findall(r"^step (\d+)/.*gap (-?[\d.]+), effective rank ([\d.]+)", capsys.readouterr().out, re.M)
+        log = {r["step"]: r for r in runs.read_log(tmp_path / str(steps) / "phantom-moco/log.jsonl")}
+        assert [step for step, r in log.items() if "held_out_gap" in r] == looked
+        assert [int(step) for step, *_ in shown] == looked
+        for step, gap, rank in shown:
+            told = log[int(step)]
+            assert (gap, rank) == (f"{told['held_out_gap']:.2f}", f"{told['effective_rank']:.1f}")
+
+
+def test_a_start_that_saw_other_grey_values_is_told_of(flags, tmp_path, monkeypatch, capsys):
+    train_ssl.main(flags(tmp_path, "--name", "start", "--steps", 1, "--window", -1000, 1000))
+    monkeypatch.setattr(train_ssl, "train", lambda trainer, store, run, *_: run.log([{"step": 1}]))
+    capsys.readouterr()
+    for init, loud in (("start", True), (tmp_path / "start/backbone.pth", True), ("random", False)):
+        train_ssl.main([*flags(tmp_path, "--steps", 1, "--overwrite"), "--init", str(init)])
+        out = capsys.readouterr().out
+        assert (f"WARNING: {init}: pre-trained with --window -1000 1000; these slices have another, -175 250" in out
+                ) is loud
+    shutil.copy(tmp_path / "start/backbone.pth", tmp_path / "x.pth")  # alone, a file tells nothing
+    train_ssl.main([*flags(tmp_path, "--steps", 1, "--overwrite"), "--init", str(tmp_path / "x.pth")])
+    out = capsys.readouterr().out
+    assert "WARNING" not in out and "x.pth: a file, which does not tell the HU window" in out
+    config = json.loads((tmp_path / "start/config.json").read_text())
+    assert config["window"] == [-1000, 1000]
+    assert config["normalisation"] == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
 
 
 def test_rows_start_from_a_run_of_out(flags, tmp_path, refusal, capsys):

@@ -30,7 +30,7 @@ import train_ssl
 from ct import phantom
 from ct.command import Parser, cores, whole
 from ct.volumes import BadInput
-from engine import figures, processes, recipes, report, runs
+from engine import figures, origin, processes, recipes, report, runs
 
 ROOT = Path(__file__).parent.parent
 # On real CT; the phantom has train_ssl.py's preset.
@@ -195,7 +195,8 @@ def measured(out: Path) -> dict[tuple[str, int], dict[int, dict]]:
     """{(row, step): {seed: {look or side of the slices: value}}} of what is there, Dice in percent."""
     found: dict[tuple[str, int], dict[int, dict]] = defaultdict(lambda: defaultdict(dict))
     for path in sorted(out.glob("heads/*/results.jsonl")):
-        for r in runs.read_log(path):
+        for r in origin.newest(origin.read(path, backbone=str, seed=int, crop_size=int, mDS=(int, float),
+                                           pretraining=dict)):
             author = AUTHOR * path.parent.name.startswith(AUTHOR) * (r["backbone"] == "random")
             name = author + r["backbone"].removesuffix(processes.seed_suffix(r["seed"]))
             step = r["pretraining"]["step"] or 0
