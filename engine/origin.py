@@ -36,7 +36,7 @@ METHOD = {"local", "zca", "geometric", "every", "recipe"}  # settings that the r
 NOT_SAID = METHOD | {"arch", "data", "volumes", "slices", "store", "step", "horizon"}  # of a pre-training, as a setting
 SAID = {"arch": "{}", "image_size": "views of {} px", "size": "slices of {} px", "batch_size": "batch {}",
         "bn_group": "groups of {}", "epochs": "{} epochs", "iterations": "{} iterations", "crop_size": "crops of {} px",
-        "lr": "learning rate {}", "ema": "EMA {}", "window": "HU {}"}
+        "flip": "mirrored crops: {}", "lr": "learning rate {}", "ema": "EMA {}", "window": "HU {}"}
 
 
 # ------------------------------------------------------------------------------------------------------- of weights
@@ -160,7 +160,8 @@ def head_key(result: dict) -> dict:
     """All of the segmentation that results of one cell must have in common, {setting: value}: whatever the result
     names, but for FREE and what was measured.
     """
-    return dict(runs.flat({k: v for k, v in result.items() if k not in FREE and not k.startswith(MEASURED)}))
+    own = runs.SINCE_SEGMENTATION | result
+    return dict(runs.flat({k: v for k, v in own.items() if k not in FREE and not k.startswith(MEASURED)}))
 
 
 def contents(result: dict) -> dict:
@@ -248,8 +249,9 @@ def unlike_segmentation(result: dict) -> dict[str, str]:
     author = (known(result).get("config") or {}).get("recipe") == "author"
     paper = paper | {"whitening": "fold" if result["protocol"] == "linear-frozen" else "bn",
                      "window": recipes.AUTHOR["window"] if author else WINDOW}
-    own = {k: v for k, v in result.items() if k not in FREE | PLACE and not k.startswith(MEASURED)}
-    return compare(own, paper, set())
+    own = {k: v for k, v in (runs.SINCE_SEGMENTATION | result).items()
+           if k not in FREE | PLACE and not k.startswith(MEASURED)}
+    return compare(own, paper | runs.SINCE_SEGMENTATION, set())
 
 
 def compare(own: dict, paper: dict, silent: set[str]) -> dict[str, str]:

@@ -23,8 +23,8 @@ from engine import processes
 from engine.processes import Processes, on_main
 
 SHOWN = 8  # differing settings that a refusal names
-# settings that older configs do not name, as they were
-SINCE = {"recipe": "paper", "weight_decay": 1e-4, "every": 1, "flip": True}
+# settings that older configs do not name, as they were: of pre-training, of segmentation
+SINCE, SINCE_SEGMENTATION = {"recipe": "paper", "weight_decay": 1e-4, "every": 1}, {"flip": True}
 RECORDED = ("start", "normalisation")  # what older configs do not tell, and nothing is compared with
 # The tensors of a Lightning file, a dict with arguments or a whole module: what `load` reads. FILE and NEW follow.
 SAVE_ALONE = ("python -c \"import sys, torch; f, new = sys.argv[1:]; x = torch.load(f, 'cpu', weights_only=False); "
@@ -270,7 +270,7 @@ def differences(folder: Path, new: dict) -> str:
     """Where the config of a run in `folder` is another than this one: `lr: 0.1 there, 0.2 here; ...`, or nothing."""
     old, new = read_config(folder), json.loads(json.dumps(new))
     old, new = (dict(flat({k: v for k, v in config.items() if k in old or k not in RECORDED})) for config in (old, new))
-    old = {k: v for k, v in SINCE.items() if k in new} | old
+    old = {k: v for k, v in (SINCE | SINCE_SEGMENTATION).items() if k in new} | old
     differing = [f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted({*old, *new})
                  if old.get(k) != new.get(k)]
     return "; ".join(differing[:SHOWN]) + f"; and {len(differing) - SHOWN} more" * (len(differing) > SHOWN)

@@ -386,9 +386,7 @@ def made(*flags, phantom=False, **more):
     """The config of a pre-training by these flags, as its run folder has it."""
     args = train_ssl.parse([str(f) for f in flags])
     train_ssl.resolve_defaults(args, phantom)
-    config = {k: v for k, v in vars(args).items() if k not in (
-        "steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
-        "checkpoint_minutes", "groups_per_pass", "probe")}
+    config = {k: v for k, v in vars(args).items() if k not in train_ssl.NOT_IN_CONFIG}
     data = {"data": "phantom", "volumes": 40} if phantom else {"data": "AbdomenCT-1K", "volumes": 1062}
     if phantom and args.init.startswith("phantom-start"):
         start = made("--init", "random", "--no-geometric", "--epochs", 6, phantom=True)
