@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def remove_parts(folder: Path) -> None:
     """What killed writers have left in a folder that this process has locked; of earlier versions, too."""
-    for pattern in (".part-*", ".*.part", ".[0-9]*-*.*"):
+    for pattern in (".part-*", ".*.part", ".[0-9]*.*"):
         for part in folder.glob(pattern):
             part.unlink(missing_ok=True)
 
