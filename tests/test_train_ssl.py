@@ -18,7 +18,7 @@ import datasets
 import resize
 import train_ssl
 from ct import intake
-from engine import monitor, processes, recipes, runs
+from engine import monitor, origin, processes, recipes, runs
 from whitening import ZCAWhitening
 
 ROOT = Path(__file__).parent.parent
@@ -265,11 +265,12 @@ def test_a_run_with_the_first_authors_settings(flags, tmp_path, capsys):
 
 
 def test_a_run_of_before_the_recipes_goes_on(flags, tmp_path, refusal):
-    """Its config names neither recipe nor weight decay."""
+    """Its config names neither recipe, weight decay nor normalisation."""
     train_ssl.main(flags(tmp_path, "--steps", 1))
     path = tmp_path / "phantom-moco/config.json"
     config = json.loads(path.read_text())
     assert config.pop("recipe") == "paper" and config.pop("weight_decay") == 1e-4
+    assert config.pop("normalisation") == origin.NORMALISATION
     path.write_text(json.dumps(config))
     assert "weight_decay: 0.0001 there, 0.001 here" in refusal(
         train_ssl.main, flags(tmp_path, "--steps", 2, "--weight-decay", 1e-3))
