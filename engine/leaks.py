@@ -12,8 +12,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ct import repeats, stores
+from ct.volumes import BadInput
 from engine import runs
-from engine.backbones import BUILT_IN, CHECKPOINT
+from engine.origin import BUILT_IN, CHECKPOINT, EXPORTED
 
 SEEN = "seen.json"  # in a pre-training's folder: {"slices": {id: ct.repeats.slice_sums}, "files": {id: checksum}}
 SHOWN = 3  # volumes that a line names
@@ -38,10 +39,17 @@ def seen_by(backbone: str, out: Path) -> dict[str, dict[str, str]] | None:
     if backbone in BUILT_IN:
         return {"slices": {}, "files": {}}
     folder, path = out / backbone, Path(backbone)
-    if not (folder / CHECKPOINT).exists():
-        if path.name != "backbone.pth":
-            return None
-        folder = path.parent
+    if (folder / CHECKPOINT).exists():
+        return _seen_in(folder)
+    if path.name != EXPORTED:
+        return None
+    try:
+        return _seen_in(path.parent)
+    except BadInput:  # what lies beside a file is none of ours: it tells nothing
+        return None
+
+
+def _seen_in(folder: Path) -> dict[str, dict[str, str]] | None:
     if (folder / SEEN).exists():
         return runs.read_json(folder / SEEN, "slices", "files", remedy="give that pre-training's command again")
     if (folder / "config.json").exists():

@@ -437,7 +437,8 @@ def test_commands_tell_what_is_odd_before_they_start(bright, monkeypatch, capsys
     monkeypatch.setattr(train_ssl, "pretrain", stop)
     monkeypatch.setattr(train_seg, "measure", stop)
     monkeypatch.setattr(svd_spectrum, "features", stop)
-    main, more = {"train_ssl": (train_ssl.main, ["--data", bright / "AbdomenCT-1K"]),
+    main, more = {"train_ssl": (train_ssl.main, ["--data", bright / "AbdomenCT-1K", "--batch-size", 8,
+                                                  "--bn-group", 4]),
                   "train_seg": (train_seg.main, ["--data", bright / "BTCV", "--split", "25", "--backbone", "random"]),
                   "svd_spectrum": (svd_spectrum.main, ["--data", bright / "BTCV", "random"])}[command]
     with pytest.raises(SystemExit):

@@ -165,7 +165,7 @@ def test_a_run_with_it_is_the_run_without(small_phantom, tmp_path, monkeypatch, 
         assert len(lines) == (2 if more else 0) and (", probe " in told) == bool(more)
         if more:
             assert "to 24 slices and scored on 8 of other cases, 8 x 8 positions" in lines[0]
-            assert f"after step {steps // 2 * 2}" in lines[1] and "before the first step" in lines[1]
+            assert f"after step {steps}" in lines[1] and "before the first step" in lines[1]
     one, other = ((tmp_path / x / "phantom-moco-local-zca") for x in "ab")
     logs = [runs.read_log(folder / "log.jsonl") for folder in (one, other)]
     assert [("probe_dice" in r, "probe_dice_start" in r) for r in logs[0]] == [(False,) * 2, (True,) * 2] * 2
