@@ -9,6 +9,7 @@ be done about it here.
 from collections.abc import Collection
 
 from ct.tasks import Task
+from ct.volumes import BadInput
 
 LEAST = 10  # voxels that an organ must have in the whole training set, and in the validation set
 PART = 2 / 3  # of the volumes: an organ that fewer of them have is told, where there are LEAST_VOLUMES
@@ -35,7 +36,10 @@ def uncounted(volumes: Collection[dict], task: Task) -> dict[int, str]:
 
 
 def remarks(volumes: Collection[dict], task: Task, split: str | None = None, draws: Collection[int] = ()) -> list[str]:
-    """What is to be said of the organs in a store's volumes, a line each; of draws of a split, what they lack, too."""
+    """What is to be said of the organs in a store's volumes, a line each; of draws of a split, what they lack, too.
+
+    Raises BadInput for a split without an organ to measure.
+    """
     ids = [v["id"] for v in volumes]
     own, lines, drawn = voxels(volumes, task, ids), [], task.file("val").exists() and task.file("100").exists()
     left = uncounted(volumes, task) if drawn else {}
@@ -44,6 +48,9 @@ def remarks(volumes: Collection[dict], task: Task, split: str | None = None, dra
               if c not in left and 0 < sum(own[c].values()) < LEAST]
     if drawn:
         val = voxels(volumes, task, task.cases("val"))
+        if split and not any(val.values()):
+            raise BadInput(f"{task.file('val')}: no volume to validate on has an organ, so that there would be no Dice; "
+                           "choose others with --val-cases")
         if absent := [task.organs[c] for c in val if own[c] and not val[c]]:
             lines.append(f"no volume to validate on has: {_listed(absent)}; not measured")
         for draw in draws:

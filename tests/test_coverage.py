@@ -9,6 +9,7 @@ import pytest
 import train_seg
 from ct import coverage, phantom, tasks
 from ct.tasks import BTCV
+from ct.volumes import BadInput
 
 LABELS = {0: "background", 1: "liver", 5: "spleen", 7: "label 7"}
 
@@ -114,3 +115,10 @@ def test_a_stray_voxel_is_no_organ_of_the_mean(tmp_path, capsys):
     # the counts themselves stay in dice.csv
     last = (tmp_path / "seg/random-linear-frozen-100-0-own/dice.csv").read_text().splitlines()[-1].split(",")
     assert last[:3] == ["0003", "99", "label 99"] and last[5] == "1"
+
+
+def test_a_validation_set_without_any_organ_is_refused_where_a_dice_is_asked_for(tmp_path):
+    volumes, task = drawn(tmp_path, PLAIN | {"p6": (0, 0, 0), "p7": (0, 0, 0)}, ["p6", "p7"])
+    with pytest.raises(BadInput, match="no volume to validate on has an organ"):
+        coverage.remarks(volumes, task, "100", [0])
+    coverage.remarks(volumes, task)  # as of the spectrum, which needs none
