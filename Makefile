@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/python train_seg.py --split 100 --protocol linear-frozen --backbone all --out demo
 	$(BIN)/python train_seg.py --report --out demo
 	@echo "Look at demo/spectrum.png (Fig. 1), demo/report.png (each organ's Dice) and, slice by slice,"
-	@echo "demo/seg/phantom-moco-local-zca-linear-frozen-100-0/overlays.png"
+	@echo "demo/seg/phantom-moco-local-zca-aligned-linear-frozen-100-0/overlays.png"
 
 # Every row of Tables 1 and 2, the controls, the aligned rows, Fig. 1, the report. SSL, SEG: the data; OUT; SEEDS="0 1 2";
 # INIT=start trains a start instead of using ImageNet's weights; ARGS: flags of train_ssl.py, SEG_ARGS: of train_seg.py;

@@ -12,7 +12,7 @@ PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, b
              queue=65536, ema=0.999, zca_group=64, size=SIZE, weight_decay=1e-4, window=WINDOW) | TERMS
 # The phantom's preset: see docs/training.md, "Few slices". Its rows start from a run of START, the stand-in for
 # ImageNet weights: MoCo v2 without geometry, which learns from random weights where MoCo v2 with crops does not.
-PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=12, lr=0.01, queue=256, ema=0.99,
+PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=10, lr=0.01, queue=256, ema=0.99,
                zca_group=64, size=192, weight_decay=1e-4, window=WINDOW) | TERMS
 START = dict(init="random", local=False, zca=False, geometric=False, every=1, epochs=6, steps=None, overwrite=False,
              recipe="paper")

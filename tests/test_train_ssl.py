@@ -202,7 +202,7 @@ def test_the_first_authors_settings_fill_what_no_flag_gives():
     """Those of configs/selfsup of its code; on the phantom the sizes of its preset."""
     own = dict(recipe="author", window=(-1024, 3071), weight_decay=1e-6, geometric=True, local=False)
     sizes = dict(image_size=336, lr=0.03, epochs=300, queue=65536, ema=0.999, temperature=0.2, arch="resnet50")
-    preset = dict(image_size=64, lr=0.01, epochs=12, queue=256, ema=0.99, arch="resnet18", size=192)
+    preset = dict(image_size=64, lr=0.01, epochs=10, queue=256, ema=0.99, arch="resnet18", size=192)
     for phantom, more in ((False, sizes), (True, preset)):
         for flags, name, batch, groups in (((), "author-moco", 64 if phantom else 128, 2),
                                            (("--zca",), "author-zca", 64, 1)):
