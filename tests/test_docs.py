@@ -337,6 +337,8 @@ RUNS = {
     "train_seg --backbone --split --window":
         "tests/test_edges.py::test_a_run_on_another_window_is_left_out_of_all_and_noted_alone",
     "train_seg --data --split": "tests/test_labelled.py::test_a_layout_changes_no_number",
+    "train_seg --backbone --data --split":
+        "tests/test_labelled.py::test_ids_are_those_of_the_files_again_in_predictions",
     "train_seg --data --labels --split":
         "tests/test_labelled.py::test_without_names_ids_are_found_and_other_choices_are_other_tables",
     "train_seg --backbone --data --labels --split":
@@ -371,7 +373,7 @@ RUNS = {
 DOWNLOADS, MINUTES, THIS = "downloads", "takes minutes to hours", "is, or holds, this suite"
 CLUSTER, GPU, TOOL = "needs a cluster", "was measured on a GPU", "a tool of others"
 CANNOT = {
-    "make setup": DOWNLOADS, "pip": DOWNLOADS, "curl": DOWNLOADS,
+    "make setup": DOWNLOADS, "pip": DOWNLOADS, "curl": DOWNLOADS, "git": DOWNLOADS,
     "make demo": MINUTES, "make stress": MINUTES, "tests/stress --files --kills --minutes": MINUTES,
     "tools/against --pairs": MINUTES, "tools/bench": MINUTES, "tools/bench --peers": MINUTES,
     "tools/study --seg --ssl --steps": MINUTES, "tools/study --jobs --phantom --rows --steps": MINUTES,
