@@ -19,7 +19,7 @@ from engine import figures, predict, processes
 CASE, SEGMENTED = "0035", "phantom-moco-local-zca-aligned"  # the first validation case; whose head segments it
 SPECTRA = {"phantom-moco": "MoCo v2", "phantom-moco-local-zca": "local + ZCA (the paper)",
            SEGMENTED: "local + ZCA, with crops"}
-SEED = 5  # of the views, chosen by eye: both crops differ and show organs
+SEED = 20  # of the views, chosen by eye: both crops show organs
 
 
 def spectra(path: Path) -> list[tuple[str, np.ndarray]]:
