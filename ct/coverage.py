@@ -49,7 +49,7 @@ def remarks(volumes: Collection[dict], task: Task, split: str | None = None, dra
     if drawn:
         val = voxels(volumes, task, task.cases("val"))
         if split and not any(val.values()):
-            raise BadInput(f"{task.file('val')}: no volume to validate on has an organ, so that there would be no Dice; "
+            raise BadInput(f"{task.file('val')}: no volume to validate on has an organ, so there would be no Dice; "
                            "choose others with --val-cases")
         if absent := [task.organs[c] for c in val if own[c] and not val[c]]:
             lines.append(f"no volume to validate on has: {_listed(absent)}; not measured")
