@@ -10,6 +10,7 @@ from PIL import Image
 from ct.tasks import ORGANS
 from ct.volumes import BadInput
 from engine import figures, report
+from tools import overview
 
 pytestmark = pytest.mark.pictures
 
@@ -167,3 +168,28 @@ def test_a_missing_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         assert not figures.attempt(figures.validation, tmp_path / "x.png", [], "title")
     assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_strip_has_the_spectra_of_its_rows_and_the_slice_with_its_labels(tmp_path, monkeypatch):
+    head = ["backbone", "data", "vectors", "effective_rank", "rankme", "remarks", 1, 2, 3]
+    rows = [[run, "phantom", 9, 2, 2, "", 4.0 + i, 1.0, ""] for i, run in enumerate(overview.SPECTRA)]
+    report.write_csv(tmp_path / "spectrum.csv", [head, ["random", *rows[0][1:]], *rows])
+    spectra = overview.spectra(tmp_path / "spectrum.csv")
+    assert [(name, values.tolist()) for name, values in spectra] == [
+        (name, [4.0 + i, 1.0]) for i, name in enumerate(overview.SPECTRA.values())]
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda plt, figure, path: (drawn.append(figure), plt.close(figure)))
+    image, labels = np.full((40, 40), 90, np.uint8), np.zeros((40, 40), np.uint8)
+    labels[10:20, 10:20] = 6
+    views = [np.full((8, 8), x) for x in (0.25, 0.75)]
+    figures.overview(tmp_path / "x.png", views, spectra, [("truth", labels)], image)
+    axes = drawn[0].axes
+    assert [a.get_title(loc="left") for a in axes][:3] == ["a CT slice", "a query view", "its key view"]
+    assert [a.images[0].get_array()[0, 0] for a in axes[1:3]] == [0.25, 0.75]
+    assert [line.get_ydata().tolist() for line in axes[3].lines] == [[1.0, 1 / (4 + i)] for i in range(3)]
+    colours = [np.ptp(axes[i].images[0].get_array(), axis=2).max() for i in (0, 4)]
+    assert colours[0] == 0 < colours[1]  # grey, and with its labels
+
+    report.write_csv(tmp_path / "spectrum.csv", [head, rows[0]])
+    with pytest.raises(BadInput, match="has no phantom-moco-local-zca"):
+        overview.spectra(tmp_path / "spectrum.csv")
