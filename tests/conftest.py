@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -7,6 +8,8 @@ import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the other core is for stress.py
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in what it starts behind itself
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

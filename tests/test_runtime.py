@@ -1,6 +1,7 @@
 """engine/: atomic checkpoints, the run folder, precision, backbones from files."""
 
 import errno
+import functools
 import importlib
 import json
 import math
@@ -244,11 +245,13 @@ def test_under_torchrun_a_repeated_signal_is_one_signal(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("torchrun", [False, True])
-def test_signals_ask_to_save_and_stop(monkeypatch, number, torchrun):
+def test_signals_ask_to_save_and_stop(monkeypatch, request, number, torchrun):
     """And a terminal that is closed says so more than once: by the kernel and by the shell, then by torchrun."""
     if torchrun:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(processes.StopRequest, "REPEAT", 0.0)
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGHUP, signal.getsignal(signal.SIGHUP)))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # though the tests may run under nohup
     before = [signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)]
     with processes.StopRequest() as stop:
         assert stop.signal == 0
