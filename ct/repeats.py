@@ -125,7 +125,8 @@ def second_scan(small: np.ndarray) -> tuple[int, float] | None:
     if count < LEAST_SCAN:
         return None
     power = (small**2).sum(1)
-    apart = power[:, None] + power - 2 * small @ small.T  # (Z, Z): squared differences
+    # (Z, Z): squared differences; einsum, since a product by BLAS leaves a thread a core spinning in every process
+    apart = power[:, None] + power - 2 * np.einsum("id,jd->ij", small, small)
     unlike = np.array([np.median(np.diagonal(apart, lag)) for lag in range(2 * count // 3 + 1)])
     unlike -= unlike[1]
     ratios = unlike / np.maximum(np.maximum.accumulate(unlike), 1)
