@@ -34,9 +34,10 @@ PAPER = {"pretrain": "AbdomenCT-1K: 1,062 volumes, 215,325 slices",
 def remarks(volumes: list[dict], skipped: list[dict], task: Task = BTCV) -> list[str]:
     """What a command prints at its start about a store's volumes: how many things are odd, intensities, organs."""
     see = "(python datasets.py audit names them)"
-    odd = _odd(volumes, task) + [s for s in skipped if s.get("odd")]
+    astray = compare(volumes, task.organs).elsewhere
+    odd = _odd(volumes, astray) + [s for s in skipped if s.get("odd")]
     lines = [f"odd: {len(odd)} {see}"] if odd else []
-    if astray := compare(volumes, task.organs).elsewhere:
+    if astray:
         first, words = next(iter(astray.items()))
         lines.append(f"labels: {len(astray)} of {len(volumes)} volumes have them elsewhere than the other patients, it "
                      f"seems ({first}: {words})")
@@ -147,10 +148,9 @@ def _print_task(good: list[dict], task: Task) -> None:
         print(f"  one patient, it seems, {patient}: {', '.join(group)}")
 
 
-def _odd(records: list[dict], task: Task | None) -> list[str]:
-    """What is odd about volumes, a line each, whose labels lie elsewhere, and what is there twice."""
+def _odd(records: list[dict], astray: dict[str, str]) -> list[str]:
+    """What is odd about volumes, a line each, whose labels lie elsewhere (`compare`), and what is there twice."""
     odd = [f"{r['file']}: {reason}" for r in records for reason in r["odd"]]
-    astray = compare(records, task.organs).elsewhere if task else {}
     odd += [f"{r['file']}: labels elsewhere than the other patients', it seems: {astray[r['id']]}"
             for r in records if r["id"] in astray]
     return odd + [f"{name}: {reason}" for name, reason in repeats.between(records).items()]
@@ -190,7 +190,7 @@ def print_skipped(records: list[dict], skipped: list[dict], task: Task | None) -
     kinds: dict[str, list] = {"odd": [], NO_IMAGE: []}
     for s in skipped:
         kinds.setdefault(_kind(s), []).append(s)
-    odd = _odd(records, task)
+    odd = _odd(records, compare(records, task.organs).elsewhere if task else {})
     parts = [("unusable", len(unusable), unusable),
              ("odd", len(odd) + len(kinds["odd"]), _by_kind(odd, records) + _by_folder(kinds["odd"])),
              ("no image by its name", len(kinds[NO_IMAGE]), _by_folder(kinds[NO_IMAGE]))]

@@ -14,7 +14,7 @@ from pathlib import Path
 from ct import repeats, stores
 from ct.volumes import BadInput
 from engine import runs
-from engine.origin import BUILT_IN, CHECKPOINT, EXPORTED
+from engine.origin import BUILT_IN, folder_of
 
 SEEN = "seen.json"  # in a pre-training's folder: {"slices": {id: ct.repeats.slice_sums}, "files": {id: checksum}}
 SHOWN = 3  # volumes that a line names
@@ -38,15 +38,13 @@ def seen_by(backbone: str, out: Path) -> dict[str, dict[str, str]] | None:
     """
     if backbone in BUILT_IN:
         return {"slices": {}, "files": {}}
-    folder, path = out / backbone, Path(backbone)
-    if (folder / CHECKPOINT).exists():
-        return _seen_in(folder)
-    if path.name != EXPORTED:
-        return None
+    folder = folder_of(backbone, out)
     try:
-        return _seen_in(path.parent)
-    except BadInput:  # what lies beside a file is none of ours: it tells nothing
-        return None
+        return folder and _seen_in(folder)
+    except BadInput:
+        if folder == out / backbone:
+            raise
+        return None  # beside a file: it tells nothing
 
 
 def _seen_in(folder: Path) -> dict[str, dict[str, str]] | None:

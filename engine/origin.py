@@ -42,14 +42,20 @@ SAID = {"arch": "{}", "image_size": "views of {} px", "size": "slices of {} px",
 # ------------------------------------------------------------------------------------------------------- of weights
 
 
+def folder_of(name: str, out: Path) -> Path | None:
+    """The run's folder behind a resolved name, or the one in which a backbone.pth lies; None for all others."""
+    if (out / name / CHECKPOINT).exists():
+        return out / name
+    return Path(name).parent if Path(name).name == EXPORTED else None
+
+
 def made_with(name: str, out: Path) -> dict | None:
     """All that the weights behind a resolved name were made with: the run's config, of its start the same.
 
     Of backbone.pth, what the config.json beside it says; None where nothing tells it: any other file, ImageNet's and
     random weights. Checksums of slices are one here, and of a path only its last name says what it was.
     """
-    path = Path(name)
-    folder = out / name if (out / name / CHECKPOINT).exists() else path.parent if path.name == EXPORTED else None
+    folder = folder_of(name, out)
     if folder is None or not (folder / "config.json").exists():
         return None
     try:
