@@ -4,7 +4,7 @@ The recipe is MoCo v2's as mmselfsup configures it (configs/selfsup/_base_/datas
 its order: random resized crop, brightness and contrast, Gaussian blur, flip, ImageNet's mean and standard
 deviation. Its hue, saturation and grayscale are left out: they do nothing to three equal channels. Without
 geometry, as the paper has it for the local loss, the crop is the whole slice and there is no flip. The
-first author's recipe has the same crops, no flip, and photometric.py in place of jitter and blur.
+first author's recipe has the same crops, no flip, and views/photometric.py in place of jitter and blur.
 
 `draw` makes every random number, `pair` and `apply` none. Two views of a batch are two draws.
 """
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-import photometric
-from resize import crops_by_products, crops_one_by_one, normalise, pixel_boxes, to_device
+from views import photometric
+from views.resize import crops_by_products, crops_one_by_one, normalise, pixel_boxes, to_device
 
 AREA = (0.2, 1.0)  # RandomResizedCrop: share of the slice's area
 RATIO = (3 / 4, 4 / 3)  # RandomResizedCrop: width over height, log-uniform

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 
 import augment
-import resize
 from ct import audit, coverage, stores, tasks
 from ct import prepare as preparation
 from ct.stores import HEADER, array, name_of, sizes_agree, task_of
 from ct.volumes import BadInput
 from engine import figures, processes
 from local_loss import CELLS
+from views import resize
 
 HELD_OUT = 128  # slices (an eighth of a small data set) on which collapse is looked for: never trained on
 

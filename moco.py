@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from group_norms import end_step, group_norms, world_size
 from local_loss import local_info_nce, pool_boxes, pool_cells, take_patches, unit
-from resize import normalise
+from views.resize import normalise
 
 
 class Encoder(nn.Module):

@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 import datasets
 import metrics
-import resize
 from ct import intake, prepare
 from ct.command import whole
 from ct.volumes import BadInput
 from engine import backbones, figures, origin, processes, report
+from views import resize
 
 PAPER, PHANTOM = dict(arch="resnet50", image_size=224), dict(arch="resnet18", image_size=64)
 

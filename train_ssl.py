@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import augment
 import datasets
-import resize
 from ct import audit, intake, prepare, stores
 from ct.command import number, whole
 from ct.volumes import BadInput
@@ -37,6 +36,7 @@ from engine import backbones, figures, leaks, monitor, origin, passes, probe, pr
 from engine.recipes import LR, PAPER, PHANTOM, START
 from local_loss import CELLS
 from moco import MoCo
+from views import resize
 from whitening import whiten_last_norm
 
 # ------------------------------------------------------------------------------------------------------ settings

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import distances
 import metrics
 from ct import coverage, volumes
-from engine import backbones, figures, predict, processes, report, runs
+from engine import backbones, distances, figures, predict, processes, report, runs
 
 CASE_COLUMNS = ("case", "organ id", "organ", "intersection", "prediction", "truth", "dice", *distances.HD95)
 SHOWN = 6  # slices in overlays.png

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 import augment
 import metrics
-import resize
 from engine import origin, processes, recipes, runs
+from views import resize
 
 LOG_INTERVAL = 10  # steps between two looks at the losses; each look waits for the device
 # What `Trainer.step` returns of a step; the queue's accuracy, cosine to the own key and to the queue: MoCo.query_stats

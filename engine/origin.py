@@ -14,7 +14,7 @@ from ct.prepare import WINDOW
 from ct.volumes import BadInput
 from engine import recipes, runs
 from engine.processes import announce, seed_suffix
-from resize import IMAGENET_MEAN, IMAGENET_STD
+from views.resize import IMAGENET_MEAN, IMAGENET_STD
 
 CHECKPOINT, EXPORTED = "checkpoint.pt", "backbone.pth"  # what makes a folder a run; what a run leaves for others
 BUILT_IN = ("imagenet", "random")

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import resize
 from ct import intake, reading, tasks, volumes
 from ct.files import checksum
 from ct.volumes import BadInput
 from engine import backbones, processes, runs
 from segment import Segmenter
+from views import resize
 
 SOURCES = "sources.jsonl"  # beside predictions: which volume each is of, and what its ids mean
 INSTEAD = "--predict-out FOLDER"  # where predictions go elsewhere

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metrics
-import resize
 from ct import prepare, tasks
 from ct.volumes import BadInput
 from engine import processes
 from segment import dilate
+from views import resize
 from whitening import fold
 
 FITTED, SCORED = 128, 64  # slices that hold an organ, of the training and of the validation cases: so many at most

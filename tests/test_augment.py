@@ -10,8 +10,8 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 import augment
-import resize
 from local_loss import pool_boxes
+from views import resize
 
 SIDE = 96
 # with what each may differ by, of 255 grey levels: float32's rounding, and half precision's

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCS = {str(p.relative_to(ROOT)): re.sub(r"^#SBATCH .*", "", p.read_text(), flags=re.M) for p in PAGES}  # Slurm's flags
 README, ALL = DOCS["README.md"], "\n".join(DOCS.values())
-MODULES = {str(p.relative_to(ROOT).with_suffix("")): p for folder in (".", "ct", "engine", "tools")
+MODULES = {str(p.relative_to(ROOT).with_suffix("")): p for folder in (".", "views", "ct", "engine", "tools")
            for p in (ROOT / folder).glob("*.py")} | {"tests/stress": ROOT / "tests/stress.py"}
 # flags of torchrun, Slurm and TensorBoard, checked against nothing here
 OTHERS = {"--max-restarts", "--standalone", "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint",

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MATHEMATICS = {"moco", "group_norms", "local_loss", "whitening", "segment", "augment", "photometric", "resize",
-               "metrics", "distances"}
+FOLDERS = (".", "views", "ct", "engine", "tools")
+MATHEMATICS = {"moco", "group_norms", "local_loss", "whitening", "segment", "augment", "metrics", "views"}
 COMMANDS = {"train_ssl", "train_seg", "svd_spectrum"}
 ALLOWED = {"mathematics": {"mathematics"}, "ct": {"ct"}, "engine": {"engine", "ct", "mathematics"},
            "datasets": {"engine", "ct", "mathematics"}, "commands": {"datasets", "engine", "ct", "mathematics"},
@@ -20,6 +20,12 @@ def room(module: str) -> str | None:
     if first in ("ct", "engine", "tools", "datasets"):
         return first
     return "mathematics" if first in MATHEMATICS else "commands" if first in COMMANDS else None
+
+
+def rooms() -> dict[Path, str]:
+    """{file: the room that it belongs to} of the whole house."""
+    files = [p for folder in FOLDERS for p in (ROOT / folder).glob("*.py")]
+    return {p: room(p.stem if p.parent == ROOT else p.parent.name) for p in files}
 
 
 def imported(path: Path) -> set[str]:
@@ -34,10 +40,8 @@ def imported(path: Path) -> set[str]:
 
 
 def test_arrows_run_one_way():
-    files = [p for folder in (".", "ct", "engine", "tools") for p in (ROOT / folder).glob("*.py")]
-    assert len(files) > 20
-    for path in files:
-        own = room(path.stem if path.parent == ROOT else path.parent.name)
+    assert len(rooms()) > 20
+    for path, own in rooms().items():
         assert own, f"{path.name}: a room that the house does not have"
         for module in imported(path):
             if other := room(module):
@@ -45,21 +49,23 @@ def test_arrows_run_one_way():
 
 
 def test_the_mathematics_needs_torch_numpy_scipy_only():
-    for name in MATHEMATICS:
-        outside = {m.split(".")[0] for m in imported(ROOT / f"{name}.py")} - MATHEMATICS
-        assert not outside & {"nibabel", "tqdm", "PIL", "matplotlib"}, name
+    for path in (p for p, own in rooms().items() if own == "mathematics"):
+        outside = {m.split(".")[0] for m in imported(path)} - MATHEMATICS
+        assert not outside & {"nibabel", "tqdm", "PIL", "matplotlib"}, path.name
 
 
 def test_the_project_installs_every_module():
-    listed = re.search(r"^py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
-    assert sorted(re.findall(r'"(\w+)"', listed[1])) == sorted(path.stem for path in ROOT.glob("*.py"))
+    project = (ROOT / "pyproject.toml").read_text()
+    modules, packages = (re.findall(r'"(\w+)"', re.search(rf"^{key} = \[(.*?)\]", project, re.M | re.S)[1])
+                         for key in ("py-modules", "packages"))
+    assert sorted(modules) == sorted(path.stem for path in ROOT.glob("*.py"))
+    assert sorted(packages) == sorted(FOLDERS[1:])
 
 
-@pytest.mark.parametrize("path", [p for folder in (".", "ct", "engine", "tools") for p in (ROOT / folder).glob("*.py")],
-                         ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", rooms(), ids=lambda path: path.stem)
 def test_no_file_and_no_function_is_too_long_to_read(path):
     """400 lines a file, 200 of the mathematics, 60 a function."""
     text = path.read_text()
-    assert len(text.splitlines()) < (200 if path.parent == ROOT and path.stem in MATHEMATICS else 400)
+    assert len(text.splitlines()) < (200 if rooms()[path] == "mathematics" else 400)
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
     assert not [n.name for n in functions if n.end_lineno - n.lineno >= 60]

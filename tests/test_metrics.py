@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-import distances
 import metrics
-from engine import evaluate
+from engine import distances, evaluate
 
 
 def loop_counts(prediction, truth, classes):

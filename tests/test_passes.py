@@ -15,10 +15,10 @@ from operations import Operations
 
 import augment
 import datasets
-import resize
 import train_ssl
 from engine import passes, processes
 from moco import Encoder, MoCo
+from views import resize
 from whitening import whiten_last_norm
 
 ROOT = Path(__file__).parent.parent

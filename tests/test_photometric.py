@@ -7,7 +7,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy.ndimage import gaussian_filter
 
 import augment
-import photometric
+from views import photometric
 
 PIL = {photometric.autocontrast: lambda image, _: ImageOps.autocontrast(image),
        photometric.equalize: lambda image, _: ImageOps.equalize(image),

@@ -11,12 +11,11 @@ import torch
 from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import distances
-import resize
 import train_seg
 from ct import prepare, reading, tasks, volumes
-from engine import backbones, evaluate, predict
+from engine import backbones, distances, evaluate, predict
 from segment import Segmenter
+from views import resize
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,13 @@ from operations import Operations
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import datasets
-import resize
 import svd_spectrum
 import train_seg
 import train_ssl
 from ct import tasks
 from engine import backbones, evaluate, figures, origin, predict, processes, runs
 from segment import PROTOCOLS, Segmenter
+from views import resize
 from whitening import whiten_last_norm
 
 

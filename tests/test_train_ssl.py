@@ -15,10 +15,10 @@ import torchvision
 
 import augment
 import datasets
-import resize
 import train_ssl
 from ct import intake
 from engine import monitor, origin, processes, recipes, runs
+from views import resize
 from whitening import ZCAWhitening
 
 ROOT = Path(__file__).parent.parent

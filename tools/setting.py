@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 import datasets
-import resize
 import train_seg
 import train_ssl
 from engine import backbones, processes
 from segment import Segmenter
 from tools.stores import SIDE
+from views import resize
 
 
 class Setting:

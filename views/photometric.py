@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resize import to_device
+from views.resize import to_device
 
 TWICE = 2  # operations a view
 APPLIED_P = 0.5
