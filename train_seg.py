@@ -318,7 +318,7 @@ def configure(args: argparse.Namespace, backbone: backbones.Backbone, protocol: 
     """What decides a run's result, and what its model is: config.json."""
     task = store.task
     sums = [hashlib.sha256(task.file(*split).read_bytes()).hexdigest() for split in ((args.split, draw), ("val",))]
-    return {"backbone": backbone.name, "arch": backbone.pretraining["arch"], "pretraining": backbone.pretraining,
+    return {"backbone": backbone.name, "arch": backbone.arch, "pretraining": backbone.pretraining,
             "protocol": protocol, "split": args.split, "draw": draw,
             "whitening": "fold" if protocol == "linear-frozen" else args.whitening, "iterations": args.iterations,
             "crop_size": args.crop_size, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,

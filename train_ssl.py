@@ -44,7 +44,7 @@ from whitening import whiten_last_norm
 MOMENTUM, DIM = 0.9, 128  # mmselfsup's mocov2_resnet50_8xb32-coslr-200e, as the weight decay
 # flags that change no number but by rounding, and what is noted beside them: in no config
 NOT_IN_CONFIG = ("steps", "out", "name", "overwrite", "workers", "store", "data", "compile", "amp", "deterministic",
-                 "checkpoint_minutes", "init_unfinished", "init_untrained", "groups_per_pass", "probe", "images")
+                 "checkpoint_minutes", "groups_per_pass", "probe", "images")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -116,15 +116,25 @@ NO_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signatu
     DistributedDataParallel.__init__).parameters else "broadcast_buffers"  # deprecated since torch 2.13
 
 
-def build(args: argparse.Namespace, phantom: bool = False) -> MoCo:
-    """The two encoders from --init, whitened with --zca; what was opened is noted in `args`. Raises BadInput."""
-    args.init = backbones.resolve(args.init, args.out, phantom)
-    opened = backbones.open_backbone(args.init, args.out, args.arch, args.seed, "fold", phantom)
-    backbones.refuse_other(args.init, opened.pretraining["arch"], args.arch)
-    backbone, args.init_checksum = opened.net, opened.pretraining["checksum"]
-    args.init_unfinished, args.init_untrained = opened.unfinished, opened.untrained
-    if opened.pretraining["step"] is not None:  # a run: its settings are part of this one's
-        args.start = opened.config | {key: opened.pretraining[key] for key in ("step", "horizon")}
+def open_start(args: argparse.Namespace, phantom: bool) -> backbones.Backbone:
+    """What --init names, with all that is known of it. Raises BadInput, where it has not the run's architecture too."""
+    start = backbones.open_backbone(args.init, args.out, args.arch, args.seed, "fold", phantom)
+    refuse_other(args, start.arch)
+    return start
+
+
+def refuse_other(args: argparse.Namespace, arch: str) -> None:
+    """Raise BadInput where the initial checkpoint's architecture is not the run's."""
+    if arch != args.arch:
+        raise BadInput(f"--init {args.init}: is a {arch}; give --arch {arch} or another --init")
+
+
+def build(args: argparse.Namespace, phantom: bool = False, start: backbones.Backbone | None = None) -> MoCo:
+    """The two encoders from `start`, by default what --init names, whitened with --zca. Raises BadInput.
+
+    The projector and the queue are drawn from where `open_start` left torch's generator: call one behind the other.
+    """
+    backbone = (start or open_start(args, phantom)).net
     if args.zca:
         width = backbone.fc.in_features
         args.zca_group = args.zca_group or width
@@ -264,13 +274,12 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
 # --------------------------------------------------------------------------------------------------------- a run
 
 
-def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.Processes,
-             labelled: datasets.Store | None = None) -> None:
-    """One run, from the start or its checkpoint to backbone.pth; `labelled`: of --probe. Raises BadInput."""
+def pretrain(args: argparse.Namespace, start: backbones.Backbone, moco: MoCo, store: datasets.Store,
+             ranks: processes.Processes, labelled: datasets.Store | None = None) -> None:
+    """One run, from its first step or its checkpoint to backbone.pth; `labelled`: of --probe. Raises BadInput."""
     batches = batches_of(args, store, ranks)
-    moco = build(args, store.is_phantom)  # before the run folder: weights that do not fit leave nothing behind
-    run = runs.Run(args.out / args.name, configure(args, store), args.overwrite, ranks.is_main)
-    processes.on_main(ranks.is_main, lambda: leaks.keep(run.folder, store, args.init, args.out))
+    run = runs.Run(args.out / args.name, configure(args, start, store), args.overwrite, ranks.is_main)
+    processes.on_main(ranks.is_main, lambda: leaks.keep(run.folder, store, start.source, args.out))
     saved = run.resume()
     amp = processes.precision(args.amp if not saved or args.amp != "auto" else saved["amp"], ranks.device)
     runs.announce_changes(saved, amp, ranks)
@@ -284,7 +293,7 @@ def pretrain(args: argparse.Namespace, store: datasets.Store, ranks: processes.P
         trainer.load(saved)
         passes.keep(moco, args, saved, ranks)
     if ranks.is_main:
-        monitor.introduce(trainer, store, ranks, first, last)
+        monitor.introduce(trainer, start, store, ranks, first, last)
     if first < last:
         train(trainer, store, run, ranks, first, last)
     if ranks.is_main:
@@ -307,9 +316,12 @@ def batches_of(args: argparse.Namespace, store: datasets.Store, ranks: processes
     return batches
 
 
-def configure(args: argparse.Namespace, store: datasets.Store) -> dict:
-    """What decides a run's result, once `build` has noted its start: config.json."""
+def configure(args: argparse.Namespace, start: backbones.Backbone, store: datasets.Store) -> dict:
+    """What decides a run's result: config.json."""
     config = {k: v for k, v in vars(args).items() if k not in NOT_IN_CONFIG}
+    config |= {"init": start.source, "init_checksum": start.pretraining["checksum"]}
+    if start.pretraining["step"] is not None:  # a run: its settings are part of this one's
+        config["start"] = start.config | {key: start.pretraining[key] for key in ("step", "horizon")}
     return config | {"data": store.name, "volumes": len(store.volumes), "slices": len(store),
                      "store": store.contents(), "normalisation": origin.NORMALISATION}
 
@@ -328,16 +340,17 @@ def begin(args: argparse.Namespace, store: datasets.Store, data: Path, ranks: pr
     the row would be refused for after it.
     """
     kept = {k: v for k, v in vars(args).items() if k in NOT_IN_CONFIG}
-    start = argparse.Namespace(**vars(parse([])) | kept | PHANTOM | START | dict(name=args.init, seed=args.seed))
-    same = (tuple(start.window), start.size) == (tuple(args.window), args.size)
-    slices, folder = store if same else slices_of(start, data), args.out / args.init
+    own = argparse.Namespace(**vars(parse([])) | kept | PHANTOM | START | dict(name=args.init, seed=args.seed))
+    same = (tuple(own.window), own.size) == (tuple(args.window), args.size)
+    slices, folder = store if same else slices_of(own, data), args.out / args.init
     if not processes.on_main(ranks.is_main, (folder / "backbone.pth").exists):
-        batches_of(args, store, ranks), build(argparse.Namespace(**vars(args) | {"init": "random"}), True)
-        return pretrain(start, slices, ranks, labelled)
+        refuse_other(args, own.arch)
+        batches_of(args, store, ranks)
+        start = open_start(own, True)
+        return pretrain(own, start, build(own, True, start), slices, ranks, labelled)
 
     def compare() -> None:
-        build(start, True)
-        if other := runs.differences(folder, configure(start, slices)):
+        if other := runs.differences(folder, configure(own, open_start(own, True), slices)):
             raise BadInput(f"{folder}: was made with other settings ({other}); delete it, and it is trained again, or "
                            f"give --init {args.init} to start from it as it is")
 
@@ -356,12 +369,10 @@ def main(argv: list[str] | None = None) -> None:
     given = args.init
     resolve_defaults(args, phantom)
     # what is refused is refused before the slices are prepared, which takes long
-    backbones.architecture(args.arch)
     own_start = phantom and args.init == recipes.start_of(args)
-    if not own_start:
-        args.init = backbones.resolve(args.init, args.out, phantom)
-    of_start = backbones.architecture_of(args.init, args.out) or (PHANTOM["arch"] if own_start else args.arch)
-    backbones.refuse_other(args.init, of_start, args.arch)
+    row = argparse.Namespace(**vars(args) | {"init": "random"}) if own_start else args  # its start may not be there yet
+    start = open_start(row, phantom)
+    moco = build(row, phantom, start)
     store = slices_of(args, data)
     labelled = args.probe and datasets.prepare(args.probe, stores.default_store(args.probe), "segment",
                                                tuple(args.window), workers=args.workers)
@@ -371,7 +382,9 @@ def main(argv: list[str] | None = None) -> None:
             print(line)
     if own_start:
         begin(args, store, data, ranks, labelled, given)
-    pretrain(args, store, ranks, labelled)
+        start = open_start(args, phantom)
+        moco = build(args, phantom, start)
+    pretrain(args, start, moco, store, ranks, labelled)
 
 
 if __name__ == "__main__":

@@ -38,17 +38,6 @@ def architecture(arch: str) -> nn.Module:
     return torchvision.models.get_model(arch, weights=None)
 
 
-def architecture_of(run: str, out: Path) -> str | None:
-    """The architecture of a run of `out`, by its config.json; None of what is no run or does not say it."""
-    return read_config(out / run).get("arch") if (out / run / CHECKPOINT).exists() else None
-
-
-def refuse_other(init: str, arch: str, wanted: str) -> None:
-    """Raise BadInput where the start of a run has another architecture than that wanted."""
-    if arch != wanted:
-        raise BadInput(f"--init {init}: is a {arch}; give --arch {arch} or another start")
-
-
 def resolve(name: str, out: Path, phantom: bool) -> str:
     """What a name of a backbone stands for, the same in all commands: a run of `out` (on the phantom `moco` also for
     `phantom-moco`), the folder of a run or its checkpoint.pt, imagenet, random or a file. Raises BadInput for no such.
@@ -248,15 +237,22 @@ def _listed(names: Sequence[str]) -> str:
 class Backbone:
     """A network with what is known of its pre-training: what stands beside every number measured on it.
 
-    pretraining: arch, checksum of the weights and, of a run, its step and horizon, the gap of its last look (see
+    source: the name that `resolve` gives. name: its short one, of folders and rows (`title_of`). pretraining: arch,
+    checksum of the weights and, of a run, its step and horizon, the similarity margin of its last look as `gap` (see
     train_ssl.py), view_px and slice_px; those are None for a file, for ImageNet's and for random weights.
     config: `made_with`.
     """
 
     net: nn.Module
+    source: str
     name: str
     pretraining: dict
     config: dict | None = None
+
+    @property
+    def arch(self) -> str:
+        """torchvision's name of its architecture."""
+        return self.pretraining["arch"]
 
     @property
     def made(self) -> dict:
@@ -308,7 +304,7 @@ def open_backbone(name: str, out: Path, arch: str, seed: int, whitening: str, ph
         net.load_state_dict(weights | {k: v for k, v in net.state_dict().items() if k.startswith("fc.")})
         net = fold(net) if whitening == "fold" else to_batch_norm(net)
     known = {key: state.get(key) for key in ("step", "horizon", "gap", "view_px", "slice_px")}
-    return Backbone(net, title, {"arch": arch, "checksum": checksum(net), **known}, made_with(name, out))
+    return Backbone(net, name, title, {"arch": arch, "checksum": checksum(net), **known}, made_with(name, out))
 
 
 def title_of(name: str, row: str | None = None) -> str:

@@ -173,7 +173,7 @@ class MetricLogger:
         self.pending, self.waited, self.since = [], 0.0, time.perf_counter()
 
 
-def introduce(trainer, store, ranks: processes.Processes, first: int, last: int) -> None:
+def introduce(trainer, start, store, ranks: processes.Processes, first: int, last: int) -> None:
     """Say what will be done, on what, and what it takes."""
     args, trained = trainer.args, len(trainer.batches.trained)
     if store.is_phantom:
@@ -181,17 +181,17 @@ def introduce(trainer, store, ranks: processes.Processes, first: int, last: int)
     weights = sum(p.numel() for p in trainer.moco.encoder_q.parameters())
     megabytes = 2 * 4 * (3 * weights + trainer.moco.queue.numel()) / 1e6  # two checkpoints
     thinned = f"{trained + len(trainer.batches.held_out):,} (one in {args.every}) of " * (args.every > 1)
-    print(f"{args.name}: {args.arch} from {args.init} on {thinned}{len(store):,} slices of {len(store.volumes):,} "
+    print(f"{args.name}: {args.arch} from {start.source} on {thinned}{len(store):,} slices of {len(store.volumes):,} "
           f"volumes ({store.folder}), {processes.hardware()}")
     print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
           f"{ranks.world_size} process(es), {trainer.moco.groups_per_pass} in one pass, precision {trainer.amp}, "
           f"{args.image_size} px; about {megabytes:,.0f} MB in {args.out / args.name}; the time needed is printed "
           f"after {LOG_INTERVAL} steps" + ", of which the first compiles for a minute or two" * args.compile)
-    origin.announce_input(args.init, args.out, args.window)
-    if args.init_unfinished:
-        print(f"note: {args.init}: {args.init_unfinished}; this run starts from it as it is")
-    if args.init_untrained:
-        processes.announce(f"WARNING: this run starts from {args.init}, and {args.init_untrained}.\nRows that start so "
+    origin.announce_input(start.source, args.out, args.window)
+    if start.unfinished:
+        print(f"note: {start.source}: {start.unfinished}; this run starts from it as it is")
+    if start.untrained:
+        processes.announce(f"WARNING: this run starts from {start.source}, and {start.untrained}.\nRows that start so "
                            "were seen to stay at chance. Train another start first: lower --lr, shorter --queue,\nmore "
                            "steps, --no-geometric (docs/training.md, Few slices); or --init imagenet.", sys.stderr)
     for line in recipes.remarks(args):

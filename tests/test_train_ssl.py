@@ -17,7 +17,7 @@ import augment
 import datasets
 import train_ssl
 from ct import intake
-from engine import monitor, origin, processes, recipes, runs
+from engine import backbones, monitor, origin, processes, recipes, runs
 from views import resize
 from whitening import ZCAWhitening
 
@@ -593,12 +593,37 @@ def test_what_refuses_a_row_is_told_before_its_start_is_trained(flags, tmp_path,
 
 
 def test_a_start_of_another_architecture_is_refused_before_the_slices_are_prepared(flags, tmp_path, refusal):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/checkpoint.pt").touch()
-    (tmp_path / "mine/config.json").write_text('{"arch": "resnet50"}')
-    assert "--init mine: is a resnet50; give --arch resnet50" in refusal(
-        train_ssl.main, [*flags(tmp_path), "--init", "mine", "--store", tmp_path / "fresh"])
+    train_ssl.main(flags(tmp_path, "--name", "mine", "--steps", 1))
+    assert "--init mine: is a resnet18; give --arch resnet18" in refusal(
+        train_ssl.main, [*flags(tmp_path), "--init", "mine", "--arch", "resnet50", "--store", tmp_path / "fresh"])
     assert not (tmp_path / "fresh").exists()
+
+
+def test_imagenets_weights_are_looked_for_before_the_slices_are_prepared(flags, tmp_path, refusal, monkeypatch):
+    def offline(*args, **kw):
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    assert "ImageNet weights of resnet18 could not be downloaded" in refusal(
+        train_ssl.main, [*flags(tmp_path), "--init", "imagenet", "--store", tmp_path / "fresh"])
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_a_backbone_is_opened_once(flags, tmp_path, monkeypatch):
+    """And what is drawn behind it, projector and queue, is what `build` alone gives for the seed."""
+    opened, real = [], backbones.open_backbone
+    monkeypatch.setattr(backbones, "open_backbone", lambda name, *rest: opened.append(name) or real(name, *rest))
+    argv = flags(tmp_path, "--steps", 1, "--lr", 1e-12, "--ema", 1)
+    train_ssl.main(argv)
+    assert opened == ["random"]
+    args = train_ssl.parse(argv)
+    train_ssl.resolve_defaults(args, True)
+    fresh = train_ssl.build(args, True).state_dict()
+    saved = torch.load(tmp_path / "phantom-moco/checkpoint.pt", weights_only=True)["model"]
+    for name in ("encoder_k.backbone.conv1.weight", "encoder_k.projector.0.weight"):
+        assert torch.equal(saved[name], fresh[name]), name
+    assert torch.equal(saved["queue"][8:], fresh["queue"][8:])  # but for the first batch
 
 
 def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
