@@ -12,7 +12,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -212,6 +211,11 @@ def _received(step: int, copy: torch.Tensor, ready: torch.cuda.Event) -> tuple[i
     return step, copy
 
 
+def shuffled(slices: np.ndarray, seed: int) -> Callable[[int], np.ndarray]:
+    """Epoch -> these slice numbers in the epoch's order; those of the last two are kept."""
+    return functools.lru_cache(2)(lambda epoch: processes.rng(seed, processes.SLICES, epoch).permutation(slices))
+
+
 class Batches:
     """Which slices, views, shuffle and patches step t has: a function of (seed, t) alone.
 
@@ -223,17 +227,12 @@ class Batches:
         drawn = processes.rng(args.seed, processes.LOOKS).permutation(slices)
         self.held_out, self.trained = np.split(drawn, [min(HELD_OUT, max(2, len(drawn) // 8))])
         self.args, self.device, self.steps_per_epoch = args, ranks.device, len(self.trained) // args.batch_size
-        share = args.batch_size // ranks.world_size
-        self.rank_slice = slice(ranks.rank * share, (ranks.rank + 1) * share)
-        self.epoch, self.order = -1, None
+        self.rank_slice, self.order = ranks.share(args.batch_size), shuffled(self.trained, args.seed)
 
     def indices(self, t: int) -> np.ndarray:
         """Slice numbers of step t's global batch: an epoch is a shuffled pass without its last partial batch."""
         epoch, position = divmod(t, self.steps_per_epoch)
-        order = self.order if epoch == self.epoch else processes.rng(self.args.seed, processes.SLICES,
-                                                                   epoch).permutation(self.trained)
-        self.epoch, self.order = epoch, order
-        return order[position * self.args.batch_size :][: self.args.batch_size]
+        return self.order(epoch)[position * self.args.batch_size :][: self.args.batch_size]
 
     def views(self, t: int, purpose: int) -> augment.Params:
         """What was drawn for this process's views: `purpose` says of which encoder."""
@@ -243,11 +242,16 @@ class Batches:
         return augment.draw(processes.rng(self.args.seed, purpose, t), self.args.batch_size, self.args.geometric,
                             self.args.recipe)
 
-    def common_parts(self, t: int) -> "CommonParts":
-        """What both views of each pair of the global batch show, for Eq. 2 with geometry."""
+    def common_parts(self, t: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """What both views of each pair show, for Eq. 2 with crops and flips, on the device.
+
+        Of the global batch's keys boxes (N, 4) and flips (N,), for `MoCo.keys`; of this process's queries boxes (B, 4),
+        flips (B,) and which pairs share enough (B,), for `MoCo.forward`.
+        """
         query, key = (self._drawn(t, purpose) for purpose in (processes.VIEW_Q, processes.VIEW_K))
         boxes_q, boxes_k, usable = augment.common_parts(query, key, self.args.size)
-        return CommonParts(boxes_q, query["flip"], boxes_k, key["flip"], usable, self.rank_slice.start, self.device)
+        own = (x[self.rank_slice] for x in (boxes_q, query["flip"], usable))
+        return tuple(tuple(resize.to_device(x, self.device) for x in part) for part in ((boxes_k, key["flip"]), own))
 
     def permutation(self, t: int) -> torch.Tensor:
         """The order (N,) in which the global batch's keys are encoded: Shuffling BN."""
@@ -257,28 +261,6 @@ class Batches:
         """(B, K) int64: K of the 49 cells per image, without replacement."""
         draw = processes.rng(self.args.seed, processes.PATCHES, t).random((self.args.batch_size, CELLS**2))
         return torch.from_numpy(draw.argsort(1)[self.rank_slice, : self.args.patches].copy())
-
-
-@dataclass(frozen=True)
-class CommonParts:
-    """What both views of each pair of the global batch (N) show, as `augment.common_parts` gives it, and each flip."""
-
-    boxes_q: np.ndarray  # (N, 4)
-    flip_q: np.ndarray  # (N,)
-    boxes_k: np.ndarray
-    flip_k: np.ndarray
-    usable: np.ndarray  # (N,): whether a pair shares enough
-    start: int  # of this process's share of the global batch
-    device: torch.device
-
-    def of_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Boxes (N, 4) and flips (N,) on the device, for `MoCo.keys`."""
-        return resize.to_device(self.boxes_k, self.device), resize.to_device(self.flip_k, self.device)
-
-    def of_queries(self, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Boxes (p, 4), flips (p,), usable pairs (p,) of a pass over this process's images, for `MoCo.forward`."""
-        here = slice(self.start + part.start, self.start + part.stop)  # in the global batch
-        return tuple(resize.to_device(x[here], self.device) for x in (self.boxes_q, self.flip_q, self.usable))
 
 
 def draw_crops(rng: np.random.Generator, batch_size: int, flip: bool = True) -> augment.Params:
@@ -344,12 +326,7 @@ class Crops:
 
     def __init__(self, args, store: Store, slices: np.ndarray, ranks: processes.Processes):
         self.args, self.store, self.slices, self.device = args, store, slices, ranks.device
-        share = args.batch_size // ranks.world_size
-        self.rank_slice = slice(ranks.rank * share, (ranks.rank + 1) * share)
-        self.order = functools.lru_cache(2)(self._order)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return processes.rng(self.args.seed, processes.SLICES, epoch).permutation(self.slices)
+        self.rank_slice, self.order = ranks.share(args.batch_size), shuffled(slices, args.seed)
 
     def indices(self, t: int) -> list[int]:
         """Slice numbers of the global batch: one shuffled pass over the split after the other."""

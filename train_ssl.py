@@ -185,12 +185,12 @@ class Trainer:
                                       args.image_size)
         permutation = resize.to_device(batches.permutation(t), self.device)  # (N,), of the global batch
         patch_idx = resize.to_device(batches.patch_idx(t), self.device) if args.local else None
-        common = batches.common_parts(t) if args.local and args.geometric else None
+        parts_k, parts_q = batches.common_parts(t) if args.local and args.geometric else (None, None)
 
         # keys (B, dim) and their first-stage cells (B, 49, C), by the key encoder after its own small step
         moco.update_key_encoder()
         with processes.autocast(self.amp, self.device):
-            keys, cells = moco.keys(view_k, permutation, common.of_keys() if common else None)
+            keys, cells = moco.keys(view_k, permutation, parts_k)
 
         # query encoder, pass by pass: gradients add up, and processes exchange them once, with the last pass
         stats = 0
@@ -201,7 +201,7 @@ class Trainer:
                 with processes.autocast(self.amp, self.device):
                     loss_global, loss_local = self.model(
                         view_q[part], keys[part], cells[part] if args.local else None,
-                        patch_idx[part] if args.local else None, common.of_queries(part) if common else None)
+                        patch_idx[part] if args.local else None, parts_q and tuple(x[part] for x in parts_q))
                 loss = moco.total(loss_global, loss_local)  # Eq. 3
                 self.scaler.scale(loss * share).backward()
             stats += share * torch.stack([loss, loss_global, loss_local, *moco.query_stats]).detach()

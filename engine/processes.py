@@ -150,6 +150,11 @@ class Processes:
         """Whether this is the one that writes and prints."""
         return self.rank == 0
 
+    def share(self, batch: int) -> slice:
+        """This process's part of a global batch."""
+        own = batch // self.world_size
+        return slice(self.rank * own, (self.rank + 1) * own)
+
     def any(self, flag: bool) -> bool:
         """True on every process if it is true on one."""
         if self.world_size == 1:
