@@ -10,13 +10,14 @@ from tqdm import tqdm
 
 import augment
 import metrics
-from engine import origin, processes, recipes, runs
+from engine import origin, passes, processes, recipes, runs
 from views import resize
 
 LOG_INTERVAL = 10  # steps between two looks at the losses; each look waits for the device
 # What `Trainer.step` returns of a step; the queue's accuracy, cosine to the own key and to the queue: MoCo.query_stats
 STATS = ("loss", "loss_global", "loss_local", "queue_accuracy", "similarity_positive", "similarity_negative",
          "grad_norm")
+TIMES = ("images_per_s", "mfu", "seconds_left", "data_share")  # of a record: what no other run has the same
 EARLIEST = 50  # steps: on the phantom, healthy runs had a gap of 0.01 to 0.02 after 23 and of 0.04 to 0.16 after 46
 
 
@@ -113,7 +114,12 @@ class MetricLogger:
         self.collapse = CollapseMonitor(trainer, store) if ranks.is_main else None
         self.seen = self.alarm = ""  # in the last look
         self.pending: list[torch.Tensor] = []  # (7,) a step: STATS
-        self.waited, self.since = 0.0, time.perf_counter()  # for slices; since the last flush
+        # model FLOPs utilization: the share of the device's peak that a step's operations, by arithmetic, come to
+        self.operations = passes.operations(trainer.moco.encoder_q, trainer.args.image_size)
+        self.peak = ranks.world_size * passes.peak(ranks.device, trainer.amp) if ranks.is_main else math.inf
+        self.waited = 0.0  # for slices, since the last flush
+        self.since = self.began = time.perf_counter()  # the last flush; the first step, or the one after compiling
+        self.before = first  # steps, by then
 
     def add(self, stats: torch.Tensor, waited: float) -> None:
         """One step's STATS, (7,) on the device, and the seconds for which its slices were waited for."""
@@ -125,19 +131,24 @@ class MetricLogger:
         self.pending[-1].tolist()  # waits for the device
         if self.ranks.is_main:
             tqdm.write(f"compiled; the first step took {processes.duration(time.perf_counter() - self.since)}")
-        self.since = time.perf_counter()
+        self.since = self.began = time.perf_counter()
+        self.before += 1
 
     def flush(self, done: int, say: bool, look: bool) -> None:
         """Log what is pending up to step `done`; say: also a line where there is no bar; look: for collapse."""
         trainer, args = self.trainer, self.args
         steps = range(done - len(self.pending), done)
         stats = processes.mean_over_processes(torch.stack(self.pending), self.ranks).tolist()  # waits for the device
-        spent = time.perf_counter() - self.since
+        now = time.perf_counter()
+        spent = now - self.since
         rate = len(steps) * args.batch_size / spent
+        left = (self.last - done) * (now - self.began) / max(1, done - self.before)  # with looks and checkpoints
+        mfu = rate * self.operations / self.peak
 
         # a record a step, the last one also with what a look found
         records = [{"step": t + 1, **dict(zip(STATS, values, strict=True)), "lr": trainer.lr(t),
-                    "images_per_s": round(rate, 2), "data_share": round(self.waited / spent, 4)}
+                    **dict(zip(TIMES, (round(rate, 2), round(mfu, 4), round(left), round(self.waited / spent, 4)),
+                               strict=True))}
                    for t, values in zip(steps, stats, strict=True)]
         count_skipped(trainer, records)
         runs.refuse_non_finite(records, lambda step: [self.store.where(*self.store.place(i))
@@ -159,15 +170,16 @@ class MetricLogger:
         text = f"{self.alarm}loss {record['loss_global']:.2f} (chance {self.chance:.2f})"
         if args.local:
             text += f" local {record['loss_local']:.2f}"
-        text += f", {rate:.1f} images/s{self.seen}"
+        text += f", {rate:.1f} images/s ({100 * mfu:.0f} % of the device's peak){self.seen}"
         if trainer.skipped:
             text += f", {trainer.skipped} steps skipped"
         self.bar.set_postfix_str(text)
         self.bar.update(len(steps))
-        if self.ranks.is_main and self.first + LOG_INTERVAL == done:
-            tqdm.write(f"about {processes.duration((self.last - done) * args.batch_size / rate)} to go")
+        to_go = f"about {processes.duration(left)} to go"
+        if self.ranks.is_main and steps.start == self.first and done < self.last:
+            tqdm.write(to_go)
         if self.ranks.is_main and self.bar.disable and say:
-            print(f"step {done}/{self.last}: {text}", flush=True)
+            print(f"step {done}/{self.last}: {text}" + f", {to_go}" * (done < self.last), flush=True)
         if warning:
             tqdm.write(warning, file=sys.stderr)
         self.pending, self.waited, self.since = [], 0.0, time.perf_counter()

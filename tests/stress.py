@@ -46,7 +46,7 @@ from engine import figures, processes, runs  # noqa: E402
 
 STEPS = 5  # of pre-training, with checkpoints after 3 and 5; of segmentation, after 2, 4 and 5
 HANG = 600  # s without what is waited for: a hang. Nothing here depends on how fast the machine is
-TIMES = {"images_per_s", "data_share", "wall_s"}
+TIMES = {"images_per_s", "mfu", "seconds_left", "data_share", "wall_s"}
 
 
 train_seg.EVAL_INTERVAL = 2

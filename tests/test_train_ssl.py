@@ -17,7 +17,7 @@ import augment
 import datasets
 import train_ssl
 from ct import intake
-from engine import backbones, monitor, origin, processes, recipes, runs
+from engine import backbones, monitor, origin, passes, processes, recipes, runs
 from views import resize
 from whitening import ZCAWhitening
 
@@ -40,7 +40,8 @@ def flags(small_phantom, tmp_path_factory):
 def outcome(folder):
     records = runs.read_log(folder / "log.jsonl")
     for r in records:
-        del r["images_per_s"], r["data_share"]
+        for key in monitor.TIMES:
+            assert r.pop(key) >= 0
     return records, torch.load(folder / "checkpoint.pt", weights_only=True), torch.load(folder / "backbone.pth",
                                                                                          weights_only=True)
 
@@ -54,6 +55,28 @@ def flat(value, name=""):
             yield from flat(v, f"{name}.{i}")
     else:
         yield name, value
+
+
+def test_a_line_has_the_rate_its_share_of_the_peak_and_the_time_left(flags, tmp_path, monkeypatch, capsys):
+    """By a clock that goes 100 s a step, from 900 s on, and a device of 12 M operations a second."""
+    clock, step = [900.0], train_ssl.Trainer.step
+
+    def slow(self, t, slices):
+        clock[0] += 100
+        return step(self, t, slices)
+
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(train_ssl.Trainer, "step", slow)
+    monkeypatch.setattr(passes, "peak", lambda device, amp: 12e6)
+    monkeypatch.setattr(passes, "operations", lambda encoder, side: 60e6)
+    train_ssl.main(flags(tmp_path, "--steps", 3))  # two are an epoch
+    told = runs.read_log(tmp_path / "phantom-moco/log.jsonl")
+    assert [(r["images_per_s"], r["mfu"], r["seconds_left"]) for r in told] == [
+        (0.08, 0.4, 100), (0.08, 0.4, 100), (0.08, 0.4, 0)]
+    out = capsys.readouterr().out
+    assert "\nabout 2 min to go\n" in out
+    lines = re.findall(r"^step \d/3: loss .*, 0\.1 images/s \(40 % of the device's peak\), .*$", out, re.M)
+    assert len(lines) == 2 and lines[0].endswith(", about 2 min to go") and "to go" not in lines[1]
 
 
 @pytest.mark.pictures
