@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     if not ranks.is_main:  # the work of one process, which alone writes
         return
     if phantom:
-        processes.announce_phantom()
+        processes.announce_phantom(store)
     for line in remarks:
         print(line)
     for name in names:

@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     by_protocol["whole_slices"] = "/".join("yes" if PHANTOM_RECIPES[p]["whole_slices"] else "no" for p in PROTOCOLS)
     add = parser.with_defaults(SEGMENTATION | {"whole_slices": "no"}, SEGMENTATION_PHANTOM | by_protocol)
     add("--split", help="percent of the training volumes: 12.5, 25 or 100")
-    add("--draw", type=whole(0), help="one of the random choices of volumes, 0 to 2 (default: all)")
+    add("--draw", type=whole(0), help="one of the random subsets of volumes, 0 to 2 (default: all)")
     add("--protocol", choices=PROTOCOLS, help="default: all three")
     add("--backbone", help="a RUN of --out or its folder, a FILE of weights, imagenet, random or all (default: "
         "moco-local-zca)")
@@ -71,7 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--iterations", type=whole(1), help="of training")
     add("--crop-size", type=whole(32), help="pixels of a training crop's side, and of a slice's when evaluated")
     add("--batch-size", type=whole(2), help="crops an iteration, over all processes")
-    add("--lr", type=number(above=0), help="learning rate")
+    add("--lr", type=number(above=0), help="learning rate of the first iteration")
     add("--whole-slices", action=argparse.BooleanOptionalAction, help="linear-frozen trains on whole slices instead "
         "of random crops: their features are computed once, which is fast and not the paper's")
     add("--no-flip", dest="flip", action="store_false", help="mirror no training crop: mirrored, with labels as they "
@@ -333,19 +333,20 @@ def configure(args: argparse.Namespace, backbone: backbones.Backbone, protocol: 
 def introduce(args: argparse.Namespace, titles: list[str], store: datasets.Store, ranks: processes.Processes) -> None:
     """Say what will be run, on what, and the memory that its classes take."""
     if store.is_phantom:
-        processes.announce_phantom()
+        processes.announce_phantom(store)
     recipes = [recipe(args, protocol) for protocol in args.protocols]
     iterations = dict.fromkeys(f"{r.iterations:,}" for r in recipes)
     crops = "crops" if args.flip else "unmirrored crops"
     shown = dict.fromkeys("whole slices" if r.whole_slices else crops for r in recipes)
-    print(f"{len(titles) * len(args.protocols) * len(args.draws)} run(s): {', '.join(titles)} x "
-          f"{', '.join(args.protocols)} x {len(args.draws)} draw(s) of {args.split} %, {'/'.join(iterations)} "
-          f"iterations of {args.batch_size} {'/'.join(shown)} of {args.crop_size} px each, in {args.out / 'seg'}; "
-          f"{processes.hardware()}")
-    organs, crops = len(store.task.organs) - 1, args.batch_size // ranks.world_size
-    needed = max(loss_bytes(p, crops, organs + 1, args.crop_size) for p in args.protocols)
-    print(f"{organs} {'organ' if organs == 1 else 'organs'}: logits and loss take {needed / 1e9:.1f} GB of the "
-          "device's memory")
+    number = processes.counted(len(titles) * len(args.protocols) * len(args.draws), "run")
+    subsets = f"{processes.counted(len(args.draws), 'random subset')} of " * (args.split != "100")
+    print(f"{number}: {', '.join(titles)} x {', '.join(args.protocols)} x {subsets}{args.split} % of the training "
+          f"volumes, {'/'.join(iterations)} iterations of {args.batch_size} {'/'.join(shown)} of {args.crop_size} px "
+          f"each, in {args.out / 'seg'}; {processes.hardware()}")
+    classes, crops = len(store.task.organs), args.batch_size // ranks.world_size
+    needed = max(loss_bytes(p, crops, classes, args.crop_size) for p in args.protocols)
+    print(f"{processes.counted(classes - 1, 'class', 'classes')} and background: logits and loss take "
+          f"{needed / 1e6:,.0f} MB of the device's memory")
 
 
 @processes.command

@@ -1,7 +1,7 @@
 """Pre-train a ResNet on CT slices: MoCo v2, with the paper's local loss (--local) and ZCA whitening (--zca).
 
-    torchrun train_ssl.py --local --zca                                the paper's method, one GPU or the CPU
-    torchrun train_ssl.py --local --zca --geometric                    beyond it: crops and flips kept, cells aligned
+    python train_ssl.py --local --zca                                  the paper's method, one GPU or the CPU
+    python train_ssl.py --local --zca --geometric                      beyond it: crops and flips kept, cells aligned
     torchrun --nproc-per-node 8 train_ssl.py --local --zca             eight GPUs, the same result
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_ssl.py --local --zca
     python train_ssl.py --data my_ct --name mine                       plain MoCo v2 on a folder of NIfTI volumes
@@ -58,21 +58,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--local", action="store_true", help="local loss on the first stage's feature map, Eq. 2")
     add("--zca", action="store_true", help="ZCA whitening in place of the backbone's last BN, Eq. 5")
     add("--geometric", action=argparse.BooleanOptionalAction,
-        help="crops and flips (default: unless --local; with it, Eq. 2 takes what both crops show: not the paper's)")
+        help="crop and flip augmentation (default: unless --local; with it, Eq. 2 takes what both crops show, which is "
+        "not the paper's)")
     add("--recipe", choices=("paper", "author"), default="paper", help="whose settings fill what no flag gives: the "
         "paper's, or those of the first author's published code, as far as flags reach (docs/decisions.md)")
     add("--arch", help="any torchvision resnet")
-    add("--init", help="imagenet, random, a RUN of --out or a FILE")
+    add("--init", help="initial checkpoint: imagenet, random, a RUN of --out or a FILE")
     add("--name", help="of the run (default [author-]moco[-local][-zca][-nogeo|-aligned][-everyN][-seedN])")
     add("--overwrite", action="store_true", help="start over where a run of this name exists")
     add("--size", type=whole(1), help="pixels of a stored slice's side")
     add("--image-size", type=whole(1), help="pixels of a view's side")
     add("--batch-size", type=whole(1), help="slices a step, over all processes")
-    add("--bn-group", type=whole(1), help="slices that share batch statistics, a ghost batch")
+    add("--bn-group", type=whole(1), help="size of a micro-batch (ghost batch): the slices that share "
+        "batch statistics, as those on one GPU do")
     add("--every", type=whole(1), default=1, metavar="N", help="train on each N-th slice of a volume")
-    add("--epochs", type=whole(1), help="horizon of the schedule")
+    add("--epochs", type=whole(1), help="epochs in all, over which the learning rate falls to 0")
     add("--steps", type=whole(0), help="stop after so many optimizer steps in all (default: all epochs)")
-    add("--lr", type=number(above=0), help=f"learning rate as it is ({LR} x batch / 256)")
+    add("--lr", type=number(above=0), help="learning rate of the first step; what you give is not scaled by "
+        f"the batch ({LR} x batch / 256)")
     add("--weight-decay", type=number(0), help="of SGD, on all parameters")
     add("--queue", type=whole(1), help="keys kept, a multiple of the batch")
     add("--ema", type=number(0, 1), help="momentum of the key encoder")
@@ -82,8 +85,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--patches", type=whole(1), default=PAPER["patches"], help="K of Eq. 2")
     add("--zca-group", type=whole(0), help="channels whitened together; 0: all")
     add("--zca-iterations", type=whole(1), default=PAPER["zca_iterations"], help="T of Newton's iteration")
-    add("--groups-per-pass", type=whole(1), metavar="N", help="groups that run at once; more need memory and change "
-        "results by rounding only (default: on a GPU as many as fit)")
+    add("--groups-per-pass", type=whole(1), metavar="N", help="micro-batches that run at once; more need memory and "
+        "change results by rounding only (default: on a GPU as many as fit)")
     add("--probe", type=Path, metavar="FOLDER", help="labelled CT, as train_seg.py --data takes it: each epoch, what a "
         "linear fit of its organs on the frozen features is worth; changes nothing, takes seconds")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile a pass (default: on a GPU, where at "

@@ -76,7 +76,7 @@ class ZCAWhitening(nn.Module):
         if positions < 2 * self.group_size:
             warnings.warn(f"whitening {self.group_size} channels over {positions} positions: below twice the group "
                           "size the covariance is close to singular; use larger batches or a smaller --zca-group",
-                          stacklevel=3)
+                          stacklevel=2)
         eye = torch.eye(self.group_size, dtype=centred.dtype, device=centred.device)
         sigma = centred @ centred.mT / positions + self.eps * eye  # covariance: (G, D, D)
         trace = sigma.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]  # (G, 1, 1)

@@ -51,7 +51,7 @@ def resolve(name: str, out: Path, phantom: bool) -> str:
         return _of_out(folder, out)
     if name in BUILT_IN or path.is_file():
         return name
-    raise BadInput(f"{name}: no such run in {out} and no such file; pre-train it first (torchrun train_ssl.py --local "
+    raise BadInput(f"{name}: no such run in {out} and no such file; pre-train it first (python train_ssl.py --local "
                    "--zca) or name another")
 
 
@@ -267,10 +267,10 @@ class Backbone:
 
     @property
     def untrained(self) -> str:
-        """`it does not tell slices apart` with the gap, for a run whose last look said so, else nothing."""
+        """`it does not tell slices apart` with the margin, for a run whose last look said so, else nothing."""
         gap = self.pretraining["gap"]
         apart = gap is None or gap >= LEAST_GAP
-        return "" if apart else f"it does not tell slices apart (gap {gap:.3f} in its last look)"
+        return "" if apart else f"it does not tell slices apart (similarity margin {gap:.3f} in its last look)"
 
 
 def open_backbone(name: str, out: Path, arch: str, seed: int, whitening: str, phantom: bool,
@@ -291,8 +291,10 @@ def open_backbone(name: str, out: Path, arch: str, seed: int, whitening: str, ph
             title = "imagenet"  # by its content: the same row of the tables
     else:
         if (read_config(folder, "data")["data"] == "phantom") != phantom:
-            raise BadInput(f"{folder}: was pre-trained on {'real CT' if phantom else 'the phantom'}; a backbone of the "
-                           "phantom is measured on the phantom only, and no other there")
+            raise BadInput(f"{folder}: was pre-trained on " + (
+                "real CT, and these slices are the phantom's; give your CT by --data (without it, data/AbdomenCT-1K or "
+                "data/BTCV is looked for)" if phantom else "the phantom, and these slices are real CT, on which its "
+                "numbers would say nothing; name another backbone"))
         state = load(folder / CHECKPOINT)
         if not (isinstance(state, dict) and {"arch", "zca", "model"} <= state.keys()):
             raise BadInput(f"{folder / CHECKPOINT}: no checkpoint of a pre-training (train_ssl.py)")

@@ -41,8 +41,8 @@ class CollapseMonitor:
 
         Of the slices as they are: effective ranks of the pooled features and of the embeddings (unit length, as Eq. 1
         sees them). Of two fixed views of each: mean cosines of query and key of one slice and of two, the first less
-        the second (`held_out_gap`), and the share of queries to which their own key is the nearest of all
-        (`instance_accuracy`, by chance 1 / number of slices).
+        the second (the similarity margin, `held_out_gap`), and the share of queries to which their own key is the
+        nearest of all (`instance_accuracy`, by chance 1 / number of slices).
         """
         moco, args, device = self.trainer.moco.eval(), self.trainer.args, self.trainer.device
         outputs: list[tuple] = []
@@ -81,16 +81,17 @@ class CollapseMonitor:
         if found["held_out_gap"] < metrics.LEAST_GAP:
             if step < min(settled, judged_from(self.trainer)):
                 return ""
+            mends = ["an initial checkpoint that is not random (--init)"] * (args.init == "random")
+            mends += ["a shorter --queue"] * (args.queue > args.batch_size) + ["a lower --lr"]
             return (f"warning: after {step:,} of {self.trainer.horizon:,} steps the model does not tell slices apart "
-                    "(cosine of two views of a slice less that of two slices: "
-                    f"{found['held_out_gap']:.3f}, instance accuracy {found['instance_accuracy']:.3f}, chance "
-                    f"{found['instance_chance']:.3f}). Its loss and the queue's accuracy come from the age of the "
-                    "queue's keys, and its effective rank means nothing. Try a start that is not random (--init), a "
-                    "shorter --queue, a lower --lr")
+                    "(similarity margin, the cosine of two views of a slice less that of two slices: "
+                    f"{found['held_out_gap']:.3f}; instance accuracy {found['instance_accuracy']:.3f}, chance "
+                    f"{found['instance_chance']:.3f}). Its loss and the queue's accuracy come from stale keys, and its "
+                    f"effective rank means nothing. Try {', '.join(mends)}")
         if step >= settled and found["effective_rank"] < min(width, 10 * (len(self.slices) - 1)) / 100:
-            return (f"warning: slices are told apart (gap {found['held_out_gap']:.2f}), but the {width} features have "
-                    f"an effective rank of {found['effective_rank']:.1f}: few directions are used (dimensional "
-                    "collapse, Fig. 1); see --local --zca")
+            return (f"warning: slices are told apart (similarity margin {found['held_out_gap']:.2f}), but the {width} "
+                    f"features have an effective rank of {found['effective_rank']:.1f}: few directions are used "
+                    "(dimensional collapse, Fig. 1)" + "; whitening is meant for that (--zca)" * (not args.zca))
         return ""
 
 
@@ -158,7 +159,8 @@ class MetricLogger:
             found = self.collapse.look(done) | (trainer.probe.look() if trainer.probe else {})
             warning = self.collapse.warning(found, done)
             self.seen = (f", instance accuracy {found['instance_accuracy']:.2f} (chance {found['instance_chance']:.2f})"
-                         f", gap {found['held_out_gap']:.2f}, effective rank {found['effective_rank']:.1f}")
+                         f", similarity margin {found['held_out_gap']:.2f}"
+                         f", effective rank {found['effective_rank']:.1f}")
             if trainer.probe:
                 self.seen += f", probe {100 * found['probe_dice']:.1f} % (at first {100 * trainer.probe.start:.1f} %)"
             apart = found["held_out_gap"] >= metrics.LEAST_GAP or done < judged_from(trainer)
@@ -189,26 +191,35 @@ def introduce(trainer, start, store, ranks: processes.Processes, first: int, las
     """Say what will be done, on what, and what it takes."""
     args, trained = trainer.args, len(trainer.batches.trained)
     if store.is_phantom:
-        processes.announce_phantom()
+        processes.announce_phantom(store)
     weights = sum(p.numel() for p in trainer.moco.encoder_q.parameters())
     megabytes = 2 * 4 * (3 * weights + trainer.moco.queue.numel()) / 1e6  # two checkpoints
     thinned = f"{trained + len(trainer.batches.held_out):,} (one in {args.every}) of " * (args.every > 1)
     print(f"{args.name}: {args.arch} from {start.source} on {thinned}{len(store):,} slices of {len(store.volumes):,} "
           f"volumes ({store.folder}), {processes.hardware()}")
-    print(f"{last:,} steps of {args.batch_size} = {args.batch_size // args.bn_group} groups of {args.bn_group} on "
-          f"{ranks.world_size} process(es), {trainer.moco.groups_per_pass} in one pass, precision {trainer.amp}, "
-          f"{args.image_size} px; about {megabytes:,.0f} MB in {args.out / args.name}; the time needed is printed "
-          f"after {LOG_INTERVAL} steps" + ", of which the first compiles for a minute or two" * args.compile)
+    groups = processes.counted(args.batch_size // args.bn_group, "micro-batch", "micro-batches")
+    alike = processes.counted(ranks.world_size, "process", "processes")
+    soon = processes.counted(min(LOG_INTERVAL, trainer.batches.steps_per_epoch), "step")
+    print(f"{processes.counted(last, 'step')} of {args.batch_size} slices = {groups} of {args.bn_group}, "
+          f"{trainer.moco.groups_per_pass} in one pass, on {alike}, precision {trainer.amp}, {args.image_size} px; "
+          f"about {megabytes:,.0f} MB on disk in {args.out / args.name}; the time needed is printed after {soon}"
+          + ", the first of which compiles for a minute or two" * args.compile)
     origin.announce_input(start.source, args.out, args.window)
     if start.unfinished:
         print(f"note: {start.source}: {start.unfinished}; this run starts from it as it is")
     if start.untrained:
-        processes.announce(f"WARNING: this run starts from {start.source}, and {start.untrained}.\nRows that start so "
-                           "were seen to stay at chance. Train another start first: lower --lr, shorter --queue,\nmore "
-                           "steps, --no-geometric (docs/training.md, Few slices); or --init imagenet.", sys.stderr)
+        processes.announce(f"WARNING: this run starts from {start.source}, and {start.untrained}.\nRuns from such "
+                           "an initial checkpoint stayed at chance. Train another one first, with a lower --lr, a\n"
+                           "shorter --queue, more steps or --no-geometric (docs/training.md, Few slices); or give "
+                           "--init imagenet.", sys.stderr)
     for line in recipes.remarks(args):
         print(f"note: {line}")
     for line in recipes.advice(args, trained, trainer.horizon):
         print(f"note: {trained:,} slices are few: {line}", file=sys.stderr)
-    if first:
-        print("finished before; nothing left to train" if first >= last else f"continuing after step {first:,}")
+    if first >= trainer.horizon:
+        print(f"finished before: all {first:,} steps are done")
+    elif first >= last:
+        print(f"finished before: --steps {last} was reached; {first:,} of {trainer.horizon:,} total steps are done; "
+              "a higher --steps, or none, goes on")
+    elif first:
+        print(f"continuing after step {first:,}")

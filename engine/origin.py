@@ -94,8 +94,8 @@ def announce_input(name: str, out: Path, window: Sequence[float]) -> None:
     if unlike.endswith(UNTOLD):
         print(f"note: {unlike}; here {window[0]:g} to {window[1]:g} HU are [0, 1], then ImageNet's normalisation")
     elif not unlike.endswith(": "):
-        announce(f"WARNING: {unlike}.\nA grey value is another tissue to it: give its --window, unless you mean it. "
-                 "Beside the numbers it is said.")
+        announce(f"WARNING: {unlike}.\nA grey value means another tissue to it. Give its --window, unless you mean "
+                 "it; the tables will say so.")
 
 
 def window_of(config: dict, window: Sequence[float]) -> str:

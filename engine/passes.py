@@ -26,11 +26,12 @@ CPU_SIDE = 96  # pixels of a view's side: up to here one pass over all groups wa
 def check_groups(args: argparse.Namespace, world_size: int) -> None:
     """Raise BadInput where the batch does not divide into groups on `world_size` processes; warn of a single group."""
     if args.batch_size % (world_size * args.bn_group):
-        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {world_size} processes x --bn-group "
-                       f"{args.bn_group} = {world_size * args.bn_group}")
+        every = processes.counted(world_size, "process", "processes")
+        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {every} x --bn-group {args.bn_group} = "
+                       f"{world_size * args.bn_group}")
     if args.batch_size == args.bn_group:
-        warnings.warn("one group only: Shuffling BN then does nothing and the model can cheat through its batch "
-                      "statistics; lower --bn-group or raise --batch-size", stacklevel=2)
+        warnings.warn("one group only, a single micro-batch: Shuffling BN then does nothing, and the model can cheat "
+                      "through its batch statistics; lower --bn-group or raise --batch-size", stacklevel=2)
 
 
 def outputs(encoder: Encoder, side: int) -> list[tuple[nn.Module, int]]:

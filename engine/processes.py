@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,6 +39,7 @@ from engine.signals import StopRequest as StopRequest  # of every loop
 INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, LOOKS, PROBE = range(10)
 
 PATIENCE = timedelta(minutes=30)  # with another process, before it counts as lost
+ROOT = Path(__file__).parent.parent
 READERS = 16  # threads of a process at most: each holds a batch
 
 
@@ -56,18 +58,18 @@ class Parser(ct_command.Parser):
             "phantom)")
         add("--store", type=folder, help="folder of the prepared slices (default stores/NAME-HASH of --data)")
         add("--out", type=folder, default=Path("runs"), help="folder of all runs and results (default runs)")
-        add("--seed", type=whole(0), default=0, help="of all random numbers (%(default)s)")
+        add("--seed", type=whole(0), default=0, help="seed of all random numbers (%(default)s)")
         add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto" if trains else "off",
             help="mixed precision; auto: bf16 where the hardware computes in it (default %(default)s)")
-        add("--deterministic", action="store_true", help="on a GPU: deterministic algorithms and no TF32, slower; "
-            "there nothing else continues exactly (a CPU does)")
+        add("--deterministic", action="store_true", help="on a GPU: the same numbers from every run, a continued one "
+            "too, at a lower speed (deterministic algorithms, no TF32); a CPU needs no flag for that")
         if trains:
-            add("--checkpoint-minutes", type=number(0), default=10.0, help="time after which a checkpoint is due, at "
-                "the next tenth step (default %(default)g); one is always kept at the end and when asked to stop")
+            add("--checkpoint-minutes", type=number(0), default=10.0, help="minutes between two checkpoints, rounded "
+                "up to a tenth step (default %(default)g); one is always written at the end and when asked to stop")
         add("--workers", type=whole(0), help="threads that read slices, and processes that prepare them (default: the "
             f"cores there are, to read divided by the processes on this machine and at most {READERS})")
         add("--window", type=number(), nargs=2, default=WINDOW, metavar=("LOW", "HIGH"),
-            help=f"of HU, which becomes 0 to 255 ({WINDOW[0]:g} {WINDOW[1]:g})")
+            help=f"range of HU that becomes 0 to 255 ({WINDOW[0]:g} {WINDOW[1]:g})")
 
     def with_defaults(self, paper: dict, phantom: dict) -> Callable:
         """`add_argument`, whose help ends in the flag's default: `(the paper's) [the phantom's]`, or its own."""
@@ -100,6 +102,7 @@ def command(main):
     @wraps(main)
     def wrapped(argv=None):
         """`main`, ending in one line also where memory is short; leaves the group of processes."""
+        warnings.formatwarning = one_line
         try:
             launched()
             return main(argv)
@@ -113,6 +116,14 @@ def command(main):
                 dist.destroy_process_group()
 
     return wrapped
+
+
+def one_line(message, category, filename, lineno, line=None, formatted=warnings.formatwarning) -> str:
+    """A warning of this repository without the place in its code; others, whose place says whose they are, as Python
+    has them.
+    """
+    own = Path(filename).is_relative_to(ROOT) and "site-packages" not in filename
+    return f"warning: {message}\n" if own else formatted(message, category, filename, lineno, line)
 
 
 def launched() -> tuple[int, int, int]:
@@ -338,7 +349,7 @@ def memory(device: torch.device) -> int:
 
 def commit() -> str:
     """The commit of the code that runs, with + where the tree has changes; 'unknown' outside a clone."""
-    run = ["git", "-C", str(Path(__file__).parent)]
+    run = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*run, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
@@ -347,15 +358,21 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if dirty.strip() else "")
 
 
-def announce_phantom() -> None:
-    """Loudly, before anything is run on generated volumes."""
-    announce("THE PHANTOM: no real CT was given (--data), so this runs on generated volumes with small settings.\n"
-             "Its numbers say nothing about patients and are no AbdomenCT-1K or BTCV results.")
+def announce_phantom(store) -> None:
+    """Loudly, before anything is run on generated volumes; where they, and their slices in a datasets.Store, lie."""
+    announce(f"THE PHANTOM: the volumes in {store.data} are generated, and the settings are small.\nNumbers on it say "
+             "nothing about patients and are no AbdomenCT-1K or BTCV results; --data takes your own CT.\nThe prepared "
+             f"slices are kept in {store.folder}.")
 
 
 def announce(text: str, file=None) -> None:
     """Print something, by default on stdout, so that it is not overlooked."""
     print("=" * 100, text, "=" * 100, sep="\n", file=file)
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """A number with its noun: `1 run`, `1,540 steps`."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def duration(seconds: float) -> str:

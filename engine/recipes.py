@@ -93,11 +93,12 @@ def advice(args: argparse.Namespace, trained: int, horizon: int) -> list[str]:
     wrong = []
     if args.queue > max(trained // 2, args.batch_size):
         fitting = args.batch_size * min(4, max(1, trained // 2 // args.batch_size))
-        wrong.append(f"the queue of {args.queue:,} keys holds {args.queue / trained:.1f} keys of every slice, old ones "
-                     f"of the query's own among them (--queue {fitting})")
+        wrong.append(f"the queue of {args.queue:,} keys holds {args.queue / trained:.1f} keys of every slice, so that "
+                     f"stale keys of the query's own slice are among its negatives (--queue {fitting})")
     if horizon * (1 - args.ema) < 1:
-        wrong.append(f"the key encoder moves {1 - args.ema:.4f} of the way a step, too slow for {horizon:,} steps "
-                     "(--ema 0.99)")
+        quicker = "--ema 0.99" if args.ema > 0.99 else "more --epochs"
+        wrong.append(f"the key encoder moves {1 - args.ema:.4g} of the way a step, too slow for {horizon:,} steps "
+                     f"({quicker})")
     if horizon < 1000 and args.geometric and args.init == "random":
         wrong.append(f"from random weights, {horizon:,} steps with crops were never enough to tell slices apart (first "
                      "a run with --no-geometric --name start, then --init start)")

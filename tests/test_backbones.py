@@ -221,7 +221,7 @@ def test_a_file_has_its_row_in_both_tables_of_a_phantom(small_phantom, tmp_path,
     assert not (tmp_path / "runs").exists()
     train_seg.main([*seg, "--row", "my method"])
     out = capsys.readouterr().out
-    assert "1 run(s): my method x" in out and "theirs.pth: all 120 weights of resnet18 matched under" in out
+    assert "1 run: my method x" in out and "theirs.pth: all 120 weights of resnet18 matched under" in out
     assert re.search(r"^\| 25 % \| my method \(a file, which does not tell the HU window [^|]*\) \|", out, re.M)
     result = json.loads((tmp_path / "runs/seg/my method-linear-frozen-25-0/result.json").read_text())
     assert result["backbone"] == "my method" and result["pretraining"]["step"] is None

@@ -673,8 +673,9 @@ def test_backbones_of_the_phantom_and_of_real_ct_do_not_meet(flags, pretrained, 
     for told in (refusal(train_seg.main, [*flags(*small), *real, "--backbone", theirs]),
                  refusal(svd_spectrum.main, [*real, "--image-size", 64, theirs]),
                  refusal(train_ssl.main, [*ssl, "--store", tmp_path / "s", "--out", tmp_path / "o", "--init", theirs])):
-        assert "was pre-trained on the phantom; a backbone of the phantom is measured on the phantom only" in told
-    assert "was pre-trained on real CT" in refusal(train_seg.main, flags(*small, "--backbone", ours))
+        assert "was pre-trained on the phantom, and these slices are real CT" in told
+    assert "these slices are the phantom's; give your CT by --data" in refusal(
+        train_seg.main, flags(*small, "--backbone", ours))
     train_seg.main([str(a) for a in (*flags(*small), *real, "--backbone", ours, "--out", tmp_path / "o")])
     assert json.loads((tmp_path / "o/results.jsonl").read_text())["data"] == "BTCV"  # where each belongs it is used
 

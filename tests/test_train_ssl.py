@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,10 +81,12 @@ def test_a_line_has_the_rate_its_share_of_the_peak_and_the_time_left(flags, tmp_
 
 
 @pytest.mark.pictures
-def test_a_run_leaves_its_files_and_a_torchvision_backbone(flags, tmp_path, capsys):
+def test_a_run_leaves_its_files_and_a_torchvision_backbone(flags, tmp_path, small_phantom, capsys):
     train_ssl.main(flags(tmp_path, "--local", "--zca", "--steps", 2))
     printed = capsys.readouterr().out
-    assert "PHANTOM" in printed
+    assert f"THE PHANTOM: the volumes in {small_phantom / 'AbdomenCT-1K'} are generated" in printed
+    assert f"slices are kept in {small_phantom.parent / 'store'}" in printed and "no real CT" not in printed
+    assert "1 process, precision off" in printed and "MB on disk" in printed and "(s)" not in printed
     folder = tmp_path / "phantom-moco-local-zca"
     left = {p.name for p in folder.iterdir()}
     assert {"config.json", "log.jsonl", "checkpoint.pt", "backbone.pth", "curves.png"} <= left
@@ -116,7 +119,7 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys):
             assert torch.equal(v, w) if isinstance(v, torch.Tensor) else v == w, name
     capsys.readouterr()
     train_ssl.main(flags(tmp_path / "b", *common, "--steps", 4))
-    assert "finished before" in capsys.readouterr().out
+    assert "finished before: --steps 4 was reached; 4 of 20 total steps are done" in capsys.readouterr().out
 
 
 def test_step_t_is_a_function_of_seed_and_t(flags, tmp_path):
@@ -312,7 +315,7 @@ def test_bad_flags_end_in_one_line(flags, tmp_path, refusal):
     def line(*more):
         return refusal(train_ssl.main, flags(tmp_path, *more))
 
-    assert "multiple of 1 processes x --bn-group 3" in line("--bn-group", 3)
+    assert "multiple of 1 process x --bn-group 3" in line("--bn-group", 3)
     assert "--queue 36" in line("--queue", 36)
     assert "--patches 50" in line("--local", "--patches", 50)
     assert "fewer than one batch" in line("--batch-size", 4096, "--queue", 4096)
@@ -365,9 +368,16 @@ def test_bad_volumes_stop_the_run_before_it_starts(tmp_path, flags, refusal):
 
 
 def test_one_group_warns_and_a_long_queue_is_noted(flags, tmp_path, capsys):
-    with pytest.warns(UserWarning, match="one group only"):
-        train_ssl.main(flags(tmp_path, "--bn-group", 8, "--steps", 1, "--queue", 80))
+    with pytest.warns(UserWarning, match="one group only") as told:
+        train_ssl.main(flags(tmp_path, "--bn-group", 8, "--steps", 1, "--queue", 80, "--zca", "--zca-group", 64))
     assert "the queue of 80 keys holds" in capsys.readouterr().err
+    # in a terminal a line each, without a place in someone's code
+    lines = [warnings.formatwarning(w.message, w.category, w.filename, w.lineno) for w in told
+             if w.category is UserWarning]
+    assert {tuple(line.split(":")[:2]) for line in lines} == {
+        ("warning", " one group only, a single micro-batch"), ("warning", " whitening 64 channels over 32 positions")}
+    assert all(line.count("\n") == 1 for line in lines)
+    assert "elsewhere.py:7: " in warnings.formatwarning("x", UserWarning, "/usr/lib/elsewhere.py", 7)
 
 
 def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, small_phantom):
@@ -427,6 +437,11 @@ def test_warnings_look_at_gap_and_rank_together_once_the_queue_was_full_for_an_e
     assert all(flag in apart for flag in ("--init", "--queue", "--lr"))
     assert "dimensional collapse" in collapse.warning(healthy | {"effective_rank": 0.05}, full)
     assert "dimensional collapse" not in collapse.warning(healthy | {"effective_rank": 0.05, "held_out_gap": 0.0}, full)
+    args.init, args.queue, args.zca = "imagenet", args.batch_size, True  # what cannot help is not advised
+    apart = collapse.warning(healthy | {"held_out_gap": 0.01}, full)
+    assert "Try a lower --lr" in apart and "--init" not in apart and "--queue" not in apart
+    assert "--zca" not in collapse.warning(healthy | {"effective_rank": 0.05}, full)
+    args.queue = 4 * args.batch_size
     for bad in ({"held_out_gap": 0.0}, {"effective_rank": 0.05}):
         assert collapse.warning(healthy | bad, full - 1) == ""
     args.queue = 4000 * args.batch_size  # it fills late; a tenth of the steps is not waited for longer than for it
@@ -463,8 +478,8 @@ def test_a_start_that_never_learned_is_told_of_before_the_run(flags, tmp_path, c
         capsys.readouterr()
         train_ssl.main([*flags(tmp_path, "--steps", 1, "--name", str(gap)), "--init", "start"])
         told = capsys.readouterr()
-        assert ("WARNING: this run starts from start, and it does not tell slices apart (gap 0.000 in its last look)"
-                in told.err) == (gap == 0.0)
+        assert ("WARNING: this run starts from start, and it does not tell slices apart (similarity margin 0.000 in "
+                "its last look)" in told.err) == (gap == 0.0)
         assert "note: start: its pre-training is at step 1" in told.out
         config = json.loads((tmp_path / str(gap) / "config.json").read_text())
         assert not {"init_untrained", "init_unfinished"} & config.keys()
@@ -520,7 +535,8 @@ def test_every_look_that_is_shown_stands_in_the_log(flags, tmp_path, monkeypatch
     monkeypatch.setattr(monitor, "EARLIEST", 1)
     for steps, looked in ((1, [1]), (3, [1, 2, 3])):  # 1: where it is judged first
         train_ssl.main(flags(tmp_path / str(steps), "--batch-size", 8, "--epochs", 2, "--steps", steps))
-        shown = re.findall(r"^step (\d+)/.*gap (-?[\d.]+), effective rank ([\d.]+)", capsys.readouterr().out, re.M)
+        shown = re.findall(r"^step (\d+)/.*similarity margin (-?[\d.]+), effective rank ([\d.]+)",
+                           capsys.readouterr().out, re.M)
         log = {r["step"]: r for r in runs.read_log(tmp_path / str(steps) / "phantom-moco/log.jsonl")}
         assert [step for step, r in log.items() if "held_out_gap" in r] == looked
         assert [int(step) for step, *_ in shown] == looked
@@ -658,6 +674,9 @@ def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
     args.init = "random"
     told = " ".join(recipes.advice(args, 1_500, 300))
     assert "--ema 0.99" in told and "--init start" in told
+    args.ema = 0.99  # no one is told to give what was given
+    told = " ".join(recipes.advice(args, 1_500, 50))
+    assert "moves 0.01 of the way a step, too slow for 50 steps (more --epochs)" in told
     args = train_ssl.parse(["--data", "x"])
     train_ssl.resolve_defaults(args, True)
     assert recipes.advice(args, 1_473, 184) == []
