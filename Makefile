@@ -10,15 +10,18 @@ export SSL SEG OUT SEEDS INIT ARGS SEG_ARGS RUN
 setup: $(BIN)/.ready
 
 # Before Python 3.12.7, argparse takes a script's --local for an abbreviation of torchrun's own --local-addr and
-# stops. The torchrun written here is the stock one with abbreviations off. sh starts it, with the Python beside it: a
-# first line of #! cannot name a Python in a folder with a space.
+# stops. The torchrun written here is the stock one with abbreviations off, and without its traceback of 30 lines behind
+# a script that has said itself why it ended (a signal's victim has not). sh starts it, with the Python beside it: a first
+# line of #! cannot name a Python in a folder with a space.
 $(BIN)/.ready: requirements.txt requirements-dev.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	printf '%s\n' '#!/bin/sh' "'''exec' \"\$$(dirname \"\$$0\")/python\" \"\$$0\" \"\$$@\"" "' '''" 'import sys' \
-	  'from torch.distributed import run' 'stock = run.get_args_parser' 'def exact():' '    parser = stock()' \
-	  '    parser.allow_abbrev = False' '    return parser' 'run.get_args_parser = exact' 'sys.exit(run.main())' > $(BIN)/torchrun
+	  'from torch.distributed import run' 'from torch.distributed.elastic.multiprocessing.errors import ChildFailedError' \
+	  'stock = run.get_args_parser' 'def exact():' '    parser = stock()' \
+	  '    parser.allow_abbrev = False' '    return parser' 'run.get_args_parser = exact' 'try:' '    sys.exit(run.main())' \
+	  'except ChildFailedError as e:' '    sys.exit(1 if e.get_first_failure()[1].exitcode > 0 else str(e))' > $(BIN)/torchrun
 	chmod +x $(BIN)/torchrun
 	touch $@
 

@@ -9,10 +9,13 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -339,6 +342,31 @@ def test_a_failed_download_names_the_choices(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(BadInput, match=f"fetch https://.*resnet18-f37072fd.pth elsewhere and put it at {tmp_path}"):
         backbones.build_backbone("imagenet", "resnet18")
+
+
+def test_the_makefiles_torchrun_adds_no_traceback_to_a_line_that_says_why(tmp_path):
+    """With stand-ins for torch's modules: a script that ended by itself, and one that was killed and said nothing."""
+    root, torch_dir = Path(__file__).parent.parent, tmp_path / "torch/distributed"
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    (tmp_path / ".venv/bin/python").symlink_to("/bin/true")
+    subprocess.run(["make", "-s", "setup", "PYTHON=true"], cwd=tmp_path, check=True, capture_output=True)
+    (torch_dir / "elastic/multiprocessing").mkdir(parents=True)
+    for package in (torch_dir.parent, torch_dir, torch_dir / "elastic", torch_dir / "elastic/multiprocessing"):
+        (package / "__init__.py").touch()
+    (torch_dir / "elastic/multiprocessing/errors.py").write_text(
+        "class ChildFailedError(Exception):\n    def get_first_failure(self):\n        return 0, self.args[1]\n")
+    (torch_dir / "run.py").write_text(
+        "import sys\nfrom types import SimpleNamespace\n"
+        "from torch.distributed.elastic.multiprocessing.errors import ChildFailedError\n"
+        "get_args_parser = None\ndef main():\n    code = int(sys.argv[1])\n    if code:\n"
+        "        raise ChildFailedError('killed', SimpleNamespace(exitcode=code))\n")
+    for code, ended, says in ((0, 0, ""), (1, 1, ""), (143, 1, ""), (-9, 1, "killed")):
+        told = subprocess.run([sys.executable, tmp_path / ".venv/bin/torchrun", str(code)], capture_output=True,
+                              text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+        assert told.returncode == ended and "Traceback" not in told.stderr and says in told.stderr
+        assert bool(told.stderr) == bool(says)
 
 
 @pytest.fixture
