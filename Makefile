@@ -41,7 +41,7 @@ demo: setup
 # INIT=start trains a start instead of using ImageNet's weights; ARGS: flags of train_ssl.py, SEG_ARGS: of train_seg.py;
 # RUN="torchrun --nproc-per-node 8". The same command continues.
 paper: setup
-	@BIN=$(BIN) tools/paper.sh
+	@$(BIN)/python -m tools.paper
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -750,9 +750,10 @@ def test_torchrun_starts_in_a_folder_with_a_space(tmp_path):
 
 def test_make_paper_plans_or_says_in_one_line_what_is_wrong(made, tmp_path):
     def plan(folder):
-        settings = {"BIN": str(Path(sys.executable).parent), "PLAN": "1", "SSL": str(folder), "SEG": str(folder),
+        settings = {"PLAN": "1", "SSL": str(folder), "SEG": str(folder),
                     "OUT": str(made.out)}
-        return subprocess.run([ROOT / "tools/paper.sh"], env=os.environ | settings, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", "tools.paper"], env=os.environ | settings, capture_output=True,
+                              text=True, cwd=ROOT)
 
     ended = plan(made.data / "AbdomenCT-1K")
     assert ended.returncode == 0 and "pre-train phantom-moco-local-zca: to do" in ended.stdout and not ended.stderr
