@@ -35,17 +35,17 @@ def counts(prediction: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarra
         if labels.size and not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(f"{name} has labels {labels.min()}..{labels.max()}; expected 0..{classes - 1}")
     confusion = np.bincount(truth * classes + prediction, minlength=classes**2).reshape(classes, classes)  # (T, P)
-    return np.stack([confusion.diagonal(), confusion.sum(0), confusion.sum(1)])
+    return np.stack([confusion.diagonal(), confusion.sum(0), confusion.sum(1)])  # (3, classes)
 
 
 def count_slices(prediction: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
     """Labels (Z, H, W) of a volume -> its rows of the table, (Z, classes, 3). Raises as `counts`."""
-    return np.stack([counts(p, t, classes).T for p, t in zip(prediction, truth, strict=True)])
+    return np.stack([counts(p, t, classes).T for p, t in zip(prediction, truth, strict=True)])  # (Z, classes, 3)
 
 
 def dice(intersection: np.ndarray, prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """2 I / (P + T), elementwise, float64 of the arguments' shape; NaN where P + T is zero."""
-    total = np.asarray(prediction) + np.asarray(truth)
+    total = np.asarray(prediction) + np.asarray(truth)  # P + T
     undefined = np.full(total.shape, np.nan)
     return np.divide(2.0 * np.asarray(intersection), total, out=undefined, where=total > 0)
 
@@ -74,7 +74,7 @@ def pooled_dice(table: np.ndarray) -> np.ndarray:
     mmsegmentation's unit: its `mDice` (IoUMetric) is the nan-mean of all classes, background included. The
     mean Dice score (mDS) reported here is the nan-mean of the organs alone.
     """
-    return dice(*np.moveaxis(table.sum(0), -1, 0))
+    return dice(*np.moveaxis(table.sum(0), -1, 0))  # (classes, 3) -> three of (classes,) -> (classes,)
 
 
 def monai(table: np.ndarray, volumes: Sequence) -> tuple[np.ndarray, float]:
@@ -84,9 +84,9 @@ def monai(table: np.ndarray, volumes: Sequence) -> tuple[np.ndarray, float]:
     reduction "mean": over the organs of each volume first, then over volumes. Where nothing is defined both
     are NaN, MONAI's are 0. MONAI's default also averages background in; here, as in the others, it is not.
     """
-    intersection, prediction, truth = np.moveaxis(volume_counts(table, volumes), -1, 0)
+    intersection, prediction, truth = np.moveaxis(volume_counts(table, volumes), -1, 0)  # (V, classes) each
     scores = np.where(truth > 0, dice(intersection, prediction, truth), np.nan)  # (V, classes)
-    return nan_mean(scores, 0), float(nan_mean(nan_mean(scores[:, 1:], 1)))
+    return nan_mean(scores, 0), float(nan_mean(nan_mean(scores[:, 1:], 1)))  # (classes,); (V, organs) -> (V,) -> ()
 
 
 def nnunet(table: np.ndarray, volumes: Sequence) -> tuple[np.ndarray, float]:
@@ -95,7 +95,7 @@ def nnunet(table: np.ndarray, volumes: Sequence) -> tuple[np.ndarray, float]:
     So 0 if one of them is. Returns the nan-means over volumes (classes,) and their mean over the organs, from
     which an organ that is NaN in every volume is dropped; nnU-Net's own `foreground_mean` is then NaN.
     """
-    per_class = nan_mean(dice(*np.moveaxis(volume_counts(table, volumes), -1, 0)), 0)
+    per_class = nan_mean(dice(*np.moveaxis(volume_counts(table, volumes), -1, 0)), 0)  # (V, classes) -> (classes,)
     return per_class, float(nan_mean(per_class[1:]))
 
 
@@ -105,8 +105,8 @@ def swinunetr(table: np.ndarray, volumes: Sequence) -> tuple[np.ndarray, float]:
     Returns the means over volumes (classes,) and their mean over the organs; nothing is left out, so the
     order of averaging does not matter.
     """
-    intersection, prediction, truth = np.moveaxis(volume_counts(table, volumes), -1, 0)
-    per_class = np.where(truth > 0, dice(intersection, prediction, truth), 0.0).mean(0)
+    intersection, prediction, truth = np.moveaxis(volume_counts(table, volumes), -1, 0)  # (V, classes) each
+    per_class = np.where(truth > 0, dice(intersection, prediction, truth), 0.0).mean(0)  # (V, classes) -> (classes,)
     return per_class, float(per_class[1:].mean())
 
 
@@ -116,9 +116,9 @@ def transunet(table: np.ndarray, volumes: Sequence) -> tuple[np.ndarray, float]:
     Dice where truth and prediction are both non-empty, 1 where only the truth is empty, 0 where the
     prediction is empty (both empty included). Returns as `swinunetr`.
     """
-    intersection, prediction, truth = np.moveaxis(volume_counts(table, volumes), -1, 0)
+    intersection, prediction, truth = np.moveaxis(volume_counts(table, volumes), -1, 0)  # (V, classes) each
     scores = np.where(truth > 0, dice(intersection, prediction, truth), 1.0)  # (V, classes)
-    per_class = np.where(prediction > 0, scores, 0.0).mean(0)
+    per_class = np.where(prediction > 0, scores, 0.0).mean(0)  # (classes,)
     return per_class, float(per_class[1:].mean())
 
 
@@ -134,7 +134,7 @@ def summarise(table: np.ndarray, volumes: Sequence) -> dict[str, float | list[fl
     if not len(table):
         raise ValueError("a table without slices has no Dice")
     pooled = pooled_dice(table)  # (classes,)
-    organs = np.where(table[:, 1:, 2].sum(0) > 0, pooled[1:], np.nan)
+    organs = np.where(table[:, 1:, 2].sum(0) > 0, pooled[1:], np.nan)  # (classes - 1,)
     means = {"mDS": nan_mean(organs), "mDice_with_background": nan_mean(pooled)}
     means |= {f"per_volume_{convention.__name__}": convention(table, volumes)[1]
               for convention in (monai, nnunet, swinunetr, transunet)}
@@ -149,14 +149,14 @@ def singular_values(vectors: np.ndarray) -> np.ndarray:
 
     The covariance is symmetric and has no negative eigenvalue, so these are its eigenvalues.
     """
-    centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)
+    centred = vectors.astype(np.float64) - vectors.mean(0, dtype=np.float64)  # (n, d)
     values = np.linalg.svd(centred, compute_uv=False) ** 2 / (len(vectors) - 1)  # (min(n, d),)
-    return np.pad(values, (0, vectors.shape[1] - len(values)))
+    return np.pad(values, (0, vectors.shape[1] - len(values)))  # (d,)
 
 
 def effective_rank(values: np.ndarray) -> float:
     """exp(-sum p ln p), p = l / sum(l), for the eigenvalues l >= 0 of a covariance (Roy and Vetterli, 2007)."""
-    share = values[values > 0] / values.sum()  # p, sums to one
+    share = values[values > 0] / values.sum()  # p (r,), r values above 0; sums to one
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
@@ -181,7 +181,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 def nan_mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     """numpy's nanmean, silent where every value is NaN (the result is NaN there)."""
     defined = ~np.isnan(values)
-    number = np.asarray(defined.sum(axis))
+    number = np.asarray(defined.sum(axis))  # of the values without `axis`, as all below
     total = np.where(defined, values, 0).sum(axis)
     return np.divide(total, number, out=np.full(number.shape, np.nan), where=number > 0)
 

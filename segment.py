@@ -43,7 +43,7 @@ def dilate(backbone: nn.Module) -> nn.Module:
 
 
 def _resize(x: Tensor, size: torch.Size) -> Tensor:
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)  # (N, any, h, w) -> (N, any, *size)
 
 
 def conv_module(inputs: int, outputs: int, kernel: int, dilation: int = 1, groups: int = 1) -> nn.Sequential:
@@ -71,14 +71,14 @@ class LinearHead(nn.Sequential):
     """BN, dropout, 1x1 convolution on layer4: (N, C, h, w) -> (N, classes, h, w). As in VICRegL."""
 
     def __init__(self, channels: int, classes: int):
-        super().__init__(nn.BatchNorm2d(channels), *cls_seg(channels, classes))
+        super().__init__(nn.BatchNorm2d(channels), *cls_seg(channels, classes))  # (N, C, h, w) -> (N, classes, h, w)
 
 
 class FCNHead(nn.Sequential):
     """mmseg's auxiliary head on layer3: (N, C, h, w) -> (N, classes, h, w); 3x3 to C / 4, then 1x1."""
 
     def __init__(self, channels: int, classes: int):
-        super().__init__(*conv_module(channels, channels // 4, 3), *cls_seg(channels // 4, classes))
+        super().__init__(*conv_module(channels, channels // 4, 3), *cls_seg(channels // 4, classes))  # C, C/4, classes
 
 
 class DeepLabV3PlusHead(nn.Module):
@@ -90,7 +90,7 @@ class DeepLabV3PlusHead(nn.Module):
 
     def __init__(self, channels: int, low_channels: int, classes: int):
         super().__init__()
-        self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_module(channels, WIDTH, 1))
+        self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_module(channels, WIDTH, 1))  # (N, WIDTH, 1, 1)
         self.aspp_modules = nn.ModuleList(conv_module(channels, WIDTH, 1) if rate == 1 else
                                           separable_conv_module(channels, WIDTH, rate) for rate in RATES)
         self.bottleneck = conv_module((1 + len(RATES)) * WIDTH, WIDTH, 3)
@@ -158,7 +158,7 @@ class Segmenter(nn.Module):
         """
         if labels is not None:
             return self.loss(images, labels)
-        return _resize(self.coarse(self.features(images)), images.shape[2:])
+        return _resize(self.coarse(self.features(images)), images.shape[2:])  # (N, classes, h, w) -> (N, classes, H, W)
 
     def loss(self, images: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Images (N, 3, H, W), or their `features`, and labels (N, H, W) int64, 255 to ignore -> the loss, a scalar.
@@ -166,9 +166,9 @@ class Segmenter(nn.Module):
         Cross entropy at the labels' size, for DeepLabv3+ plus AUX_WEIGHT times that of the auxiliary head.
         """
         features = self.features(images) if isinstance(images, Tensor) else images
-        loss = _cross_entropy(self.coarse(features), labels)
+        loss = _cross_entropy(self.coarse(features), labels)  # ()
         if self.auxiliary_head is not None:
-            loss = loss + AUX_WEIGHT * _cross_entropy(self.auxiliary_head(features[2]), labels)
+            loss = loss + AUX_WEIGHT * _cross_entropy(self.auxiliary_head(features[2]), labels)  # of layer3's map
         return loss
 
     def coarse(self, features: tuple[Tensor, ...]) -> Tensor:
@@ -176,7 +176,7 @@ class Segmenter(nn.Module):
 
         (N, classes, h, w) at stride 8, of DeepLabv3+ at stride 4: of many classes a small part of what `forward` gives.
         """
-        layer1, _, _, layer4 = features
+        layer1, _, _, layer4 = features  # (N, L, H/4, W/4) and (N, 8 L, h, w)
         logits = self.decode_head(layer4) if self.auxiliary_head is None else self.decode_head(layer4, layer1)
         return logits.float()
 
@@ -187,8 +187,8 @@ def _cross_entropy(coarse: Tensor, labels: Tensor) -> Tensor:
     mmseg's default (`avg_non_ignore=False`): a pixel weighs the same in every crop and process; no label gives 0.
     """
     # log-softmax reads a class after the other: logits in channels_last would be copied for it at their full size
-    logits = _resize(coarse.float().contiguous(), labels.shape[1:])
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none").mean()
+    logits = _resize(coarse.float().contiguous(), labels.shape[1:])  # (N, classes, h, w) -> (N, classes, H, W)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none").mean()  # (N, H, W) -> ()
 
 
 def loss_bytes(protocol: str, batch: int, classes: int, side: int) -> int:
