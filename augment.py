@@ -3,8 +3,8 @@
 The recipe is MoCo v2's as mmselfsup configures it (configs/selfsup/_base_/datasets/imagenet_mocov2.py), in
 its order: random resized crop, brightness and contrast, Gaussian blur, flip, ImageNet's mean and standard
 deviation. Its hue, saturation and grayscale are left out: they do nothing to three equal channels. Without
-geometry, as the paper has it for the local loss, the crop is the whole slice and there is no flip. The
-first author's recipe has the same crops, no flip, and views/photometric.py in place of jitter and blur.
+crop and flip augmentation, as the paper has it for the local loss, the crop is the whole slice and there is
+no flip. The first author's recipe has the same crops, no flip, and views/photometric.py in place of jitter and blur.
 
 `draw` makes every random number, `pair` and `apply` none. Two views of a batch are two draws.
 """
@@ -23,7 +23,7 @@ from views.resize import crops_by_products, crops_one_by_one, normalise, pixel_b
 AREA = (0.2, 1.0)  # RandomResizedCrop: share of the slice's area
 RATIO = (3 / 4, 4 / 3)  # RandomResizedCrop: width over height, log-uniform
 CANDIDATES = 10  # boxes that torchvision tries before it falls back to the whole of a square image
-LEAST = 0.1  # of the slice's side that two crops must share for the local loss with geometry
+LEAST = 0.1  # of the slice's side that two crops must share for the local loss with crops and flips
 FLIP_P = 0.5
 JITTER = 0.4  # ColorJitter: brightness and contrast are factors of 1 -+ this
 JITTER_P = 0.8
@@ -84,7 +84,7 @@ def pair(batch: Tensor, params_q: Params, params_k: Params, size: int = 224) -> 
     a size that is not above RADIUS.
     """
     images_q = resample(batch, params_q, size)
-    shared = np.array_equal(params_q["box"], params_k["box"])  # as without geometry; half of the work is saved
+    shared = np.array_equal(params_q["box"], params_k["box"])  # as without crops; half of the work is saved
     images_k = images_q.clone() if shared else resample(batch, params_k, size)
     return retouch(images_q, params_q)[:, None], retouch(images_k, params_k)[:, None]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 IGNORE = 255  # the label of pixels that count nowhere
-LEAST_GAP = 0.02  # cosine of two views of a slice less that of two slices; below it no slice is told from another
+LEAST_GAP = 0.02  # similarity margin, cosine of two views of a slice less that of two slices; below it all look alike
 
 # -------------------------------------------------------------------------------------------------------- counts
 

@@ -1,7 +1,7 @@
 """Measure a backbone by segmenting BTCV's 13 organs, Tables 1 and 2, or those of anyone's labelled CT.
 
     python train_seg.py --split 12.5                       the paper's method, three protocols, three draws
-    python train_seg.py --split 100 --backbone all         all rows of Table 2
+    python train_seg.py --split 100 --backbone all         all methods of Table 2
     python train_seg.py --split 25 --backbone my_backbone.pth --protocol linear-frozen --draw 0
     python train_seg.py --data Task09_Spleen --split 25    one's own labels: MSD, nnU-Net, TotalSegmentator ...
     python train_seg.py --report                           both tables and a figure of what has been run so far
@@ -75,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--whole-slices", action=argparse.BooleanOptionalAction, help="linear-frozen trains on whole slices instead "
         "of random crops: their features are computed once, which is fast and not the paper's")
     add("--no-flip", dest="flip", action="store_false", help="mirror no training crop: mirrored, with labels as they "
-        "are, left and right kidney look alike (the paper's toolbox does it; whole slices are never mirrored)")
+        "are, left and right kidney look alike (mmseg does it by default; whole slices are never mirrored)")
     add("--compile", action="store_true", help="torch.compile a training iteration: faster on a GPU after one or two "
         "minutes; dropout and the last digits differ")
     add("--eval-every", type=whole(1), default=EVAL_INTERVAL, metavar="N", help="iterations between two points of the "
@@ -101,7 +101,7 @@ def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
     args.draws = range(DRAWS[args.split]) if args.draw is None else [args.draw]
     for draw in args.draws:
         if draw not in range(DRAWS[args.split]):
-            raise BadInput(f"--draw {draw}: split {args.split} has draws 0 to {DRAWS[args.split] - 1}")
+            raise BadInput(f"--draw {draw}: split {args.split} has random subsets 0 to {DRAWS[args.split] - 1}")
     args.protocols = PROTOCOLS if args.protocol is None else (args.protocol,)
 
 
@@ -274,9 +274,7 @@ def train(trainer: Trainer, run: runs.Run, first: int) -> None:
 
 def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store: datasets.Store,
             ranks: processes.Processes) -> str:
-    """One run: one backbone, protocol, split and draw, from the start or its checkpoint to its result. Returns what the
-    backbone is called there.
-    """
+    """One backbone, protocol, split and random subset (draw), to its result; returns what the backbone is called."""
     args = recipe(args, protocol)
     whitening = "fold" if protocol == "linear-frozen" else args.whitening
     # before the run folder: a backbone that does not fit leaves nothing behind

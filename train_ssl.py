@@ -168,12 +168,12 @@ class Trainer:
         self.optimizer = runs.sgd(self.trained, args.lr, MOMENTUM, args.weight_decay, amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.skipped = 0  # steps that fp16's scaler left out
-        self.gap = None  # of the last look at the held-out slices
+        self.gap = None  # similarity margin of the last look at the held-out slices
         self.probe = None  # --probe: see `probe.begin`
-        self.horizon = args.epochs * batches.steps_per_epoch
+        self.horizon = args.epochs * batches.steps_per_epoch  # total steps, wherever --steps ends this run
 
     def lr(self, t: int) -> float:
-        """Cosine from --lr to 0 over the horizon, by the step; the first author's recipe has a schedule of its own."""
+        """Cosine from --lr to 0 over the total steps; the first author's recipe has a schedule of its own."""
         if self.args.recipe == "author":
             return self.args.lr * recipes.author_schedule(t, self.horizon)
         return self.args.lr * 0.5 * (1 + math.cos(math.pi * t / self.horizon))
@@ -337,10 +337,10 @@ def slices_of(args: argparse.Namespace, data: Path) -> datasets.Store:
 
 def begin(args: argparse.Namespace, store: datasets.Store, data: Path, ranks: processes.Processes,
           labelled: datasets.Store | None, given: str | None) -> None:
-    """Train the phantom's start where it is missing: by its own settings, whichever row comes first.
+    """Train the phantom's initial checkpoint where it is missing: by its own settings, whichever method comes first.
 
     Raises BadInput where one is there that was made otherwise, unless --init names it, and before the training for what
-    the row would be refused for after it.
+    the method would be refused for after it.
     """
     kept = {k: v for k, v in vars(args).items() if k in NOT_IN_CONFIG}
     own = argparse.Namespace(**vars(parse([])) | kept | PHANTOM | START | dict(name=args.init, seed=args.seed))
@@ -373,9 +373,10 @@ def main(argv: list[str] | None = None) -> None:
     resolve_defaults(args, phantom)
     # what is refused is refused before the slices are prepared, which takes long
     own_start = phantom and args.init == recipes.start_of(args)
-    row = argparse.Namespace(**vars(args) | {"init": "random"}) if own_start else args  # its start may not be there yet
-    start = open_start(row, phantom)
-    moco = build(row, phantom, start)
+    # in place of an initial checkpoint that may not be there yet, random weights
+    now = argparse.Namespace(**vars(args) | {"init": "random"}) if own_start else args
+    start = open_start(now, phantom)
+    moco = build(now, phantom, start)
     store = slices_of(args, data)
     labelled = args.probe and datasets.prepare(args.probe, stores.default_store(args.probe), "segment",
                                                tuple(args.window), workers=args.workers)

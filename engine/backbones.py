@@ -64,7 +64,7 @@ def _of_out(folder: Path, out: Path) -> str:
 def pretrained(folders: Iterable[Path], window: Sequence[float]) -> dict[Path, dict]:
     """{folder: config} of those in which a pre-training has left a checkpoint.
 
-    Two are told on stderr and left out, which is no reason to leave out others: a checkpoint without a readable
+    Two are reported on stderr and left out, which is no reason to leave out others: a checkpoint without a readable
     config.json, and a run on slices of another HU window than this one, whose grey values mean something else.
     """
     found = {}
@@ -238,9 +238,8 @@ class Backbone:
     """A network with what is known of its pre-training: what stands beside every number measured on it.
 
     source: the name that `resolve` gives. name: its short one, of folders and rows (`title_of`). pretraining: arch,
-    checksum of the weights and, of a run, its step and horizon, the similarity margin of its last look as `gap` (see
-    train_ssl.py), view_px and slice_px; those are None for a file, for ImageNet's and for random weights.
-    config: `made_with`.
+    checksum of the weights and, of a run, its step and total steps (`horizon`), the similarity margin of its last look
+    (`gap`), view_px and slice_px; those are None for a file, for ImageNet's and random weights. config: `made_with`.
     """
 
     net: nn.Module
@@ -261,7 +260,7 @@ class Backbone:
 
     @property
     def unfinished(self) -> str:
-        """`its pre-training is at step 3 of 15` for a run that has not reached its horizon, else nothing."""
+        """`its pre-training is at step 3 of 15` for a run that has not come to its total steps, else nothing."""
         step, horizon = self.pretraining["step"], self.pretraining["horizon"]
         return f"its pre-training is at step {step:,} of {horizon:,}" if horizon and step < horizon else ""
 

@@ -18,7 +18,7 @@ LOG_INTERVAL = 10  # steps between two looks at the losses; each look waits for 
 STATS = ("loss", "loss_global", "loss_local", "queue_accuracy", "similarity_positive", "similarity_negative",
          "grad_norm")
 TIMES = ("images_per_s", "mfu", "seconds_left", "data_share")  # of a record: what no other run has the same
-EARLIEST = 50  # steps: on the phantom, healthy runs had a gap of 0.01 to 0.02 after 23 and of 0.04 to 0.16 after 46
+EARLIEST = 50  # steps: on the phantom, healthy runs had a margin of 0.01 to 0.02 after 23 and of 0.04 to 0.16 after 46
 
 
 def judged_from(trainer) -> int:

@@ -110,7 +110,7 @@ def window_of(config: dict, window: Sequence[float]) -> str:
 def read(path: Path, **needed: type | tuple[type, ...]) -> list[dict]:
     """The results in a results.jsonl, oldest first; needed: {key: type of its value}.
 
-    Lines that are no results are told on stderr and left out. Raises BadInput where no other is there.
+    Lines that are no results are reported on stderr and left out. Raises BadInput where no other is there.
     """
     found, odd = [], []
     for r in runs.read_log(path):

@@ -1,4 +1,4 @@
-"""Whose settings: the paper's, the phantom's, others' (--recipe); what runs are called, and are told at their start."""
+"""Whose settings: the paper's, the phantom's, others' (--recipe); what runs are called, and what they warn of."""
 
 import argparse
 
@@ -10,8 +10,8 @@ LR = 0.03  # of a batch of 256; in proportion to the batch
 TERMS = dict(temperature=0.2, temperature_local=0.2, lambda_local=1.0, patches=20, zca_iterations=5)
 PAPER = dict(arch="resnet50", init="imagenet", image_size=224, batch_size=256, bn_group=32, epochs=200, lr=None,
              queue=65536, ema=0.999, zca_group=64, size=SIZE, weight_decay=1e-4, window=WINDOW) | TERMS
-# The phantom's preset: see docs/training.md, "Few slices". Its rows start from a run of START, the stand-in for
-# ImageNet weights: MoCo v2 without geometry, which learns from random weights where MoCo v2 with crops does not.
+# The phantom's preset: see docs/training.md, "Few slices". Its methods begin with a run of START, the stand-in for
+# ImageNet weights: MoCo v2 without crops and flips, which learns from random weights where MoCo v2 with them does not.
 PHANTOM = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, epochs=10, lr=0.01, queue=256, ema=0.99,
                zca_group=64, size=192, weight_decay=1e-4, window=WINDOW) | TERMS
 START = dict(init="random", local=False, zca=False, geometric=False, every=1, epochs=6, steps=None, overwrite=False,
@@ -66,14 +66,14 @@ def author_schedule(t: int, horizon: int) -> float:
     """The share of the learning rate that step t has: all of it, from epoch 5 of 300 on a third, and slowly more.
 
     mmengine's LinearLR with begin=5, end=500 and its defaults: 1/3 at the beginning and 1 at the end, which 300 epochs
-    do not reach. With another horizon the epochs are shares of it.
+    do not reach. With other total steps the epochs are shares of them.
     """
     begin, end = horizon * 5 / 300, horizon * 500 / 300
     return 1.0 if t < begin else 1 / 3 + 2 / 3 * (t - begin) / (end - begin - 1)
 
 
 def start_of(args: argparse.Namespace) -> str:
-    """The run from which the phantom's rows of this seed start."""
+    """The run that is the initial checkpoint of the phantom's methods with this seed."""
     return "phantom-start" + seed_suffix(args.seed)
 
 

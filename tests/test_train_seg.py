@@ -629,7 +629,7 @@ def test_bad_input_ends_in_one_line(flags, pretrained, tmp_path, refusal, small_
         return refusal(train_seg.main, flags(*more))
 
     assert "--split 50: no such split" in line("--split", "50")
-    assert "--draw 3: split 25 has draws 0 to 2" in line("--split", "25", "--draw", 3)
+    assert "--draw 3: split 25 has random subsets 0 to 2" in line("--split", "25", "--draw", 3)
     assert "--split is missing" in line()
     assert "moco-nope: no such run" in line("--split", "25", "--backbone", "moco-nope")
     assert "--batch-size: 1: must be" in line("--split", "25", "--batch-size", 1)
