@@ -69,3 +69,11 @@ def test_no_file_and_no_function_is_too_long_to_read(path):
     assert len(text.splitlines()) < (200 if rooms()[path] == "mathematics" else 400)
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
     assert not [n.name for n in functions if n.end_lineno - n.lineno >= 60]
+
+
+@pytest.mark.parametrize("name", ["train_ssl", "train_seg"])
+def test_a_step_and_the_loop_around_it_are_a_screen_each(name):
+    """50 lines: what they do stands one under the other."""
+    functions = [n for n in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())) if isinstance(n, ast.FunctionDef)]
+    lines = {n.name: n.end_lineno - n.lineno + 1 for n in functions if n.name in ("step", "train")}
+    assert lines.keys() == {"step", "train"} and max(lines.values()) <= 50, lines
