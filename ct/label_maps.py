@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from ct.command import counted
 from ct.volumes import BadInput, Volume, corner_shift, display, load, scaled
 
 UNKNOWN = 255  # no class: in a label map, ids that the task does not have
@@ -53,7 +54,7 @@ def read_labels(path: Path | list[Path], volume: Volume, ids: int | Sequence[int
             several |= mask & (labels > 0)
             labels[mask] = c
         if odd is not None and several.any():
-            odd.append(f"{int(several.sum()):,} voxels have more than one organ; the later in the list has them")
+            odd.append(f"{counted(int(several.sum()), 'voxel')} in several organs; the later in the list keeps them")
         return labels
     path = Path(path)
     data, header, affine = load(path)
@@ -84,7 +85,7 @@ def read_labels(path: Path | list[Path], volume: Volume, ids: int | Sequence[int
             raise BadInput(f"{path}: unknown label id {unknown[0]:.0f}; expected {expected}")
         away += rounded
     if away and odd is not None:
-        odd.append(f"{away:,} labels of {path.name} are no whole numbers, though near; they were rounded")
+        odd.append(f"{counted(away, 'voxel')} of {path.name} hold nearly whole numbers, which were rounded")
     return labels
 
 

@@ -28,6 +28,11 @@ def is_labelled(data: Path) -> bool:
     return btcv_root(data) is not None or dataset_json.file_in(data) is not None
 
 
+def usual_kind(data: Path, names: Path | None = None, organs: Sequence[str] | None = None) -> str:
+    """What a folder is prepared for unless --kind says otherwise: "segment" where it, or a flag, speaks of labels."""
+    return "segment" if is_labelled(data) or names or organs else "pretrain"
+
+
 def find(data: Path, names: Path | None = None, organs: Sequence[str] | None = None) -> Found:
     """The labelled volumes of a folder in any layout, sorted by id.
 

@@ -149,7 +149,7 @@ def survey(there: Listing) -> tuple[list[Path], list[dict]]:
 
 
 def skip(path: Path, reason: str, no_image: bool = False, odd: bool = False) -> dict:
-    """A skipped file, as `intake.find_volumes` lists it. odd: nothing is left out, it is said for its oddity."""
+    """A skipped file, as `intake.find_volumes` lists it. odd: nothing is left out, it is a warning."""
     return {"file": str(path), "reason": reason, "no_image": no_image or odd} | ({"odd": True} if odd else {})
 
 

@@ -171,9 +171,8 @@ def test_what_has_no_label_is_told_and_not_missed(msd, tmp_path, capsys):
         assert re.search(r"without a label: 26\n  .*imagesTr/spleen_77.nii.gz: a volume without a label\n"
                          r"  .*imagesTs: 25 files, each a volume without a label \(spleen_100.nii.gz", told)
     store = datasets.prepare(msd, stores.default_store(msd), "segment")
-    assert audit.remarks(store.volumes, store.skipped, store.task) == [
-        "left out, no images by their names: 1 (python datasets.py audit names them)",
-        "left out, without a label: 26 (python datasets.py audit names them)"]
+    assert audit.remarks(store.volumes, store.skipped, store.task, "this") == [
+        "left out, no images by their names: 1 (this lists them)", "left out, without a label: 26 (this lists them)"]
 
 
 BROKEN = {  # what is done to a volume -> what is said of it
@@ -238,7 +237,7 @@ def test_a_volume_without_any_organ_is_kept_and_odd(msd, tmp_path, capsys):
     write(msd / "labelsTr/spleen_3.nii.gz", np.zeros(SHAPE, np.uint8))
     prepare.main(["audit", "--data", str(msd)])
     told = capsys.readouterr().out
-    assert re.search(r"odd: 1\n  .*spleen_3.nii.gz: an empty label, all background; kept as a negative", told)
+    assert re.search(r"warnings: 1\n  .*spleen_3.nii.gz: an empty label, all background; kept as a negative", told)
     assert re.search(r" 1 spleen +[\d,]+ voxels in 4 volumes", told)
     assert len(datasets.prepare(msd, tmp_path / "s", "segment").volumes) == 5
 
@@ -405,8 +404,8 @@ def test_a_split_that_was_drawn_before_stays_and_the_lists_own_is_named(msd, tmp
     change(msd / "dataset.json", validation=[entry(CASES[0])])
     prepare.main(args)
     told = capsys.readouterr().out
-    assert "task09_spleen_val.txt: drawn before, or edited; the data's own validation set, validation of" in told
-    assert "1 volumes are in no split (spleen_2)" in told
+    assert "task09_spleen_val.txt: made earlier, or edited, and not the data's own validation set (valid" in told
+    assert "in no split: 1 volume (spleen_2)" in told
     assert (tmp_path / "s/splits/task09_spleen_val.txt").read_text() == before
     shutil.rmtree(tmp_path / "s/splits")
     prepare.main(args)
@@ -418,7 +417,8 @@ def test_a_validation_list_that_cannot_be_followed_is_said(msd, tmp_path, capsys
     assert "spleen_2 is in training and in validation, too" in refusal(prepare.main, ["audit", "--data", msd])
     change(msd / "dataset.json", validation=[entry(c, "imagesVa", "labelsVa") for c in ("spleen_20", "spleen_21")])
     told = splits(msd, capsys)[2]  # as AMOS22 was published: without the labels of its validation set
-    assert "odd: 1\n" in told and "validation lists 2 volumes and not one of their labels is there; others are" in told
+    assert "warnings: 1\n" in told
+    assert "validation lists 2 volumes and not one of their labels is there; others are" in told
     write(msd / "imagesVa/spleen_20.nii.gz", ct(20))
     write(msd / "labelsVa/spleen_20.nii.gz", label(20))
     assert "imagesVa/spleen_21.nii.gz: missing, or a broken link; volume spleen_21 needs it" in refusal(
@@ -453,8 +453,8 @@ def test_volumes_that_no_list_has_are_named_with_their_labels(tmp_path, capsys):
     assert "D: 3 volumes" in told
     assert re.search(r"without a label: 1\n .*imagesTs/x_2_0000.nii.gz: .*\nlabelled, but listed nowhere: 3\n", told)
     store = datasets.prepare(data, tmp_path / "s", "segment")
-    assert "left out, labelled, but listed nowhere: 3 (python datasets.py audit names them)" in audit.remarks(
-        store.volumes, store.skipped, store.task)
+    assert "left out, labelled, but listed nowhere: 3 (this lists them)" in audit.remarks(
+        store.volumes, store.skipped, store.task, "this")
 
 
 def test_the_number_that_a_list_gives_of_itself_is_counted(tmp_path, capsys, refusal):
@@ -473,7 +473,7 @@ def test_the_number_that_a_list_gives_of_itself_is_counted(tmp_path, capsys, ref
     assert "(2 such volumes" in refusal_of(prepare.main, ["prepare", "--data", str(nnunet)], capsys)
     change(listed / "dataset.json", numTraining=80)  # as MONAI's list of BTCV: what is missing has a name there
     prepare.main(["prepare", "--data", str(listed)])
-    assert re.search(r"unusable: 0\nodd: 1\n .*dataset.json: numTraining is 80, and training lists 5\n",
+    assert re.search(r"unusable: 0\nwarnings: 1\n .*dataset.json: numTraining is 80, and training lists 5\n",
                      capsys.readouterr().out)
 
 
@@ -581,7 +581,7 @@ def test_ids_that_are_not_btcvs_are_not_told_as_its_organs(small_phantom, tmp_pa
         assert len(datasets.prepare(data, tmp_path / "s", "segment").volumes) == 3
         return
     line = refusal(prepare.main, ["prepare", "--data", data])
-    assert f"{data}: its label ids are not BTCV's, it seems" in line and "--labels FILE" in line
+    assert f"{data}: its label ids seem to be others than BTCV's" in line and "--labels FILE" in line
     assert "unusable: 1\n" in refusal_out(prepare.main, ["audit", "--data", str(data)], capsys)
     (tmp_path / "names").write_text("".join(f"{i} organ {i}\n" for i in sorted({*IDS[ids].values()})))
     store = datasets.prepare(data, tmp_path / "s", "segment", names=tmp_path / "names")
@@ -663,7 +663,7 @@ def test_ids_that_cannot_be_classes_are_refused(tmp_path):
         datasets.prepare(data, tmp_path / "s", "segment")
     for case in CASES:
         write(data / f"labels/{case}.nii.gz", np.zeros(SHAPE, np.uint8))
-    with pytest.raises(BadInput, match="D: not one label file there holds an organ"):
+    with pytest.raises(BadInput, match="D: no label file there holds an organ"):
         datasets.prepare(data, tmp_path / "s", "segment")
     for case in CASES:
         (data / f"labels/{case}.nii.gz").write_bytes(b"")
@@ -692,7 +692,7 @@ def test_the_later_of_two_masks_wins_and_is_counted(tmp_path, capsys):
         store = datasets.prepare(data, tmp_path / "s", "segment", organs=organs)
         place = [v["id"] for v in store.volumes].index(CASES[0])
         assert store.volumes[place]["voxels"][1:] == [1, 3]
-        assert store.volumes[place]["odd"] == ["2 voxels have more than one organ; the later in the list has them"]
+        assert store.volumes[place]["odd"] == ["2 voxels in several organs; the later in the list keeps them"]
         truth = np.zeros(SHAPE, np.uint8)
         truth[2:6, 3, 1] = [2, 2, 2, 1] if organs[1] == "liver" else [1, 2, 2, 2]
         np.testing.assert_array_equal(store.slice(int(store.of([CASES[0]])[1]), label=True), truth[:, :, 1].T)
@@ -794,7 +794,7 @@ def test_audit_tells_of_a_task_what_it_tells_of_btcv(msd, tmp_path, capsys):
     seen = [label(i) for i in range(5)] + [label(9, 2)]
     for c, organ, count in ((1, "spleen", 6), (2, "liver", 5)):
         assert f" {c} {organ:26s} {sum((x == c).sum() for x in seen):14,d} voxels in {count} volumes" in out
-    assert "one patient, it seems, spleen_3: spleen_3, spleen_3_venous\n" in out
+    assert "these seem to be one patient's, spleen_3: spleen_3, spleen_3_venous\n" in out
     path, slices, titles, labels, names = drawn[0]
     assert names[:3] == ("background", "spleen", "liver")
     assert path.name == "audit-segment.png" and titles[0] == "spleen_10 slice 2"
@@ -802,7 +802,7 @@ def test_audit_tells_of_a_task_what_it_tells_of_btcv(msd, tmp_path, capsys):
     prepare.main(["prepare", "--data", str(msd)])
     capsys.readouterr()
     prepare.main(["audit", "--data", str(msd)])
-    assert "  train: 5 volumes, 20 slices\n  val: 1 volumes, 4 slices\n" in capsys.readouterr().out
+    assert "  train: 5 volumes, 20 slices\n  val: 1 volume, 4 slices\n" in capsys.readouterr().out
 
 
 def test_prepare_draws_the_splits_once_beside_the_store(msd, tmp_path, capsys, refusal):
@@ -860,4 +860,4 @@ def test_real_ct_of_totalsegmentator(real_ct, tmp_path):
     total = datasets.prepare(tmp_path / "T", tmp_path / "t", "segment", organs=organs)
     own = datasets.prepare(tmp_path / "own", tmp_path / "o", "segment", names=tmp_path / "names.txt")
     assert arrays(total) == arrays(own) and total.task.labels == own.task.labels == tasks.BTCV.labels
-    assert not any("more than one organ" in line for line in total.volumes[0]["odd"])
+    assert not any("in several organs" in line for line in total.volumes[0]["odd"])
