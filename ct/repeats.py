@@ -121,7 +121,7 @@ def second_scan(small: np.ndarray) -> tuple[int, float] | None:
     The farther apart two slices lie, the less alike they are; those of a second scan are like those of the first again.
     How unlike: the median squared difference of slices so far apart, over the largest of slices less far apart, both
     less that of neighbours, which is noise. Of one scan it is 0.8 or more, of most second ones with other contrast,
-    noise and place below 0.5 (docs/data.md says on what).
+    noise and place below 0.5 (records/second-scans.md).
     """
     count = len(small)
     if count < LEAST_SCAN:
