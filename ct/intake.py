@@ -128,7 +128,7 @@ def _without(found: list[dict], skipped: list[dict], others: list[dict]) -> tupl
     gone = {s["file"] for s in others}
     usable = [v if str(v["label"]) not in gone else v | {"label": None} for v in found if str(v["image"]) not in gone]
     if not usable:
-        raise BadInput(f"not one image there can be used; {named(others[0])} ({len(others)} such)")
+        raise BadInput(f"no image can be used: {named(others[0])} ({len(others)} such)")
     return usable, [s for s in skipped if s["file"] not in gone] + others
 
 

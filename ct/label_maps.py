@@ -22,14 +22,14 @@ def check_labels(pairs: Iterable[tuple[object, object]], path: Path) -> dict[int
     labels: dict[int, str] = {}
     for key, name in pairs:
         if not re.fullmatch("[0-9]{1,9}", str(key)) or int(key) > HIGHEST_ID:
-            raise BadInput(f"{path}: {key} is no label id, a whole number from 0 to {HIGHEST_ID}")
+            raise BadInput(f"{path}: {key} is not a label id; ids are whole numbers from 0 to {HIGHEST_ID}")
         if not isinstance(name, str) or not name.strip() or not name.strip().isprintable():
-            raise BadInput(f"{path}: label id {key} has no name but {name!r}")
+            raise BadInput(f"{path}: label id {key} has no name; found {name!r}, expected text")
         key, name = int(key), name.strip()
         if key in labels:
             raise BadInput(f"{path}: two names for label id {key}, {labels[key]} and {name}")
         if name in labels.values():
-            raise BadInput(f"{path}: label id {key} has the name of another, {name}")
+            raise BadInput(f"{path}: label id {key} has the same name as another, {name}")
         labels[key] = name
     if labels.get(0, "").lower() != "background":
         raise BadInput(f"{path}: label id 0 is {labels.get(0, 'missing')}; it must be there, and be the background")

@@ -4,7 +4,7 @@
     python datasets.py prepare --data data/BTCV --kind segment
     python datasets.py prepare --data data/Task09_Spleen        any labelled data, as ct/layouts.py lists it
     python datasets.py audit --data data/BTCV
-    python datasets.py audit --data data/BTCV --verify          is what was prepared still what was written?
+    python datasets.py audit --data data/BTCV --verify          are the prepared slices still as written?
 
 Both end with a list of what cannot be used, of warnings and of what is left out. Their exit code is 0 only where all
 can be used; --skip-bad accepts what cannot. What a store is: stores.py.
@@ -131,7 +131,7 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
                 *_complete(found.volumes, folder, task, window, size, workers, skip_bad, alone), found.volumes, folder,
                 task, skip_bad)
             if not records:
-                raise BadInput(f"{data}: not one volume there can be used; to see why: "
+                raise BadInput(f"{data}: no volume there can be used; to see why: "
                                + audit.command_line(data, kind, names, organs, images))
             index = _index(data, kind, window, size, task, records, found.skipped + left_out)
             if there != index:
@@ -262,7 +262,8 @@ def images_flag(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     """The commands. draw(path, slices, titles, labels, names) -> bool: what draws a contact sheet, if anything."""
     parser = Parser(description="Prepare or audit a folder of CT volumes.")
-    parser.add_argument("command", choices=("prepare", "audit"))
+    parser.add_argument("command", choices=("prepare", "audit"), help="prepare: volumes to slices; audit: list what "
+                        "the folder holds")
     parser.add_argument("--data", type=Path, required=True, help="folder of the CT volumes")
     parser.add_argument("--kind", choices=("pretrain", "segment"), help="what the slices are for (default: segment for "
                         "BTCV's layout, a dataset.json, --labels or --organs; pretrain otherwise)")

@@ -216,7 +216,7 @@ def _held_out(task: Task, ids: list[str], val: float | None, val_cases: Path | N
         raise BadInput("--val and --val-cases: give one of the two")
     named = set(_listed(val_cases))
     if absent := named.difference(ids):
-        raise BadInput(f"{val_cases}: {min(absent)} is none of the volumes of {task.name}, {ids[0]} ... {ids[-1]}")
+        raise BadInput(f"{val_cases}: {min(absent)} is not among the volumes of {task.name}, {ids[0]} ... {ids[-1]}")
     _refuse_torn(val_cases, named, groups)
     return list(named)
 
@@ -233,7 +233,7 @@ def _of_patients(ids: list[str], pattern: str | None) -> dict[str, list[str]]:
     try:
         known = re.compile(pattern or r"(?s:.*)")
     except re.error as e:
-        raise BadInput(f"--patient-regex {pattern}: no regular expression ({e})") from None
+        raise BadInput(f"--patient-regex {pattern}: not a regular expression ({e})") from None
     for name in ids:
         match = known.search(name)
         if not (patient := match and match[min(known.groups, 1)]):

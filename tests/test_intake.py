@@ -309,7 +309,7 @@ def test_btcv_has_the_same_gate(btcv, tmp_path):
         assert [s["reason"] for s in skipped] == ["a label map by its name"]
     touch(tmp_path / "b", "img/x.txt")
     (tmp_path / "b/img/img0001.nii.gz").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(BadInput, match="not one image.*img0001.nii.gz: a broken link"):
+    with pytest.raises(BadInput, match="no image can be used: .*img0001.nii.gz: a broken link"):
         intake.find_volumes(tmp_path / "b", "pretrain")
     touch(training, "img/img0002.mha")
     (training / "label/label0035.nii.gz").unlink()

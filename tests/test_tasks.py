@@ -111,10 +111,10 @@ def test_scans_of_one_patient_are_known_by_their_suffix():
 
 
 @pytest.mark.parametrize("what, match", [
-    ("one volume", "1 patient; a split needs two"), ("unknown case", "cases: spleen_99 is none of the volumes"),
+    ("one volume", "1 patient; a split needs two"), ("unknown case", "cases: spleen_99 is not among the volumes"),
     ("all cases", "cases: no volume is left to train on"), ("no case", "cases: no volume in it"),
     ("no file", "nowhere: cannot be read"), ("both", "--val and --val-cases: give one"),
-    ("pattern", r"--patient-regex \(: no regular expression"), ("no match", "--patient-regex x: matches nothing in"),
+    ("pattern", r"--patient-regex \(: not a regular expression"), ("no match", "--patient-regex x: matches nothing in"),
     ("one patient", "1 patient; a split needs two"), ("torn", "cases: names only some of spleen_1, spleen_10, sp")])
 def test_what_cannot_be_drawn_is_one_line(tmp_path, what, match):
     cases = tmp_path / "cases"
