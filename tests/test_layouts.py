@@ -523,7 +523,7 @@ def test_names_that_fit_two_are_refused(tmp_path):
         layouts.find(tmp_path / "A")
     for name in ("images/img1", "labels/label1", "labels/mask1"):
         write(tmp_path / f"B/{name}.nii.gz", ct(0))
-    with pytest.raises(BadInput, match="labels/mask1.nii.gz: its name does not say which image .*, beside .*label1.nii.gz"):
+    with pytest.raises(BadInput, match="labels/mask1.nii.gz: its name does not say which .*, beside .*label1.nii.gz"):
         layouts.find(tmp_path / "B")
 
 
