@@ -84,6 +84,12 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: `1 volume`, `1,062 volumes`, `2 processes`."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 def cause(error: OSError) -> str:
     """What an OSError says in a message: the file, and what the system says of it."""
     file = error.filename2 or error.filename

@@ -2,17 +2,18 @@
 
 An organ of which training has nothing, or a few voxels by a slip or a wrong id, cannot be learned: its Dice is a sure
 0. One of which validation has a few voxels is 0 or near it whatever was learned. Neither is counted in the mean; both
-are named. An organ that only a part of the volumes labels is background in the others: that is named, and no more can
-be done about it here.
+are named. An organ that only some of the volumes label is background in the others: that is named, and no more can be
+done about it here.
 """
 
 from collections.abc import Collection
 
+from ct.command import counted
 from ct.tasks import Task
 from ct.volumes import BadInput
 
 LEAST = 10  # voxels that an organ must have in the whole training set, and in the validation set
-PART = 2 / 3  # of the volumes: an organ that fewer of them have is told, where there are LEAST_VOLUMES
+PART = 2 / 3  # of the volumes: an organ that fewer of them have is named, where there are LEAST_VOLUMES
 LEAST_VOLUMES = 6
 SHOWN = 4  # organs or volumes that a line names
 Voxels = dict[int, dict[str, int]]  # of each class {volume: how many}, of the volumes that have some
@@ -36,7 +37,7 @@ def uncounted(volumes: Collection[dict], task: Task) -> dict[int, str]:
 
 
 def remarks(volumes: Collection[dict], task: Task, split: str | None = None, draws: Collection[int] = ()) -> list[str]:
-    """What is to be said of the organs in a store's volumes, a line each; of draws of a split, what they lack, too.
+    """What is to be said of the organs in prepared volumes, a line each; and what a split's random subsets lack.
 
     Raises BadInput for a split without an organ to measure.
     """
@@ -49,25 +50,26 @@ def remarks(volumes: Collection[dict], task: Task, split: str | None = None, dra
     if drawn:
         val = voxels(volumes, task, task.cases("val"))
         if split and not any(val.values()):
-            raise BadInput(f"{task.file('val')}: no volume to validate on has an organ, so there would be no Dice; "
-                           "choose others with --val-cases")
+            raise BadInput(f"{task.file('val')}: no validation volume has an organ, so there would be no Dice; choose "
+                           "others with --val-cases")
         if absent := [task.organs[c] for c in val if own[c] and not val[c]]:
-            lines.append(f"no volume to validate on has: {_listed(absent)}; not measured")
+            lines.append(f"no validation volume has: {_listed(absent)}; this is not measured")
         for draw in draws:
             train = voxels(volumes, task, task.cases(split, draw))
             if absent := [task.organs[c] for c in val if val[c] and not train[c] and c not in left]:
-                lines.append(f"no volume of {split} %, draw {draw}, has: {_listed(absent)}; a sure 0 in its mean Dice")
+                lines.append(f"no training volume of {split} %, draw {draw}, has: {_listed(absent)}; this counts as 0 "
+                             "in the mean Dice")
     return lines + _parts(own, ids, task)
 
 
 def _parts(own: Voxels, ids: list[str], task: Task) -> list[str]:
-    """Organs that only a part of the volumes has, and sets of volumes that have no organ in common."""
+    """Organs that only some of the volumes have, and sets of volumes that have no organ in common."""
     if len(ids) < LEAST_VOLUMES:
         return []
     lines, there = [], {c: set(found) for c, found in own.items() if sum(found.values()) >= LEAST}
-    unlabelled = "; where it is not labelled it is background, to train and to measure"
+    unlabelled = "; elsewhere they are background, in training and in the Dice"
     if some := {c: found for c, found in there.items() if len(found) < PART * len(ids)}:
-        lines.append("labelled in a part of the volumes only: " + _listed(
+        lines.append("labelled in some of the volumes only: " + _listed(
             [f"{task.organs[c]} in {len(found)} of {len(ids)}" for c, found in some.items()]) + unlabelled)
     sets: list[tuple[list[str], set[str]]] = []  # organs that stand together, and their volumes
     for c, found in there.items():
@@ -75,7 +77,7 @@ def _parts(own: Voxels, ids: list[str], task: Task) -> list[str]:
         sets = [s for s in sets if s not in joined]
         sets.append((sum((s[0] for s in joined), []) + [task.organs[c]], found.union(*(s[1] for s in joined))))
     if len(sets) > 1:
-        lines.append(f"{len(sets)} sets of volumes have no organ in common, merged ones, it seems: " + "; ".join(
+        lines.append(f"{len(sets)} sets of volumes have no organ in common; were they merged? " + "; ".join(
             f"{_listed(organs)} in {len(found)} ({_listed(sorted(found), 2)})" for organs, found in sets[:SHOWN])
             + " ..." * (len(sets) > SHOWN))
     return lines
@@ -86,8 +88,7 @@ def _amount(found: dict[str, int]) -> str:
     number = sum(found.values())
     if not number:
         return "nothing"
-    return (f"{number:,} voxel{'s' * (number > 1)} in {len(found)} volume{'s' * (len(found) > 1)} "
-            f"({_listed(list(found), 3)})")
+    return f"{counted(number, 'voxel')} in {counted(len(found), 'volume')} ({_listed(list(found), 3)})"
 
 
 def _listed(names: list[str], shown: int = SHOWN) -> str:

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from ct.command import counted
 from ct.label_maps import check_labels
 from ct.names import IMAGES, Listing, composed, pair, refuse_second, said, skip, without_channel
 from ct.tasks import Listed
@@ -47,7 +48,7 @@ def follow(path: Path, there: Listing) -> Found:
         return _nnunet(path, content, there)
     if "training" in content:
         return _msd(path, content, there)
-    raise BadInput(f"{path}: neither MSD's, with training, nor nnU-Net's, with channel_names")
+    raise BadInput(f"{path}: neither MSD's (there is no training) nor nnU-Net's (there is no channel_names)")
 
 
 # ----------------------------------------------------------------------------------------------------- MSD and MONAI
@@ -57,7 +58,7 @@ def _msd(path: Path, content: dict, there: Listing) -> Found:
     _refuse_modality(path, "modality", content)
     labels = _labels(path, content)
     if not isinstance(content["training"], list) or not content["training"]:
-        raise BadInput(f"{path}: training is no list of images and labels")
+        raise BadInput(f"{path}: training is not a list of images and labels")
     training = _volumes(path, "training", content["training"], there, {})
     skipped = _count(path, "numTraining", content, len(training), "and training lists")
     listed = None
@@ -65,7 +66,7 @@ def _msd(path: Path, content: dict, there: Listing) -> Found:
         labelled = [e for e in _list(path, key, content) if isinstance(e, dict) and e.get("label")]
         held_out = _volumes(path, key, labelled, there, training)
         if held_out and not any(there.has(v["label"]) for v in held_out.values()):
-            skipped.append(skip(path, f"{key} lists {len(held_out)} volumes and not one of their labels is there; "
+            skipped.append(skip(path, f"{key} lists {counted(len(held_out), 'volume')} without a label file there; "
                                 "others are held out", odd=True))
         elif held_out:
             skipped += _count(path, "numValidation", content, len(held_out), f"and {key} lists")
@@ -112,18 +113,18 @@ def _nnunet(path: Path, content: dict, there: Listing) -> Found:
     _refuse_modality(path, "channel_names", content)
     labels = _object(path, "labels", content)
     if regions := [name for name, value in labels.items() if isinstance(value, (list, tuple))]:
-        raise BadInput(f"{path}: {regions[0]} is a region of several ids; only labels of one id each are read here")
+        raise BadInput(f"{path}: {regions[0]} is a region of several ids; give each label one id")
     if "ignore" in labels:
-        raise BadInput(f"{path}: has an ignore label, which is not known here; give those voxels another label")
+        raise BadInput(f"{path}: has an ignore label, which cannot be used here; give those voxels another label")
     if (ending := content.get("file_ending")) not in (".nii.gz", ".nii"):
-        raise BadInput(f"{path}: file_ending {ending}; only .nii.gz and .nii are read here, convert the files")
+        raise BadInput(f"{path}: file_ending {ending}; convert the files to .nii.gz or .nii")
     known = _labels(path, content)
     if "dataset" in content:
         volumes, skipped = _dataset(path, content, there), []
     else:
         folders = [path.parent / part for part in ("imagesTr", "labelsTr")]
         if absent := [folder for folder in folders if not folder.is_dir()]:
-            raise BadInput(f"{absent[0]}: no such folder, in which {path.name} has its volumes")
+            raise BadInput(f"{absent[0]}: no such folder; by {path.name} the volumes lie there")
         volumes, skipped = pair(there, *folders)
         other = [v["image"] for v in volumes if not stem(v["image"]).endswith("_0000")]
         skipped += [skip(image, "its name does not end in _0000, the number of the one channel") for image in other]
@@ -154,7 +155,7 @@ def _first_fold(path: Path, found: Found) -> Found:
     fold = folds[0] if isinstance(folds, list) and folds else None
     lists = [fold.get(part) if isinstance(fold, dict) else None for part in ("train", "val")]
     if not all(isinstance(ids, list) and ids and all(isinstance(i, str) for i in ids) for ids in lists):
-        raise BadInput(f"{path}: its first fold is not {{train: [ids], val: [ids]}}; mend it or take it away")
+        raise BadInput(f"{path}: its first fold is not {{train: [ids], val: [ids]}}; correct it or remove the file")
     train, val = ({composed(i) for i in ids} for ids in lists)
     if both := train & val:
         raise BadInput(f"{path}: {min(both)} is in train and in val of its first fold; take it out of one of the two")
@@ -190,18 +191,18 @@ def _json(path: Path) -> object:
     except BadInput:
         raise
     except (OSError, ValueError, RecursionError) as e:
-        raise BadInput(f"{path}: no JSON that can be read ({' '.join(str(e).split())})") from None
+        raise BadInput(f"{path}: cannot be read as JSON ({' '.join(str(e).split())})") from None
 
 
 def _object(path: Path, key: str, content: dict) -> dict:
     if not isinstance(value := content.get(key), dict) or not value:
-        raise BadInput(f"{path}: {key} is no object with entries")
+        raise BadInput(f"{path}: {key} must be an object with entries")
     return value
 
 
 def _list(path: Path, key: str, content: dict) -> list:
     if not isinstance(value := content[key], list):
-        raise BadInput(f"{path}: {key} is no list")
+        raise BadInput(f"{path}: {key} must be a list")
     return value
 
 
@@ -217,7 +218,7 @@ def _refuse_modality(path: Path, key: str, content: dict) -> None:
     value = content.get(key)
     channels = [value] if isinstance(value, str) else list(_object(path, key, content).values())
     if len(channels) > 1:
-        raise BadInput(f"{path}: {len(channels)} channels in {key}; only one, CT, is read here")
+        raise BadInput(f"{path}: {len(channels)} channels in {key}; expected one, CT")
     if str(channels[0]).strip().upper() != "CT":
         raise BadInput(f"{path}: {key} {channels[0]}, no CT; if the volumes are CT in HU, write CT there")
 
@@ -233,5 +234,5 @@ def _inside(path: Path, entry: str) -> Path:
     if os.path.isabs(inner) or inner.split(os.sep)[0] == ".." or "\0" in inner:
         raise BadInput(f"{path}: {entry!r} lies outside its folder; only files in it are read")
     if not is_nifti(Path(inner)):
-        raise BadInput(f"{path}: {entry} is no .nii.gz or .nii, the only ones that are read here; convert the files")
+        raise BadInput(f"{path}: {entry} is not a .nii.gz or .nii file; convert it")
     return path.parent / inner

@@ -3,7 +3,7 @@
 Every command comes in by these two doors. `find_volumes` goes by names: files and folders that name labels are left
 out, what is not read here is counted; where a name is unsure, the file's first planes decide. `judge` goes by a
 volume's values (judgement.py) and geometry: what is no CT in HU, or no stack of axial slices, is refused; what is
-usable and yet unusual is listed as odd.
+usable and yet unusual gets a warning.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from ct import judgement, maps, names, phantom, volumes
+from ct.command import counted
 from ct.names import BY_NAME, Listing, named, skip, survey
 from ct.volumes import BadInput, Volume, is_nifti, stem
 
@@ -21,7 +22,7 @@ LEAST_SLICES = 3
 SQUARE, OTHER_PLANE = 1.1, 2.0  # ratio of a pixel's sides: above the first odd, above the second no axial slices
 
 BY_VOXELS = "a distance, dose or probability map by its name and its voxels"
-READ_ANYWAY = "a CT by its voxels, and used, though its name says labels; --images says which files are the images"
+READ_ANYWAY = "its name says labels, but its voxels are a CT's, so it is used; --images says which files are the images"
 
 
 # ------------------------------------------------------------------------------------------------------ by its names
@@ -127,7 +128,7 @@ def _without(found: list[dict], skipped: list[dict], others: list[dict]) -> tupl
     gone = {s["file"] for s in others}
     usable = [v if str(v["label"]) not in gone else v | {"label": None} for v in found if str(v["image"]) not in gone]
     if not usable:
-        raise BadInput(f"not one image there can be used; {named(others[0])} ({len(others)} such)")
+        raise BadInput(f"no image can be used: {named(others[0])} ({len(others)} such)")
     return usable, [s for s in skipped if s["file"] not in gone] + others
 
 
@@ -178,7 +179,7 @@ def is_phantom(data: Path) -> bool:
 
 
 def judge(read: Volume) -> list[str]:
-    """What is odd about a volume, a line each.
+    """The warnings about a volume, a line each.
 
     Raises BadInput for what is no CT by its values, whatever the window (`judgement.refuse`), and for what is no stack
     of axial slices by its geometry.
@@ -201,7 +202,7 @@ def _odd_geometry(read: Volume) -> list[str]:
     if not np.isfinite(slope := float(header["scl_slope"])):
         odd.append(f"scl_slope {slope} in its header; taken for no scaling")
     if slices < LEAST_SLICES:
-        odd.append(f"{slices} slice{'s' * (slices > 1)} only (a scout?)")
+        odd.append(f"{counted(slices, 'slice')} only (a scout?)")
     if read.spacing == (1.0, 1.0, 1.0):
         odd.append("spacing (1, 1, 1) mm, most likely a placeholder")
     if max(x, y) > SQUARE * min(x, y):

@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from ct.command import counted
 from ct.volumes import BadInput, Volume, corner_shift, display, load, scaled
 
 UNKNOWN = 255  # no class: in a label map, ids that the task does not have
@@ -21,14 +22,14 @@ def check_labels(pairs: Iterable[tuple[object, object]], path: Path) -> dict[int
     labels: dict[int, str] = {}
     for key, name in pairs:
         if not re.fullmatch("[0-9]{1,9}", str(key)) or int(key) > HIGHEST_ID:
-            raise BadInput(f"{path}: {key} is no label id, a whole number from 0 to {HIGHEST_ID}")
+            raise BadInput(f"{path}: {key} is not a label id; ids are whole numbers from 0 to {HIGHEST_ID}")
         if not isinstance(name, str) or not name.strip() or not name.strip().isprintable():
-            raise BadInput(f"{path}: label id {key} has no name but {name!r}")
+            raise BadInput(f"{path}: label id {key} has no name; found {name!r}, expected text")
         key, name = int(key), name.strip()
         if key in labels:
             raise BadInput(f"{path}: two names for label id {key}, {labels[key]} and {name}")
         if name in labels.values():
-            raise BadInput(f"{path}: label id {key} has the name of another, {name}")
+            raise BadInput(f"{path}: label id {key} has the same name as another, {name}")
         labels[key] = name
     if labels.get(0, "").lower() != "background":
         raise BadInput(f"{path}: label id 0 is {labels.get(0, 'missing')}; it must be there, and be the background")
@@ -53,7 +54,7 @@ def read_labels(path: Path | list[Path], volume: Volume, ids: int | Sequence[int
             several |= mask & (labels > 0)
             labels[mask] = c
         if odd is not None and several.any():
-            odd.append(f"{int(several.sum()):,} voxels have more than one organ; the later in the list has them")
+            odd.append(f"{counted(int(several.sum()), 'voxel')} in several organs; the later in the list keeps them")
         return labels
     path = Path(path)
     data, header, affine = load(path)
@@ -84,7 +85,7 @@ def read_labels(path: Path | list[Path], volume: Volume, ids: int | Sequence[int
             raise BadInput(f"{path}: unknown label id {unknown[0]:.0f}; expected {expected}")
         away += rounded
     if away and odd is not None:
-        odd.append(f"{away:,} labels of {path.name} are no whole numbers, though near; they were rounded")
+        odd.append(f"{counted(away, 'voxel')} of {path.name} hold nearly whole numbers, which were rounded")
     return labels
 
 

@@ -28,6 +28,11 @@ def is_labelled(data: Path) -> bool:
     return btcv_root(data) is not None or dataset_json.file_in(data) is not None
 
 
+def usual_kind(data: Path, names: Path | None = None, organs: Sequence[str] | None = None) -> str:
+    """What a folder is prepared for unless --kind says otherwise: "segment" where it, or a flag, speaks of labels."""
+    return "segment" if is_labelled(data) or names or organs else "pretrain"
+
+
 def find(data: Path, names: Path | None = None, organs: Sequence[str] | None = None) -> Found:
     """The labelled volumes of a folder in any layout, sorted by id.
 
@@ -57,9 +62,10 @@ def find(data: Path, names: Path | None = None, organs: Sequence[str] | None = N
 
 def _refuse_flags(data: Path, found: Found, names: Path | None, organs: Sequence[str] | None) -> Found:
     if names and found.layout != "two folders":
-        raise BadInput(f"--labels {names}: the labels of {data} have their names ({found.layout}); leave it out")
+        raise BadInput(f"--labels {names}: {data} names its labels itself ({found.layout}); leave the flag out")
     if organs and found.layout != "TotalSegmentator":
-        raise BadInput(f"--organs: picks among TotalSegmentator's masks; {data} has label maps ({found.layout})")
+        raise BadInput(f"--organs: picks among TotalSegmentator's masks; {data} has label maps ({found.layout}); "
+                       "leave the flag out")
     return found
 
 
@@ -86,7 +92,7 @@ def _with_others(there: Listing, found: Found) -> Found:
     skipped += others
     if not volumes:
         first = next((s for s in skipped if not s["no_image"]), None)
-        raise BadInput(f"{data}: not one labelled volume there can be used" + (f"; {named(first)}" if first else ""))
+        raise BadInput(f"{data}: no labelled volume there can be used" + (f"; {named(first)}" if first else ""))
     labelled = {partner(Path(s["file"]).relative_to(data)) for s in others if s["reason"] == BY_NAME}
     skipped += [skip(path, UNLISTED if partner(path.relative_to(data)) in labelled else NO_LABEL, no_image=True)
                 for path in images if str(path) not in owned]
@@ -103,7 +109,7 @@ def _read_names(path: Path) -> dict[int, str]:
     except (OSError, UnicodeDecodeError) as e:
         raise BadInput(f"{path}: cannot be read as text ({getattr(e, 'strerror', None) or e})") from None
     if short := [line for line in lines if len(line) < 2]:
-        raise BadInput(f"{path}: {short[0][0]!r} is not an id and its name")
+        raise BadInput(f"{path}: {short[0][0]!r} is not an id and its name, such as `1 liver`")
     background = [] if any(key.strip("0") == "" for key, _ in lines) else [(0, "background")]
     return check_labels([*background, *lines], path)
 
@@ -129,7 +135,7 @@ def _totalsegmentator(there: Listing, images: list[Path], organs: Sequence[str] 
     known = sorted(set().union(*(v["label"] for v in volumes.values())))
     organs = list(organs or known)
     if twice := [organ for organ in organs if organs.count(organ) > 1]:
-        raise BadInput(f"--organs: {twice[0]} is there twice")
+        raise BadInput(f"--organs: {twice[0]} is named twice")
     if absent := [organ for organ in organs if organ not in known]:
         raise BadInput(f"--organs {absent[0]}: no subject of {data} has segmentations/{absent[0]}.nii.gz; there are "
                        f"{', '.join(known)}")

@@ -149,7 +149,7 @@ def survey(there: Listing) -> tuple[list[Path], list[dict]]:
 
 
 def skip(path: Path, reason: str, no_image: bool = False, odd: bool = False) -> dict:
-    """A skipped file, as `intake.find_volumes` lists it. odd: nothing is left out, it is said for its oddity."""
+    """A skipped file, as `intake.find_volumes` lists it. odd: nothing is left out, it is a warning."""
     return {"file": str(path), "reason": reason, "no_image": no_image or odd} | ({"odd": True} if odd else {})
 
 
@@ -253,8 +253,8 @@ def pair(there: Listing, images: Path, labels: Path) -> tuple[list[dict], list[d
         if like := rest.get(without(name, EITHER)):
             if len(like) > 1 or like[0] in volumes:
                 others = [image[i] for i in like] if len(like) > 1 else [volumes[like[0]]]
-                raise BadInput(f"{label[name]}: by its name as near to another as to {', '.join(map(str, others))}; "
-                               "give image and label the same name")
+                raise BadInput(f"{label[name]}: its name does not say which image it belongs to, beside "
+                               f"{', '.join(map(str, others))}; give image and label the same name")
             volumes[like[0]] = label[name]
     owned = set(volumes.values())
     return ([{"id": name, "image": path, "label": volumes.get(name, labels / f"{name}.nii.gz")}

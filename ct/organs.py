@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ct.command import counted
 from ct.judgement import bulk
 from ct.volumes import Volume
 
@@ -106,7 +107,7 @@ def compare(records: list[dict], organs: tuple[str, ...]) -> Found:
 
 def _words(found: dict[str, str]) -> str:
     """What was found of a volume's organs, at most three of them."""
-    more = f" and {len(found) - 3} organs more" * (len(found) > 3)
+    more = f" and {counted(len(found) - 3, 'organ')} more" * (len(found) > 3)
     return ", ".join(f"{organ} ({what})" for organ, what in list(found.items())[:3]) + more
 
 

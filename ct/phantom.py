@@ -19,7 +19,7 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
 from ct import phantom_layouts, pool
-from ct.command import Parser, command, whole
+from ct.command import Parser, command, counted, whole
 from ct.phantom_anatomy import patient
 from ct.volumes import BadInput
 
@@ -116,6 +116,10 @@ def ensure(folder: str | os.PathLike = "data/phantom") -> Path:
         except BadInput:
             if not folder.exists():
                 raise
+        else:
+            size = sum(p.stat().st_size for p in folder.rglob("*.nii.gz"))
+            print(f"{folder}: generated CT volumes written ({size / 1e6:,.0f} MB on disk); later starts use them, and "
+                  "you may delete them")
     return folder
 
 
@@ -124,21 +128,21 @@ def main(argv: list[str] | None = None) -> None:
     """Write the phantom that the flags ask for, and say how much it is."""
     parser = Parser(description="Write a generated abdomen in both data sets' layouts.")
     parser.add_argument("--out", type=Path, default=Path("data/phantom"), help="folder to make (%(default)s)")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of all random numbers (%(default)s)")
-    parser.add_argument("--layout", choices=phantom_layouts.LAYOUTS, help="labelled patients alone, in this layout")
+    parser.add_argument("--seed", type=whole(0), default=0, help="seed of all random numbers (%(default)s)")
+    parser.add_argument("--layout", choices=phantom_layouts.LAYOUTS, help="labelled patients only, in this layout")
     parser.add_argument("--labelled", type=whole(0), default=len(BTCV_IDS),
-                        help="patients under BTCV's ids, at most %(default)s")
-    parser.add_argument("--unlabelled", type=whole(0), help="patients as cases of AbdomenCT-1K "
-                        f"({UNLABELLED_PATIENTS}; none with --layout)")
+                        help="number of patients under BTCV's ids, at most %(default)s")
+    parser.add_argument("--unlabelled", type=whole(0), help="number of patients as cases of "
+                        f"AbdomenCT-1K ({UNLABELLED_PATIENTS}; none with --layout)")
     args = parser.parse_args(argv)
     if args.layout and args.unlabelled:
-        parser.error(f"--layout {args.layout} has labelled patients alone; leave --unlabelled out")
+        parser.error(f"--layout {args.layout} takes labelled patients only; leave --unlabelled out")
     if args.unlabelled is None:
         args.unlabelled = 0 if args.layout else UNLABELLED_PATIENTS
     start = time.perf_counter()
     slices = write(args.out, args.seed, args.labelled, args.unlabelled, layout=args.layout)
-    print(f"{args.labelled} labelled and {args.unlabelled} unlabelled patients, {slices} slices in {args.out}, "
-          f"{time.perf_counter() - start:.1f} s")
+    print(f"{args.labelled} labelled and {args.unlabelled} unlabelled patients, {counted(slices, 'slice')} in "
+          f"{args.out}, {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

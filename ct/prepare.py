@@ -4,10 +4,10 @@
     python datasets.py prepare --data data/BTCV --kind segment
     python datasets.py prepare --data data/Task09_Spleen        any labelled data, as ct/layouts.py lists it
     python datasets.py audit --data data/BTCV
-    python datasets.py audit --data data/BTCV --verify          is what was prepared still what was written?
+    python datasets.py audit --data data/BTCV --verify          are the prepared slices still as written?
 
-Both end with a list of everything skipped or odd, and with exit code 0 only if nothing was skipped; --skip-bad
-accepts what was. What a store is: stores.py.
+Both end with a list of what cannot be used, of warnings and of what is left out. Their exit code is 0 only where all
+can be used; --skip-bad accepts what cannot. What a store is: stores.py.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ct import audit, coverage, layouts, pool, stores, tasks
-from ct.command import Parser, command, folder, listed, number, printable, whole
+from ct.command import Parser, command, counted, folder, listed, number, printable, whole
 from ct.files import checksum, lock, remove_parts, replacing, write_json
 from ct.intake import named, skip
 from ct.judgement import SOFT
@@ -131,7 +131,8 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
                 *_complete(found.volumes, folder, task, window, size, workers, skip_bad, alone), found.volumes, folder,
                 task, skip_bad)
             if not records:
-                raise BadInput(f"{data}: not one volume there can be used; see python datasets.py audit --data {data}")
+                raise BadInput(f"{data}: no volume there can be used; to see why: "
+                               + audit.command_line(data, kind, names, organs, images))
             index = _index(data, kind, window, size, task, records, found.skipped + left_out)
             if there != index:
                 write_json(folder / "index.json", index)
@@ -139,10 +140,10 @@ def prepare(data: Path, store: Path, kind: str, window: tuple[float, float] = WI
         if complete:
             return folder, complete
         raise BadInput(f"{e.filename or folder}: {e.strerror or e} (while preparing {folder}); run the same command "
-                       "again when that is mended") from None
+                       "again once that is fixed") from None
     except (BrokenProcessPool, MemoryError):
-        raise BadInput(f"{folder}: a process that prepares it ran out of memory or was killed; run the same command "
-                       "again, with fewer --workers") from None
+        raise BadInput(f"{folder}: a process that prepared it ran out of memory or was killed; run the same command "
+                       "again with fewer --workers") from None
     return folder, index
 
 
@@ -203,7 +204,7 @@ def _complete(found: list[dict], folder: Path, task: Task | None, window: tuple[
         remove_parts(folder)
     records, left_out, todo = _survey(found, folder, task, window, size, renew=True)
     if changed := [v["id"] for v in todo if stores.record_file(folder, v["id"]).exists()]:
-        print(f"{folder}: {len(changed)} volumes changed since, or are damaged there; preparing them again: "
+        print(f"{folder}: {counted(len(changed), 'volume')} changed since or damaged there, prepared again: "
               f"{', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}", file=sys.stderr)
     bad = []
     work = functools.partial(_prepare_volume, store=folder, task=task, window=window, size=size)
@@ -214,6 +215,10 @@ def _complete(found: list[dict], folder: Path, task: Task | None, window: tuple[
             records[volume["id"]] = outcome
     if bad and not skip_bad:
         _refuse(bad)
+    if made := len(todo) - len(bad):
+        size = sum((folder / name).stat().st_size for r in records.values() for name in r["checksums"])
+        print(f"{folder}: {counted(made, 'volume')} prepared ({size / 1e6:,.0f} MB on disk in all); later starts read "
+              "them there")
     return records, left_out + bad
 
 
@@ -235,45 +240,51 @@ def _without_air(records: dict[str, dict], left_out: list[dict], found: list[dic
 def task_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what is segmented, and on which volumes, in data that does not say so itself."""
     add = parser.add_argument
-    add("--labels", type=Path, metavar="FILE", help="names of labels that have none, `id name` a line")
-    add("--organs", type=listed, metavar="A,B", help="which of TotalSegmentator's masks; where two overlap, the later "
-        "in this list has the voxel (default: all, sorted)")
-    add("--val", type=number(above=0, most=0.9), help="share of the patients to validate on, drawn once (default "
-        f"{tasks.VAL_SHARE:g})")
-    add("--val-cases", type=Path, metavar="FILE", help="the volumes to validate on instead, an id a line")
-    add("--patient-regex", metavar="REGEX", help="what of a volume's id is the patient, whose volumes stay together")
+    add("--labels", type=Path, metavar="FILE", help="text file that names the label ids where the data does not: one "
+        "a line, such as `1 liver`")
+    add("--organs", type=listed, metavar="A,B", help="which of TotalSegmentator's masks to use (default: all, sorted); "
+        "where two overlap, the later in your list keeps the voxel")
+    add("--val", type=number(above=0, most=0.9), help="share of the patients to validate on, chosen at random once "
+        f"(default {tasks.VAL_SHARE:g})")
+    add("--val-cases", type=Path, metavar="FILE", help="text file of the volumes to validate on instead, one id a line")
+    add("--patient-regex", metavar="REGEX", help="regular expression that finds the patient in a volume's id, so that "
+        "all volumes of a patient stay on one side of the split: with ^[^_]+ the patient of p1_late is p1")
 
 
 def images_flag(parser: argparse.ArgumentParser) -> None:
     """The flag that says which files are CT volumes, where their names or voxels say something else."""
-    parser.add_argument("--images", type=listed, metavar="A,B", help="which files of a folder of CT without labels are "
-                        "read, whatever their names say: patterns such as 'GT*,*/ct.nii.gz' (default: all that are no "
-                        "label maps, distances or doses by their names and, where those are unsure, their voxels)")
+    parser.add_argument("--images", type=listed, metavar="A,B", help="which files of a folder of CT without labels to "
+                        "read, whatever their names say: patterns such as 'GT*,*/ct.nii.gz' (default: all but label "
+                        "maps, distances and doses, known by their names or, where a name is unclear, their voxels)")
 
 
 @command
 def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     """The commands. draw(path, slices, titles, labels, names) -> bool: what draws a contact sheet, if anything."""
     parser = Parser(description="Prepare or audit a folder of CT volumes.")
-    parser.add_argument("command", choices=("prepare", "audit"))
+    parser.add_argument("command", choices=("prepare", "audit"), help="prepare: volumes to slices; audit: list what "
+                        "the folder holds")
     parser.add_argument("--data", type=Path, required=True, help="folder of the CT volumes")
-    parser.add_argument("--kind", choices=("pretrain", "segment"), help="default: segment for BTCV's layout, a "
-                        "dataset.json or with --labels or --organs, else pretrain")
-    parser.add_argument("--store", type=folder, help="folder of the slices (default stores/NAME-HASH of --data)")
-    parser.add_argument("--size", type=whole(1), default=SIZE, help="prepare: side of the pre-training slices")
-    parser.add_argument("--window", type=number(), nargs=2, default=WINDOW, metavar=("LOW", "HIGH"), help="HU window")
-    parser.add_argument("--workers", type=whole(0), help="processes (default: one a core)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out unusable volumes: listed, but no failure")
-    parser.add_argument("--verify", action="store_true", help="audit: compare the store with its checksums instead")
+    parser.add_argument("--kind", choices=("pretrain", "segment"), help="what the slices are for (default: segment for "
+                        "BTCV's layout, a dataset.json, --labels or --organs; pretrain otherwise)")
+    parser.add_argument("--store", type=folder, help="folder of the prepared slices (default: stores/NAME-HASH)")
+    parser.add_argument("--size", type=whole(1), default=SIZE, help="prepare: side of the pre-training slices "
+                        "in pixels (default %(default)s)")
+    parser.add_argument("--window", type=number(), nargs=2, default=WINDOW, metavar=("LOW", "HIGH"),
+                        help="prepare: the HU that become black and white (default {:g} {:g})".format(*WINDOW))
+    parser.add_argument("--workers", type=whole(0), help="number of processes (default: one a core)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out volumes that cannot be used, now and in "
+                        "later commands: they are listed, and the exit code is 0")
+    parser.add_argument("--verify", action="store_true", help="audit: compare the prepared slices with their checksums "
+                        "instead")
     task_flags(parser)
     images_flag(parser)
     args = parser.parse_args(argv)
-    labelled = layouts.is_labelled(args.data) or args.labels or args.organs
-    kind = args.kind or ("segment" if labelled else "pretrain")
+    kind = args.kind or layouts.usual_kind(args.data, args.labels, args.organs)
     if kind == "pretrain" and (args.labels or args.organs or args.val or args.val_cases or args.patient_regex):
-        parser.error("--labels, --organs, --val, --val-cases and --patient-regex are of --kind segment")
+        parser.error("--labels, --organs, --val, --val-cases and --patient-regex need --kind segment")
     if kind == "segment" and args.images:
-        parser.error("--images is of --kind pretrain; what is labelled is found by its labels")
+        parser.error("--images needs --kind pretrain; labelled images are found by their labels")
     target = args.store or stores.default_store(args.data)
     if args.command == "audit" and args.verify:
         raise SystemExit(1 if audit.verify(target) else 0)
@@ -284,14 +295,14 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
         store, index = prepare(args.data, target, kind, args.window, args.size, args.workers, args.skip_bad,
                                args.labels, args.organs, args.images)
         places = [(v["id"], z) for v in index["volumes"] for z in range(v["slices"])]
-        print(f"{store}: {len(index['volumes'])} volumes, {len(places):,} slices")
+        print(f"{store}: {counted(len(index['volumes']), 'volume')}, {counted(len(places), 'slice')}")
         picked = [places[i] for i in np.linspace(0, len(places) - 1, min(audit.SHEET, len(places))).astype(int)]
         slices, labels = ([np.load(stores.array(store, name, label), mmap_mode="r")[z] for name, z in picked]
                           if not label or kind == "segment" else None for label in (False, True))
         task = stores.task_of(store, index)
         audit.contact_sheet(draw, store / "contact_sheet.png", slices, [f"{n} slice {z}" for n, z in picked], labels,
                             task)
-        skipped = audit.print_skipped(index["volumes"], index["skipped"], task)
+        skipped = audit.print_skipped(index["volumes"], index["skipped"], task, store / "audit.txt")
         if task:
             remarks = tasks.draw_splits(task, [v["id"] for v in index["volumes"]], args.val, args.val_cases,
                                         args.patient_regex)

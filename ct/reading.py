@@ -39,7 +39,7 @@ def levels(volume: Volume, window: tuple[float, float]) -> tuple[np.ndarray, flo
 
 
 def read_ct(path: Path, window: tuple[float, float]) -> tuple[Volume, np.ndarray, tuple[float, float], list[str]]:
-    """What every command makes of a file: (the volume, its 8-bit slices, its lowest and highest HU, what is odd).
+    """What every command makes of a file: (the volume, its 8-bit slices, its lowest and highest HU, its warnings).
 
     Raises BadInput when it is unreadable, or no CT in HU, or no stack of axial slices.
     """
@@ -112,7 +112,7 @@ def task_in(data: Path, store: Path, found: layouts.Found, folder: Path, workers
             else:
                 ids.update(outcome)
         if ids == {0}:
-            raise bad[0] if bad else BadInput(f"{data}: not one label file there holds an organ, only background")
+            raise bad[0] if bad else BadInput(f"{data}: no label file there holds an organ; all are background")
         labels = layouts.check_labels([(i, f"label {i}" if i else "background") for i in ids], data)
     return tasks.of(name_of(data), labels, store / SPLITS, found.listed)
 

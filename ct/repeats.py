@@ -17,13 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ct.command import counted
 from ct.volumes import BadInput
 
 DIGITS = 12  # hexadecimal ones of a checksum: in 215,325 slices two are equal by chance once in 12,000 such sets
 NONE = "-" * DIGITS
 LEVELS = 16  # that a slice must have at least
 SHOWN = 3  # places that a line names
-# Of `second_scan`: slices that a volume must have, and how unlike a second scan may be, to be told and to be sure.
+# Of `second_scan`: slices that a volume must have, and how unlike a second scan may be, to be named and to be sure.
 LEAST_SCAN, ALIKE, SURE = 24, 0.6, 0.5
 # What converters and scripts call a copy of a series. dcm2niix: _Tilt (the gantry's tilt undone), _Eq (slices at equal
 # distances), _ROI1, _Crop, each with a number behind it; file managers: " - Copy" and " (1)".
@@ -73,7 +74,7 @@ def judged(sums: str) -> set[str]:
 
 
 def within(sums: str, slices: np.ndarray, labels: np.ndarray | None, path: Path) -> list[str]:
-    """What is odd about a volume that shows something twice: a second scan behind the first, slices doubled or stuck.
+    """The warnings about a volume that shows something twice: a second scan behind the first, slices doubled or stuck.
 
     slices, labels: (Z, Y, X) uint8, labels where it has some. Slices are the same by their checksums; a second scan of
     another phase is known by `second_scan`. Raises BadInput, which names `path`, where half of the slices with labels
@@ -84,11 +85,12 @@ def within(sums: str, slices: np.ndarray, labels: np.ndarray | None, path: Path)
     for z, one in enumerate(each(sums)):
         if one != NONE and first.setdefault(one, z) != z:
             same[z] = first[one]
-    found = [(f"{len(same)} of {len(slices)} slices are there before ({_places(same)})", same, True)] if same else []
+    found = [(f"{len(same)} of {len(slices)} slices repeat earlier ones ({_places(same)})", same, True)] if same else []
     kept = [z for z, one in enumerate(each(sums)) if one != NONE]
     if 2 * len(same) < len(kept) and (begin := second_scan(_small(slices)[kept])):
         alike = dict(zip(kept[begin[0] :], kept, strict=False))
-        line = f"from slice {kept[begin[0]]} on it looks as from slice {kept[0]} on (a second scan behind the first?)"
+        line = (f"the slices from {kept[begin[0]]} on look like those from {kept[0]} on (a second scan behind the "
+                "first?)")
         found.append((line, alike, begin[1] < SURE))
     if labels is None:
         return [line for line, *_ in found]
@@ -97,9 +99,9 @@ def within(sums: str, slices: np.ndarray, labels: np.ndarray | None, path: Path)
         labelled = {again.get(z, z) for z in np.flatnonzero(full).tolist()}
         torn = {other for z, other in again.items() if full[z] != full[other]}
         if torn:
-            line += f"; {len(torn)} slices have labels in one place and none in the other"
+            line += f"; {len(torn)} of them have labels in one place only"
         if sure and 2 * len(torn) >= len(labelled) > 0:
-            raise BadInput(f"{path}: {line}; cut what is there twice out of image and label, or leave the volume out")
+            raise BadInput(f"{path}: {line}; remove the repeated slices from image and label, or leave the volume out")
         odd.append(line)
     return odd
 
@@ -119,7 +121,7 @@ def second_scan(small: np.ndarray) -> tuple[int, float] | None:
     The farther apart two slices lie, the less alike they are; those of a second scan are like those of the first again.
     How unlike: the median squared difference of slices so far apart, over the largest of slices less far apart, both
     less that of neighbours, which is noise. Of one scan it is 0.8 or more, of most second ones with other contrast,
-    noise and place below 0.5 (docs/data.md says on what).
+    noise and place below 0.5 (records/second-scans.md).
     """
     count = len(small)
     if count < LEAST_SCAN:
@@ -192,8 +194,9 @@ def between(records: Collection[dict]) -> dict[str, str]:
             known = " (a known one)" if {name, other} == {"Case_00297", "Case_00928"} else ""
             found[name] = f"the same image as {other}{known}"
         elif counts:
-            found[name] = (f"{max(counts.values())} of its {len(judged(sums))} slices are those of {_most(counts)}"
-                           + f", others are in {len(counts) - 1} more volumes" * (len(counts) > 1))
+            more = f", others in {counted(len(counts) - 1, 'more volume')}" * (len(counts) > 1)
+            found[name] = (f"{max(counts.values())} of its {counted(len(judged(sums)), 'slice')} are also in "
+                           f"{_most(counts)}{more}")
         for one in judged(sums):
             owner.setdefault(one, name)
     for name, other in copies(r["id"] for r in records).items():

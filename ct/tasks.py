@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ct.command import counted
 from ct.files import replacing
 from ct.names import composed
 from ct.repeats import copies
@@ -140,8 +141,8 @@ def draw_splits(task: Task, ids: Iterable[str], val: float | None = None, val_ca
             choose(split, [train[i] for i in drawn], draw)
     there = [path for path in files if path.exists()]
     if other := [str(path) for path in there if set(_listed(path)) != set(files[path])]:
-        raise BadInput(f"{', '.join(other)}: there already, and other than --val, --val-cases and --patient-regex "
-                       "would have it; leave these flags out, or delete all files of the split to draw it anew")
+        raise BadInput(f"{', '.join(other)}: already there, and --val, --val-cases and --patient-regex ask for "
+                       "another split; leave these flags out, or delete all files of the split to make a new one")
     for path in files.keys() - there:
         _write(path, files[path])
     told = [] if (val, val_cases) != (None, None) else _of_the_list(task, set(ids), set(held_out))
@@ -160,9 +161,9 @@ def refuse_other_ids(data: Path, volumes: Iterable[dict]) -> None:
     liver, largest = ORGANS.index("liver"), 1 + int(mean.argmax())
     size = mean[largest - 1]
     if largest != liver and (size > MOST or size > LEAST and 0 < 2 * mean[liver - 1] < size):
-        raise BadInput(f"{data}: its label ids are not BTCV's, it seems: {largest} would be the {ORGANS[largest]}, and "
-                       f"has {size:,.0f} ml on average, {liver} would be the liver, and has {mean[liver - 1]:,.0f} ml; "
-                       "give their names with --labels FILE, `1 aorta` a line")
+        raise BadInput(f"{data}: its label ids seem to be others than BTCV's: id {largest} would be the "
+                       f"{ORGANS[largest]} and has {size:,.0f} ml on average, id {liver} would be the liver and has "
+                       f"{mean[liver - 1]:,.0f} ml; name the ids with --labels FILE, one `1 aorta` a line")
 
 
 def siblings(ids: Iterable[str]) -> dict[str, list[str]]:
@@ -177,10 +178,11 @@ def _remarks(ids: list[str], train: set[str], held_out: set[str]) -> list[str]:
     remarks = []
     groups = {tuple(sorted(g)) for g in (*siblings(ids).values(), *copies(ids).items())}
     if torn := [g for g in sorted(groups) if train.intersection(g) and held_out.intersection(g)]:
-        remarks.append(f"{len(torn)} patients seem to have volumes both to train and to validate on "
-                       f"({', '.join(torn[0])}{' ...' * (len(torn) > 1)}); --patient-regex keeps a patient's together")
+        remarks.append(f"the split seems to have volumes of {counted(len(torn), 'patient')} on both of its sides "
+                       f"({', '.join(torn[0])}{' ...' * (len(torn) > 1)}); --patient-regex keeps a patient's volumes "
+                       "together")
     if new := set(ids) - train - held_out:
-        remarks.append(f"{len(new)} volumes are in no split ({min(new)}{' ...' * (len(new) > 1)})")
+        remarks.append(f"in no split: {counted(len(new), 'volume')} ({min(new)}{' ...' * (len(new) > 1)})")
     return remarks
 
 
@@ -189,9 +191,9 @@ def _of_the_list(task: Task, ids: set[str], held_out: set[str]) -> list[str]:
     if not task.listed:
         return []
     if held_out == ids.intersection(task.listed.cases):
-        return [f"validation set: {len(held_out)} volumes, {task.listed.source}"]
-    return [f"{task.file('val')}: drawn before, or edited; the data's own validation set, {task.listed.source}, is "
-            "another: delete all files of the split to use that one"]
+        return [f"validation set: {counted(len(held_out), 'volume')}, {task.listed.source}"]
+    return [f"{task.file('val')}: made earlier, or edited, and not the data's own validation set "
+            f"({task.listed.source}); delete all files of the split to use that one"]
 
 
 def _held_out(task: Task, ids: list[str], val: float | None, val_cases: Path | None,
@@ -200,28 +202,29 @@ def _held_out(task: Task, ids: list[str], val: float | None, val_cases: Path | N
     if task.listed and val is None and val_cases is None:
         listed = set(task.listed.cases).intersection(ids)
         if not listed:
-            raise BadInput(f"{task.name}: not one volume of its own validation set, {task.listed.source}, can be used; "
+            raise BadInput(f"{task.name}: no volume of its own validation set, {task.listed.source}, can be used; "
                            "give --val or --val-cases")
         _refuse_torn(task.listed.source, listed, groups)
         return list(listed)
     if val_cases is None:
         count = round((VAL_SHARE if val is None else val) * len(groups))
         if len(groups) < 2:
-            raise BadInput(f"{task.name}: {len(groups)} patient; a split needs two, one to validate on")
+            raise BadInput(f"{task.name}: {counted(len(groups), 'patient')}; a split needs two, one to validate on")
         drawn = np.random.default_rng([SEED, 0]).choice(len(groups), min(max(count, 1), len(groups) - 1), False)
         return [name for i in drawn for name in list(groups.values())[i]]
     if val is not None:
         raise BadInput("--val and --val-cases: give one of the two")
     named = set(_listed(val_cases))
     if absent := named.difference(ids):
-        raise BadInput(f"{val_cases}: {min(absent)} is none of the volumes of {task.name}, {ids[0]} ... {ids[-1]}")
+        raise BadInput(f"{val_cases}: {min(absent)} is not among the volumes of {task.name}, {ids[0]} ... {ids[-1]}")
     _refuse_torn(val_cases, named, groups)
     return list(named)
 
 
 def _refuse_torn(source: Path | str, held_out: set[str], groups: dict[str, list[str]]) -> None:
     if torn := [group for group in groups.values() if 0 < len(held_out.intersection(group)) < len(group)]:
-        raise BadInput(f"{source}: has some of {', '.join(torn[0])} only, which by --patient-regex are one patient")
+        raise BadInput(f"{source}: names only some of {', '.join(torn[0])}, which --patient-regex takes for one "
+                       "patient; name all of them or none")
 
 
 def _of_patients(ids: list[str], pattern: str | None) -> dict[str, list[str]]:
@@ -230,7 +233,7 @@ def _of_patients(ids: list[str], pattern: str | None) -> dict[str, list[str]]:
     try:
         known = re.compile(pattern or r"(?s:.*)")
     except re.error as e:
-        raise BadInput(f"--patient-regex {pattern}: no regular expression ({e})") from None
+        raise BadInput(f"--patient-regex {pattern}: not a regular expression ({e})") from None
     for name in ids:
         match = known.search(name)
         if not (patient := match and match[min(known.groups, 1)]):

@@ -38,20 +38,20 @@ PLAIN = {f"p{i}": (500, 80, 0) for i in range(8)}
                                                    "on, 2 voxels in 1 volume (p6) to validate on; the mean Dice leaves "
                                                    "it out"]),
     ({"p1": (500, 80, 1)}, set(), ["label 7: 1 voxel in 1 volume (p1) in all (a slip, a wrong id?)",
-                                   "no volume to validate on has: label 7; not measured"]),
-    ({"p6": (500, 0, 0), "p7": (500, 0, 0)}, set(), ["no volume to validate on has: spleen; not measured"])])
+                                   "no validation volume has: label 7; this is not measured"]),
+    ({"p6": (500, 0, 0), "p7": (500, 0, 0)}, set(), ["no validation volume has: spleen; this is not measured"])])
 def test_what_a_mean_leaves_out_is_named(tmp_path, change, left, told):
     volumes, task = drawn(tmp_path, PLAIN | change, ["p6", "p7"])
     assert set(coverage.uncounted(volumes, task)) == left
-    assert [line for line in coverage.remarks(volumes, task) if "in a part" not in line] == told
+    assert [line for line in coverage.remarks(volumes, task) if "in some of" not in line] == told
 
 
 def test_an_organ_that_a_draw_lacks_is_counted_and_told(tmp_path):
     volumes, task = drawn(tmp_path, PLAIN | {"p6": (500, 80, 60), "p0": (500, 80, 60)}, ["p6", "p7"])
     task.file("25", 1).write_text("p1\np2\n")
     task.file("25", 2).write_text("p0\np2\n")
-    lines = [line for line in coverage.remarks(volumes, task, "25", [1, 2]) if "in a part" not in line]
-    assert lines == ["no volume of 25 %, draw 1, has: label 7; a sure 0 in its mean Dice"]
+    lines = [line for line in coverage.remarks(volumes, task, "25", [1, 2]) if "in some of" not in line]
+    assert lines == ["no training volume of 25 %, draw 1, has: label 7; this counts as 0 in the mean Dice"]
     assert coverage.uncounted(volumes, task) == {}
 
 
@@ -65,9 +65,9 @@ def test_sets_that_were_labelled_by_halves(tmp_path):
     halves = {f"a{i}": (500, 0, 0) for i in range(5)} | {f"b{i}": (0, 80, 60) for i in range(4)} | {"c": (0, 0, 0)}
     task = tasks.of("mine", LABELS, tmp_path / "nowhere")
     assert coverage.remarks([{"id": i, "voxels": [99, *v]} for i, v in halves.items()], task) == [
-        "labelled in a part of the volumes only: liver in 5 of 10, spleen in 4 of 10, label 7 in 4 of 10; where it is "
-        "not labelled it is background, to train and to measure",
-        "2 sets of volumes have no organ in common, merged ones, it seems: liver in 5 (a0, a1 ... 5 in all); spleen, "
+        "labelled in some of the volumes only: liver in 5 of 10, spleen in 4 of 10, label 7 in 4 of 10; elsewhere they "
+        "are background, in training and in the Dice",
+        "2 sets of volumes have no organ in common; were they merged? liver in 5 (a0, a1 ... 5 in all); spleen, "
         "label 7 in 4 (b0, b1 ... 4 in all)"]
     # one organ in all, the other in half of the cases
     half = {f"a{i}": (500, 0, 0) for i in range(5)} | {f"b{i}": (500, 80, 0) for i in range(5)}
@@ -119,6 +119,6 @@ def test_a_stray_voxel_is_no_organ_of_the_mean(tmp_path, capsys):
 
 def test_a_validation_set_without_any_organ_is_refused_where_a_dice_is_asked_for(tmp_path):
     volumes, task = drawn(tmp_path, PLAIN | {"p6": (0, 0, 0), "p7": (0, 0, 0)}, ["p6", "p7"])
-    with pytest.raises(BadInput, match="no volume to validate on has an organ"):
+    with pytest.raises(BadInput, match="no validation volume has an organ"):
         coverage.remarks(volumes, task, "100", [0])
     coverage.remarks(volumes, task)  # as of the spectrum, which needs none

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 
 import datasets
 from ct import audit, intake, pool, prepare, reading, stores, tasks
+from ct.command import counted
 from ct.volumes import BadInput, read_volume
 from engine import processes
 
@@ -166,7 +168,7 @@ def test_what_changed_is_said(abdomen, tmp_path, capsys):
     assert "changed" not in capsys.readouterr().err
     write(abdomen / "part0" / "Case_00002_0000.nii.gz", ct(7, (20, 16, 5)))
     datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
-    assert re.search("1 volumes changed.*Case_00002", capsys.readouterr().err)
+    assert re.search("1 volume changed.*Case_00002", capsys.readouterr().err)
 
 
 def test_another_window_leaves_this_store_as_it_is(abdomen, tmp_path):
@@ -356,7 +358,7 @@ def test_a_volume_may_have_any_name(tmp_path, capsys):
     for _ in range(2):
         store = datasets.prepare(tmp_path / "A", tmp_path / "s", "pretrain", size=20)
         assert [v["id"] for v in store.volumes] == sorted(names) and audit.verify(tmp_path / "s") == 0
-    assert "preparing them again" not in capsys.readouterr().err
+    assert "prepared again" not in capsys.readouterr().err
     for i, name in enumerate(names):
         (tmp_path / str(i)).mkdir()
         shutil.copy(tmp_path / "A" / f"{name}.nii.gz", tmp_path / str(i) / "x.nii.gz")
@@ -651,7 +653,8 @@ def test_both_commands_end_with_what_was_skipped_or_odd(abdomen, btcv, tmp_path,
     write(abdomen / "part0" / "Case_00008_0000.nii.gz", ct(8), np.eye(4))
     for command in (("audit", *data), ("prepare", *data, *store)):
         code, out = outcome(capsys, *command)
-        assert code == 0 and re.search(r"unusable: 0\nodd: 1\n .*Case_00008.*placeholder\nno image.*: 1\n .*Mask", out)
+        assert code == 0
+        assert re.search(r"unusable: 0\nwarnings: 1\n .*Case_00008.*placeholder\nno image.*: 1\n .*Mask", out)
     (abdomen / "part0" / "Case_00009_0000.nii.gz").write_bytes(b"")
     assert outcome(capsys, "audit", *data)[0] == 1
     assert "Case_00009_0000.nii.gz: empty file" in outcome(capsys, "prepare", *data, *store)[1]
@@ -672,19 +675,91 @@ def test_both_commands_end_with_what_was_skipped_or_odd(abdomen, btcv, tmp_path,
     assert "3 volumes, 12 slices" in outcome(capsys, "prepare", "--data", btcv, "--store", tmp_path / "b")[1]
 
 
+@pytest.mark.parametrize("number, noun, told", [
+    (1, "volume", "1 volume"), (0, "slice", "0 slices"), (1062, "volume", "1,062 volumes"), (1, "process", "1 process"),
+    (2, "process", "2 processes"), (2, "box", "2 boxes"), (2, "patch", "2 patches")])
+def test_a_number_and_what_it_counts(number, noun, told):
+    assert counted(number, noun) == told
+
+
+@pytest.mark.parametrize("what, words", [
+    ("plain", []), ("with a space", []), ("labelled", ["--kind", "pretrain"]), ("two folders", ["--kind", "segment"]),
+    ("named", ["--labels", "names.txt"]), ("patterns", ["--images", "'s*,*/t.nii.gz'"])])
+def test_the_command_that_lists_warnings_runs_as_it_is_printed(abdomen, btcv, tmp_path, capsys, what, words):
+    """In a shell, with as many warnings as were counted; with the flags without which it would find something else."""
+    data = {"with a space": Path("my ct"), "labelled": btcv}.get(what, Path("D"))
+    few, kind, given = ct(1, (20, 16, 2)), "pretrain", {}
+    if what == "labelled":
+        write(btcv / "RawData/Training/img/img0003.nii.gz", few)
+    elif what in ("two folders", "named"):
+        kind, training = "segment", btcv / "RawData/Training"
+        data.mkdir()
+        for part in ("images", "labels"):
+            (training / part.replace("images", "img").replace("labels", "label")).rename(data / part)
+        write(data / "images/img0003.nii.gz", few)
+        write(data / "labels/label0003.nii.gz", np.ones((20, 16, 2), np.uint8))
+        if what == "named":
+            given = {"labels": Path("names.txt")}
+            given["labels"].write_text("".join(f"{i} organ {i}\n" for i in range(1, 14)))
+    else:
+        for name in ("s1.nii.gz", "x/t.nii.gz", "other.nii.gz"):
+            write(data / name, few)
+        given = {"images": ("s*", "*/t.nii.gz")} if what == "patterns" else {}
+    line = audit.command_line(data, kind, **given)
+    assert line == " ".join(["python datasets.py audit --data", "'my ct'" if " " in str(data) else str(data), *words])
+    passed = {"names": given.get("labels"), "images": given.get("images")}
+    store = datasets.prepare(data, tmp_path / "s", kind, size=20, **passed)
+    number = re.search(r"warnings: (\d+) \((.*) lists them\)",
+                       "\n".join(audit.remarks(store.volumes, store.skipped, store.task or tasks.BTCV, line)))
+    capsys.readouterr()
+    assert number[2] == line and outcome(capsys, *shlex.split(line)[2:])[1].count(f"\nwarnings: {number[1]}\n") == 1
+
+
+def test_that_slices_are_written_is_said_once(abdomen, tmp_path, capsys):
+    for told in ("3 volumes prepared", "", "1 volume prepared"):
+        if told.startswith("1"):
+            write(abdomen / "Case_00009_0000.nii.gz", ct(9))
+        datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=200)
+        out = capsys.readouterr().out
+        assert out.count("later starts read them there") == bool(told) and told in out
+    # 4 + 5 + 6 + 4 slices of 200 x 200 pixels, a byte each
+    assert f"{tmp_path / 's/pretrain-200'}: 1 volume prepared (1 MB on disk in all)" in out
+
+
+def test_a_long_list_is_cut_and_written_as_a_whole(tmp_path, capsys):
+    """Ids without order, files that cannot be used for one reason: a line each on the screen, all of them in a file."""
+    records = [{"id": f"c{i:02d}", "file": f"D/c{i:02d}.nii", "odd": [f"{i} slices only"] * (i % 2)} for i in range(40)]
+    bad = [intake.skip(Path(f"D/b{i:02d}.nii"), f"D/b{i:02d}.nii: empty file ({i} bytes)") for i in range(25)]
+    assert audit.print_skipped(records, bad, None, tmp_path / "s/audit.txt") == 25
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "unusable: 25", "  25 volumes: empty file (0 bytes) (and alike): b00.nii to b24.nii", "warnings: 20",
+        "  20 volumes: 1 slices only (and alike): c01, c03, c05, c07, c09, c11, c13, c15 ...",
+        "no image by its name: 0", f"{tmp_path / 's/audit.txt'}: the whole list, one a line"]
+    assert (tmp_path / "s/audit.txt").read_text().splitlines() == [
+        *(f"unusable: D/b{i:02d}.nii: empty file ({i} bytes)" for i in range(25)),
+        *(f"warnings: D/c{i:02d}.nii: {i} slices only" for i in range(1, 40, 2))]
+    # nothing is cut: no file; nothing can be written: no failure
+    assert audit.print_skipped(records[:2], bad[:20], None, tmp_path / "t/audit.txt") == 20
+    assert not (tmp_path / "t").exists() and len(capsys.readouterr().out.splitlines()) == 24
+    (tmp_path / "t").touch()
+    assert audit.print_skipped(records, bad, None, tmp_path / "t/audit.txt") == 25
+    assert "the whole list was not written" in capsys.readouterr().out
+
+
 def test_what_is_odd_about_many_volumes_is_one_line_with_their_ids(abdomen, capsys):
     for i, slices in ((11, 2), (12, 2), (13, 1), (15, 2), (17, 4)):
         write(abdomen / f"Case_000{i}_0000.nii.gz", ct(i, (20, 16, slices)))
     write(abdomen / "Case_00014_0000.nii.gz", np.abs(ct(14)) // 4)
     code, out = outcome(capsys, "audit", "--data", abdomen)
-    listed = out.partition("odd: 5\n")[2].partition("no image by its name")[0].splitlines()
+    listed = out.partition("warnings: 5\n")[2].partition("no image by its name")[0].splitlines()
     assert code == 0 and len(listed) == 2 and "Case_00014_0000.nii.gz: HU from 1 to 249 only, never" in listed[1]
     assert listed[0] == "  4 volumes: 2 slices only (a scout?) (and alike): Case_00011 to Case_00013, Case_00015"
 
 
 def test_the_audit_of_the_real_ct_is_ten_lines(real_ct, capsys):
     code, out = outcome(capsys, "audit", "--data", real_ct / "AbdomenCT-1K", "--workers", "1")
-    assert code == 0 and len(out.splitlines()) <= 10 and "odd: 93\n" in out
+    assert code == 0 and len(out.splitlines()) <= 10 and "warnings: 93\n" in out
     assert "  78 volumes: HU from 0 to 255 only, never under -200" in out and "Case_00001 to Case_00078\n" in out
 
 

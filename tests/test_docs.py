@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/ against the source: what they name exists, what they print as a command runs.
+"""README.md, CONTRIBUTING.md, docs/ and records/ against the source: what they name exists, commands run as printed.
 
 The source is parsed, not imported, but for the commands: a shell takes the code blocks apart, each script's own parser
 reads what it is given there, and RUNS says which test runs it, or CANNOT why none does.
@@ -35,7 +35,8 @@ from engine.report import DRAWS, PRINTED, ROWS
 from segment import PROTOCOLS, Segmenter
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md",
+         *(p for folder in ("docs", "records") for p in sorted((ROOT / folder).glob("*.md")))]
 DOCS = {str(p.relative_to(ROOT)): re.sub(r"^#SBATCH .*", "", p.read_text(), flags=re.M) for p in PAGES}  # Slurm's flags
 README, ALL = DOCS["README.md"], "\n".join(DOCS.values())
 MODULES = {str(p.relative_to(ROOT).with_suffix("")): p for folder in (".", "views", "ct", "engine", "tools")
@@ -200,8 +201,22 @@ def test_linked_files_pictures_and_headings_exist(page):
 
 
 def test_the_pages_are_reached_from_readme():
+    """The records from the pages that quote them."""
     for page in DOCS:
-        assert page == "README.md" or f"({page})" in README, f"README does not link {page}"
+        if page.startswith("records/"):
+            assert f"(../{page}" in ALL, f"no page of docs/ links {page}"
+        else:
+            assert page == "README.md" or f"({page})" in README, f"README does not link {page}"
+
+
+def test_a_sentence_of_measurements_has_no_commit_and_each_table_a_record():
+    page = DOCS["docs/measurements.md"]
+    assert not re.findall(r"\b(?=\w*\d)(?=\w*[a-f])[0-9a-f]{7,40}\b", page)
+    for section in page.split("\n## ")[1:]:
+        assert "\n|" not in section or "(../records/" in section, f"no source: {section.splitlines()[0]}"
+    for record, text in DOCS.items():
+        if record.startswith("records/") and record != "records/README.md":
+            assert re.search(r"\b[0-9a-f]{7}\b", text) and re.search(r"\b20\d\d-\d\d-\d\d\b|source lost", text), record
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -381,11 +396,12 @@ CANNOT = {
     "tools/study --jobs --phantom --rows --seeds --steps": MINUTES,
     "make test": THIS, "make lint": THIS, "pytest": THIS,
     "train_ssl --arch --batch-size --bn-group --image-size --init --local --queue --size --steps --zca": GPU,
+    "train_ssl --compile --init --local --name --steps --zca": GPU, "tools/overview": "needs the runs of make demo",
     "sbatch": CLUSTER, "scontrol": CLUSTER,
     "head": TOOL, "md5sum": TOOL, "mkdir": TOOL, "unzip": TOOL, "tensorboard": TOOL, "grep": TOOL, "cat": TOOL,
 }
 SCRIPTS = {"datasets", "train_ssl", "train_seg", "svd_spectrum", "ct/phantom", "tools/against", "tools/bench",
-           "tools/study", "tests/stress"}
+           "tools/overview", "tools/study", "tests/stress"}
 
 
 @pytest.mark.parametrize("page", DOCS)

@@ -13,6 +13,7 @@ import svd_spectrum
 import train_seg
 import train_ssl
 from ct import audit, intake, maps, prepare, reading, volumes
+from ct.command import counted
 from ct.volumes import BadInput
 from engine import predict
 
@@ -112,7 +113,8 @@ def test_where_a_name_is_unsure_the_voxels_decide(tmp_path, what):
     store = datasets.prepare(tmp_path / "D", tmp_path / "s", "pretrain", size=20)
     told = "".join(audit.remarks(store.volumes, store.skipped))
     odd = len(skipped) - len(left_out)  # what is used in spite of its name
-    assert (f"odd: {odd} " in told) == (odd > 0) and (f"by their names: {len(labels)} " in told) == (len(labels) > 0)
+    assert (f"warnings: {odd} " in told) == (odd > 0)
+    assert (f"by their names: {len(labels)} " in told) == (len(labels) > 0)
 
 
 def smooth(what, shape=(96, 96, 12)):
@@ -185,14 +187,15 @@ def test_a_flag_says_which_files_are_the_images(tmp_path, patterns, capsys, refu
     flags = ["--data", str(tmp_path / "D"), "--images", patterns]
     datasets.main(["audit", *flags])
     told = capsys.readouterr().out
-    assert f"{len(IMAGES[patterns])} volumes" in told and f"by its name: {5 - len(IMAGES[patterns])}\n" in told
+    number = len(IMAGES[patterns])
+    assert f"{counted(number, 'volume')}, " in told and f"by its name: {5 - number}\n" in told
     store = datasets.prepare(tmp_path / "D", tmp_path / "s", "pretrain", size=20, images=patterns.split(","))
     assert sorted(v["file"] for v in store.volumes) == [str(tmp_path / "D" / name) for name in IMAGES[patterns]]
     paths, _ = predict.find_volumes(tmp_path / "D", patterns.split(","))
     assert sorted(paths.values()) == [tmp_path / "D" / name for name in IMAGES[patterns]]
     assert f"--images x*: matches no .nii or .nii.gz file in {tmp_path / 'D'}" in refusal(
         train_ssl.main, ["--data", tmp_path / "D", "--images", "x*", "--init", "random"])
-    assert "--images is of --kind pretrain" in refusal(datasets.main, ["prepare", "--kind", "segment", *flags])
+    assert "--images needs --kind pretrain" in refusal(datasets.main, ["prepare", "--kind", "segment", *flags])
 
 
 def test_many_labels_of_a_folder_are_listed_by_their_folder(tmp_path, capsys):
@@ -306,7 +309,7 @@ def test_btcv_has_the_same_gate(btcv, tmp_path):
         assert [s["reason"] for s in skipped] == ["a label map by its name"]
     touch(tmp_path / "b", "img/x.txt")
     (tmp_path / "b/img/img0001.nii.gz").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(BadInput, match="not one image.*img0001.nii.gz: a broken link"):
+    with pytest.raises(BadInput, match="no image can be used: .*img0001.nii.gz: a broken link"):
         intake.find_volumes(tmp_path / "b", "pretrain")
     touch(training, "img/img0002.mha")
     (training / "label/label0035.nii.gz").unlink()
@@ -444,16 +447,16 @@ def test_commands_tell_what_is_odd_before_they_start(bright, monkeypatch, capsys
     with pytest.raises(SystemExit):
         main([str(a) for a in more])
     out, err = capsys.readouterr()
-    assert "odd: 1 (python datasets.py audit names them)" in out and "it would start here" in err
+    assert "warnings: 1 (python datasets.py audit --data " in out and "it would start here" in err
     volumes, name = (6, "Case_00003") if command == "train_ssl" else (30, "0001")
-    assert f"intensities: 1 of {volumes} volumes never go under -200 HU ({name}: 0 to 255)" in out
+    assert f"intensities: in 1 of {volumes} volumes nothing lies under -200 HU ({name}: 0 to 255)" in out
     assert ("no volume has: gallbladder, esophagus;" in out) == (command != "train_ssl")
 
 
 def test_audit_names_the_organs_that_no_volume_has(bright, capsys):
     datasets.main(["audit", "--data", str(bright / "BTCV")])
     out = capsys.readouterr().out
-    assert "  no volume has: gallbladder, esophagus\n" in out and "odd: 1\n" in out and "never under -200" in out
+    assert "  no volume has: gallbladder, esophagus\n" in out and "warnings: 1\n" in out and "never under -200" in out
 
 
 def test_labels_near_whole_numbers_are_rounded_and_listed(btcv, tmp_path, capsys):
@@ -463,7 +466,8 @@ def test_labels_near_whole_numbers_are_rounded_and_listed(btcv, tmp_path, capsys
     store = datasets.prepare(btcv, tmp_path / "s", "segment")
     np.testing.assert_array_equal(store.slice(1, label=True), whole[:, :, 1].T)
     datasets.main(["audit", "--data", str(btcv)])
-    assert "odd: 1\n" in (out := capsys.readouterr().out) and "1,280 labels of label0001.nii.gz are no whole" in out
+    assert "warnings: 1\n" in (out := capsys.readouterr().out)
+    assert "1,280 voxels of label0001.nii.gz hold nearly whole" in out
     save(label, whole + np.float32(0.06))
     with pytest.raises(BadInput, match="label0001.nii.gz: label values are not all whole numbers"):
         datasets.prepare(btcv, tmp_path / "s", "segment")

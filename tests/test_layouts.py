@@ -171,9 +171,8 @@ def test_what_has_no_label_is_told_and_not_missed(msd, tmp_path, capsys):
         assert re.search(r"without a label: 26\n  .*imagesTr/spleen_77.nii.gz: a volume without a label\n"
                          r"  .*imagesTs: 25 files, each a volume without a label \(spleen_100.nii.gz", told)
     store = datasets.prepare(msd, stores.default_store(msd), "segment")
-    assert audit.remarks(store.volumes, store.skipped, store.task) == [
-        "left out, no images by their names: 1 (python datasets.py audit names them)",
-        "left out, without a label: 26 (python datasets.py audit names them)"]
+    assert audit.remarks(store.volumes, store.skipped, store.task, "this") == [
+        "left out, no images by their names: 1 (this lists them)", "left out, without a label: 26 (this lists them)"]
 
 
 BROKEN = {  # what is done to a volume -> what is said of it
@@ -238,7 +237,7 @@ def test_a_volume_without_any_organ_is_kept_and_odd(msd, tmp_path, capsys):
     write(msd / "labelsTr/spleen_3.nii.gz", np.zeros(SHAPE, np.uint8))
     prepare.main(["audit", "--data", str(msd)])
     told = capsys.readouterr().out
-    assert re.search(r"odd: 1\n  .*spleen_3.nii.gz: an empty label, all background; kept as a negative", told)
+    assert re.search(r"warnings: 1\n  .*spleen_3.nii.gz: an empty label, all background; kept as a negative", told)
     assert re.search(r" 1 spleen +[\d,]+ voxels in 4 volumes", told)
     assert len(datasets.prepare(msd, tmp_path / "s", "segment").volumes) == 5
 
@@ -247,49 +246,50 @@ def test_a_volume_without_any_organ_is_kept_and_odd(msd, tmp_path, capsys):
 
 
 REFUSED = {  # fields of an MSD dataset.json, or what it is instead -> what is said
-    "no JSON": ("{", "no JSON that can be read"), "empty": ("", "no JSON that can be read"),
-    "bytes": ("\0\xff", "no JSON that can be read"), "array": ("[1]", "a JSON list; expected an object"),
-    "deep": ("[" * 100000, "no JSON that can be read"), "neither": ({"training": None}, "neither MSD's"),
+    "no JSON": ("{", "cannot be read as JSON"), "empty": ("", "cannot be read as JSON"),
+    "bytes": ("\0\xff", "cannot be read as JSON"), "array": ("[1]", "a JSON list; expected an object"),
+    "deep": ("[" * 100000, "cannot be read as JSON"), "neither": ({"training": None}, "neither MSD's"),
     "two names, one key": ('{"training": [], "labels": {"0": "background", "1": "a", "1": "b"}}', "1 stands twice"),
     "two names, one id": ({"labels": {"0": "background", "1": "a", "01": "b"}}, "two names for label id 1, a and b"),
-    "one name twice": ({"labels": {"0": "background", "1": "a", "2": "a"}}, "label id 2 has the name of another, a"),
+    "one name twice": ({"labels": {"0": "background", "1": "a", "2": "a"}}, "label id 2 has the same name as"),
     "no background": ({"labels": {"1": "spleen"}}, "label id 0 is missing; it must be there"),
     "background elsewhere": ({"labels": {"0": "spleen", "1": "background"}}, "label id 0 is spleen"),
-    "no id": ({"labels": {"0": "background", "x": "spleen"}}, "x is no label id"),
-    "negative": ({"labels": {"0": "background", "-1": "spleen"}}, "-1 is no label id"),
-    "too high": ({"labels": {"0": "background", "65536": "spleen"}}, "65536 is no label id"),
+    "no id": ({"labels": {"0": "background", "x": "spleen"}}, "x is not a label id"),
+    "negative": ({"labels": {"0": "background", "-1": "spleen"}}, "-1 is not a label id"),
+    "too high": ({"labels": {"0": "background", "65536": "spleen"}}, "65536 is not a label id"),
     "no name": ({"labels": {"0": "background", "1": " "}}, "label id 1 has no name"),
     "name a list": ({"labels": {"0": "background", "1": [1]}}, "label id 1 has no name"),
-    "no labels": ({"labels": None}, "labels is no object"), "labels a list": ({"labels": ["a"]}, "labels is no object"),
+    "no labels": ({"labels": None}, "labels must be an object"),
+    "labels a list": ({"labels": ["a"]}, "labels must be an object"),
     "255 labels": ({"labels": {"0": "background"} | {str(i): f"l{i}" for i in range(1, 256)}}, "at most 254"),
     "MR": ({"modality": {"0": "MRI"}}, "modality MRI, no CT; if the volumes are CT in HU, write CT there"),
-    "two channels": ({"modality": {"0": "CT", "1": "PET"}}, "2 channels in modality; only one"),
-    "no modality": ({"modality": None}, "modality is no object"),
-    "training empty": ({"training": []}, "training is no list of images and labels"),
+    "two channels": ({"modality": {"0": "CT", "1": "PET"}}, "2 channels in modality; expected one"),
+    "no modality": ({"modality": None}, "modality must be an object"),
+    "training empty": ({"training": []}, "training is not a list of images and labels"),
     "training of strings": ({"training": ["./imagesTr/a.nii.gz"]}, "an entry of training is not"),
     "climbing": ({"training": [{"image": "imagesTr/../../x.nii.gz", "label": "y.nii.gz"}]}, "'imagesTr/../../x.nii.gz' "
                  "lies outside its folder"),
     "absolute": ({"training": [{"image": "/etc/x.nii.gz", "label": "y.nii.gz"}]}, "'/etc/x.nii.gz' lies outside"),
     "climbing label": ({"training": [{"image": "x.nii.gz", "label": "../y.nii.gz"}]}, "'../y.nii.gz' lies outside"),
     "a nul": ({"training": [{"image": "x\0.nii.gz", "label": "y.nii.gz"}]}, "lies outside its folder"),
-    "another ending": ({"training": [{"image": "a.mha", "label": "b.mha"}]}, "a.mha is no .nii.gz or .nii"),
+    "another ending": ({"training": [{"image": "a.mha", "label": "b.mha"}]}, "a.mha is not a .nii.gz or .nii"),
     "twice": ({"training": 2 * [{"image": "imagesTr/spleen_2.nii.gz", "label": "labelsTr/spleen_2.nii.gz"}]},
               "two files of one id, spleen_2"),
     "nothing there": ({"training": [{"image": "imagesTr/x.nii.gz", "label": "labelsTr/x.nii.gz"}]},
-                      "not one labelled volume there can be used; .*imagesTr/x.nii.gz: missing, or a broken link")}
+                      "no labelled volume there can be used; .*imagesTr/x.nii.gz: missing, or a broken link")}
 NNUNET = {
     "MR": ({"channel_names": {"0": "MR"}}, "channel_names MR, no CT"),
     "noNorm": ({"channel_names": {"0": "noNorm"}}, "channel_names noNorm, no CT; if the volumes are CT in HU"),
     "two channels": ({"channel_names": {"0": "CT", "1": "CT"}}, "2 channels in channel_names"),
     "regions": ({"labels": {"background": 0, "whole": [1, 2], "spleen": 1}}, "whole is a region of several ids"),
     "ignore": ({"labels": {"background": 0, "spleen": 1, "ignore": 2}}, "has an ignore label"),
-    "ending": ({"file_ending": ".png"}, "file_ending .png; only"),
+    "ending": ({"file_ending": ".png"}, "file_ending .png; convert"),
     "no ending": ({"file_ending": None}, "file_ending None"),
     "one id": ({"labels": {"background": 0, "a": 1, "b": 1}}, "two names for label id 1, a and b"),
     "a name twice": ('{"channel_names": {"0": "CT"}, "labels": {"background": 0, "a": 1, "a": 2}}', "a stands twice"),
     "no background": ({"labels": {"spleen": 1}}, "label id 0 is missing"),
-    "a fraction": ({"labels": {"background": 0, "spleen": 1.5}}, "1.5 is no label id"),
-    "true": ({"labels": {"background": 0, "spleen": True}}, "True is no label id")}
+    "a fraction": ({"labels": {"background": 0, "spleen": 1.5}}, "1.5 is not a label id"),
+    "true": ({"labels": {"background": 0, "spleen": True}}, "True is not a label id")}
 
 
 @pytest.mark.parametrize("make, what", [*((make_msd, w) for w in REFUSED), *((make_nnunet, w) for w in NNUNET)])
@@ -324,7 +324,7 @@ def test_without_nnunets_folders_or_any_layout_it_is_said(tmp_path):
 def test_flags_that_a_layout_does_not_need_are_refused(tmp_path, msd, refusal):
     (tmp_path / "n.txt").write_text("1 a")
     for data in (msd, make_totalsegmentator(tmp_path / "T")):
-        with pytest.raises(BadInput, match="--labels .*n.txt: the labels of .* have their names"):
+        with pytest.raises(BadInput, match="--labels .*n.txt: .* names its labels itself"):
             layouts.find(data, names=tmp_path / "n.txt")
     for data in (msd, make_folders(tmp_path / "F")):
         with pytest.raises(BadInput, match="--organs: picks among TotalSegmentator's masks"):
@@ -405,8 +405,8 @@ def test_a_split_that_was_drawn_before_stays_and_the_lists_own_is_named(msd, tmp
     change(msd / "dataset.json", validation=[entry(CASES[0])])
     prepare.main(args)
     told = capsys.readouterr().out
-    assert "task09_spleen_val.txt: drawn before, or edited; the data's own validation set, validation of" in told
-    assert "1 volumes are in no split (spleen_2)" in told
+    assert "task09_spleen_val.txt: made earlier, or edited, and not the data's own validation set (valid" in told
+    assert "in no split: 1 volume (spleen_2)" in told
     assert (tmp_path / "s/splits/task09_spleen_val.txt").read_text() == before
     shutil.rmtree(tmp_path / "s/splits")
     prepare.main(args)
@@ -418,19 +418,20 @@ def test_a_validation_list_that_cannot_be_followed_is_said(msd, tmp_path, capsys
     assert "spleen_2 is in training and in validation, too" in refusal(prepare.main, ["audit", "--data", msd])
     change(msd / "dataset.json", validation=[entry(c, "imagesVa", "labelsVa") for c in ("spleen_20", "spleen_21")])
     told = splits(msd, capsys)[2]  # as AMOS22 was published: without the labels of its validation set
-    assert "odd: 1\n" in told and "validation lists 2 volumes and not one of their labels is there; others are" in told
+    assert "warnings: 1\n" in told
+    assert "validation lists 2 volumes without a label file there; others are" in told
     write(msd / "imagesVa/spleen_20.nii.gz", ct(20))
     write(msd / "labelsVa/spleen_20.nii.gz", label(20))
     assert "imagesVa/spleen_21.nii.gz: missing, or a broken link; volume spleen_21 needs it" in refusal(
         prepare.main, ["prepare", "--data", msd])
     change(msd / "dataset.json", validation="all")
-    assert "validation is no list" in refusal(prepare.main, ["prepare", "--data", msd])
+    assert "validation must be a list" in refusal(prepare.main, ["prepare", "--data", msd])
 
 
 FOLDS = {"an object": ({}, "is not {train"), "empty": ([], "is not {train"), "no ids": ([{"train": [], "val": []}],
          "is not {train"), "both": ([{"train": CASES, "val": CASES[:1]}], "spleen_2 is in train and in val"),
          "missing": ([{"train": [*CASES[1:], "a", "b"], "val": CASES[:1]}], "lists a, b, of which nothing .*2 such"),
-         "no JSON": (None, "no JSON that can be read")}
+         "no JSON": (None, "cannot be read as JSON")}
 
 
 @pytest.mark.parametrize("what", FOLDS)
@@ -453,8 +454,8 @@ def test_volumes_that_no_list_has_are_named_with_their_labels(tmp_path, capsys):
     assert "D: 3 volumes" in told
     assert re.search(r"without a label: 1\n .*imagesTs/x_2_0000.nii.gz: .*\nlabelled, but listed nowhere: 3\n", told)
     store = datasets.prepare(data, tmp_path / "s", "segment")
-    assert "left out, labelled, but listed nowhere: 3 (python datasets.py audit names them)" in audit.remarks(
-        store.volumes, store.skipped, store.task)
+    assert "left out, labelled, but listed nowhere: 3 (this lists them)" in audit.remarks(
+        store.volumes, store.skipped, store.task, "this")
 
 
 def test_the_number_that_a_list_gives_of_itself_is_counted(tmp_path, capsys, refusal):
@@ -473,7 +474,7 @@ def test_the_number_that_a_list_gives_of_itself_is_counted(tmp_path, capsys, ref
     assert "(2 such volumes" in refusal_of(prepare.main, ["prepare", "--data", str(nnunet)], capsys)
     change(listed / "dataset.json", numTraining=80)  # as MONAI's list of BTCV: what is missing has a name there
     prepare.main(["prepare", "--data", str(listed)])
-    assert re.search(r"unusable: 0\nodd: 1\n .*dataset.json: numTraining is 80, and training lists 5\n",
+    assert re.search(r"unusable: 0\nwarnings: 1\n .*dataset.json: numTraining is 80, and training lists 5\n",
                      capsys.readouterr().out)
 
 
@@ -518,11 +519,11 @@ def test_image_and_label_are_found_by_what_their_names_share(tmp_path, how):
 def test_names_that_fit_two_are_refused(tmp_path):
     for name in ("images/img1", "images/scan1", "labels/label1"):
         write(tmp_path / f"A/{name}.nii.gz", ct(0))
-    with pytest.raises(BadInput, match="label1.nii.gz: by its name as near to another as to .*img1.* and|img1.*scan1"):
+    with pytest.raises(BadInput, match="label1.nii.gz: its name does not say which image .*, beside .*img1.*scan1"):
         layouts.find(tmp_path / "A")
     for name in ("images/img1", "labels/label1", "labels/mask1"):
         write(tmp_path / f"B/{name}.nii.gz", ct(0))
-    with pytest.raises(BadInput, match="labels/mask1.nii.gz: by its name as near to another as to .*label1.nii.gz"):
+    with pytest.raises(BadInput, match="labels/mask1.nii.gz: its name does not say which .*, beside .*label1.nii.gz"):
         layouts.find(tmp_path / "B")
 
 
@@ -581,7 +582,7 @@ def test_ids_that_are_not_btcvs_are_not_told_as_its_organs(small_phantom, tmp_pa
         assert len(datasets.prepare(data, tmp_path / "s", "segment").volumes) == 3
         return
     line = refusal(prepare.main, ["prepare", "--data", data])
-    assert f"{data}: its label ids are not BTCV's, it seems" in line and "--labels FILE" in line
+    assert f"{data}: its label ids seem to be others than BTCV's" in line and "--labels FILE" in line
     assert "unusable: 1\n" in refusal_out(prepare.main, ["audit", "--data", str(data)], capsys)
     (tmp_path / "names").write_text("".join(f"{i} organ {i}\n" for i in sorted({*IDS[ids].values()})))
     store = datasets.prepare(data, tmp_path / "s", "segment", names=tmp_path / "names")
@@ -638,8 +639,8 @@ def test_names_come_from_a_file(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, match", [
-    ("1 a\n1 b", "two names for label id 1, a and b"), ("1 a\n2 a", "label id 2 has the name of another"),
-    ("0 spleen", "label id 0 is spleen"), ("1", "'1' is not an id and its name"), ("a 1", "a is no label id"),
+    ("1 a\n1 b", "two names for label id 1, a and b"), ("1 a\n2 a", "label id 2 has the same name as another"),
+    ("0 spleen", "label id 0 is spleen"), ("1", "'1' is not an id and its name"), ("a 1", "a is not a label id"),
     (b"\xff\xfe\x00", "cannot be read as text"), (None, "names.txt: cannot be read as text .No such file")])
 def test_a_file_of_names_that_cannot_be_used_is_one_line(tmp_path, text, match):
     data, path = make_folders(tmp_path / "D"), tmp_path / "names.txt"
@@ -663,7 +664,7 @@ def test_ids_that_cannot_be_classes_are_refused(tmp_path):
         datasets.prepare(data, tmp_path / "s", "segment")
     for case in CASES:
         write(data / f"labels/{case}.nii.gz", np.zeros(SHAPE, np.uint8))
-    with pytest.raises(BadInput, match="D: not one label file there holds an organ"):
+    with pytest.raises(BadInput, match="D: no label file there holds an organ"):
         datasets.prepare(data, tmp_path / "s", "segment")
     for case in CASES:
         (data / f"labels/{case}.nii.gz").write_bytes(b"")
@@ -692,7 +693,7 @@ def test_the_later_of_two_masks_wins_and_is_counted(tmp_path, capsys):
         store = datasets.prepare(data, tmp_path / "s", "segment", organs=organs)
         place = [v["id"] for v in store.volumes].index(CASES[0])
         assert store.volumes[place]["voxels"][1:] == [1, 3]
-        assert store.volumes[place]["odd"] == ["2 voxels have more than one organ; the later in the list has them"]
+        assert store.volumes[place]["odd"] == ["2 voxels in several organs; the later in the list keeps them"]
         truth = np.zeros(SHAPE, np.uint8)
         truth[2:6, 3, 1] = [2, 2, 2, 1] if organs[1] == "liver" else [1, 2, 2, 2]
         np.testing.assert_array_equal(store.slice(int(store.of([CASES[0]])[1]), label=True), truth[:, :, 1].T)
@@ -715,7 +716,7 @@ def test_the_later_of_two_masks_wins_and_is_counted(tmp_path, capsys):
     ("no masks", r"spleen_3/segmentations/liver.nii.gz: missing.*\(2 such\)"),
     ("two", "liver.nii.gz: unknown label id 2; expected 0 to 1"), ("grid", "liver.nii.gz: .* one grid"),
     ("unknown", "--organs kidney: no subject of .*segmentations/kidney.nii.gz; there are liver, spleen"),
-    ("again", "--organs: liver is there twice"), ("background", "label id 3 has the name of another, background")])
+    ("again", "--organs: liver is named twice"), ("background", "label id 3 has the same name as another, background")])
 def test_masks_that_cannot_be_used_are_one_line(tmp_path, what, match):
     data, organs = make_totalsegmentator(tmp_path / "T"), None
     path = data / "spleen_3/segmentations/liver.nii.gz"
@@ -794,7 +795,7 @@ def test_audit_tells_of_a_task_what_it_tells_of_btcv(msd, tmp_path, capsys):
     seen = [label(i) for i in range(5)] + [label(9, 2)]
     for c, organ, count in ((1, "spleen", 6), (2, "liver", 5)):
         assert f" {c} {organ:26s} {sum((x == c).sum() for x in seen):14,d} voxels in {count} volumes" in out
-    assert "one patient, it seems, spleen_3: spleen_3, spleen_3_venous\n" in out
+    assert "these seem to be one patient's, spleen_3: spleen_3, spleen_3_venous\n" in out
     path, slices, titles, labels, names = drawn[0]
     assert names[:3] == ("background", "spleen", "liver")
     assert path.name == "audit-segment.png" and titles[0] == "spleen_10 slice 2"
@@ -802,7 +803,7 @@ def test_audit_tells_of_a_task_what_it_tells_of_btcv(msd, tmp_path, capsys):
     prepare.main(["prepare", "--data", str(msd)])
     capsys.readouterr()
     prepare.main(["audit", "--data", str(msd)])
-    assert "  train: 5 volumes, 20 slices\n  val: 1 volumes, 4 slices\n" in capsys.readouterr().out
+    assert "  train: 5 volumes, 20 slices\n  val: 1 volume, 4 slices\n" in capsys.readouterr().out
 
 
 def test_prepare_draws_the_splits_once_beside_the_store(msd, tmp_path, capsys, refusal):
@@ -860,4 +861,4 @@ def test_real_ct_of_totalsegmentator(real_ct, tmp_path):
     total = datasets.prepare(tmp_path / "T", tmp_path / "t", "segment", organs=organs)
     own = datasets.prepare(tmp_path / "own", tmp_path / "o", "segment", names=tmp_path / "names.txt")
     assert arrays(total) == arrays(own) and total.task.labels == own.task.labels == tasks.BTCV.labels
-    assert not any("more than one organ" in line for line in total.volumes[0]["odd"])
+    assert not any("in several organs" in line for line in total.volumes[0]["odd"])

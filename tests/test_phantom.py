@@ -237,7 +237,7 @@ def test_nothing_is_left_when_a_worker_fails(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ensure_makes_it_once_and_accepts_another_process_result(tmp_path, monkeypatch):
+def test_ensure_makes_it_once_and_accepts_another_process_result(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "new" / "p"
     small = functools.partial(phantom.write, labelled=1, unlabelled=0, shape=SMALL, workers=1)
     monkeypatch.setattr(phantom, "write", small)
@@ -253,7 +253,9 @@ def test_ensure_makes_it_once_and_accepts_another_process_result(tmp_path, monke
     assert [p.name for p in folder.parent.iterdir()] == ["p"] and [p.name for p in folder.iterdir()] == ["theirs"]
     (folder / "theirs").unlink()
     folder.rmdir()
+    capsys.readouterr()
     assert phantom.ensure(folder) == folder == phantom.ensure(folder)
+    assert capsys.readouterr().out.count(f"{folder}: generated CT volumes written (0 MB on disk)") == 1
     assert len(list(folder.rglob("*.nii.gz"))) == 2 and [p.name for p in folder.parent.iterdir()] == ["p"]
 
 
@@ -265,4 +267,5 @@ def test_command(tmp_path, capsys, monkeypatch, refusal):
     assert f"{out}: exists already" in refusal(phantom.main, ["--out", out])
     phantom.main(["--out", out + "m", "--labelled", "2", "--layout", "msd"])
     assert "2 labelled and 0 unlabelled patients" in capsys.readouterr().out
-    assert "alone" in refusal(phantom.main, ["--out", out + "n", "--layout", "nnunet", "--unlabelled", "3"])
+    line = refusal(phantom.main, ["--out", out + "n", "--layout", "nnunet", "--unlabelled", "3"])
+    assert "takes labelled patients only" in line

@@ -1,5 +1,7 @@
 """repeats.py: what is there twice, in a volume, in two, by name and by content; and what is not."""
 
+import re
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -72,15 +74,16 @@ def test_what_a_volume_shows_twice_is_counted_and_named(body, tmp_path):
     noise = np.random.default_rng(0).normal(0, 8, hu.shape)
     phase = np.where(hu > 60, hu + 40, hu) + noise  # of another contrast phase: no slice of it is there before
     for name, volume, told in (
-            ("twice", np.concatenate([hu, hu]), "24 of 48 slices are there before (slices 24 to 47 as slices 0 to 23)"),
-            ("doubled", hu.repeat(2, 0), "24 of 48 slices are there before (slice 1 as slice 0, slice 3 as slice 2, "
+            ("twice", np.concatenate([hu, hu]), "24 of 48 slices repeat earlier ones (slices 24 to 47 as slices 0 to "
+                                                "23)"),
+            ("doubled", hu.repeat(2, 0), "24 of 48 slices repeat earlier ones (slice 1 as slice 0, slice 3 as slice 2, "
                                          "slice 5 as slice 4 ... 24 such)"),
-            ("stuck", np.concatenate([hu, hu[-1:].repeat(4, 0)]), "4 of 28 slices are there before (slices 24 to 27 "
+            ("stuck", np.concatenate([hu, hu[-1:].repeat(4, 0)]), "4 of 28 slices repeat earlier ones (slices 24 to 27 "
                                                                   "as slice 23)"),
-            ("some", np.concatenate([hu[:20], hu[7:9]]), "2 of 22 slices are there before (slices 20 to 21 as slices "
-                                                         "7 to 8)"),
-            ("another phase", np.concatenate([hu, phase]), "from slice 24 on it looks as from slice 0 on"),
-            ("a part of one", np.concatenate([hu, phase[4:]]), "on it looks as from slice 0 on (a second scan")):
+            ("some", np.concatenate([hu[:20], hu[7:9]]), "2 of 22 slices repeat earlier ones (slices 20 to 21 as "
+                                                         "slices 7 to 8)"),
+            ("another phase", np.concatenate([hu, phase]), "slices from 24 on look like those from 0 on"),
+            ("a part of one", np.concatenate([hu, phase[4:]]), "on look like those from 0 on (a second scan")):
         lines = odd(volume, tmp_path)
         assert len(lines) == 1 and told in lines[0], (name, lines)
 
@@ -105,17 +108,17 @@ def test_a_half_that_repeats_the_other_without_labels_is_refused(body, tmp_path)
     assert count > 12
     for second in (hu, phase):
         for pair in ((labels, none), (none, labels)):
-            with pytest.raises(BadInput, match=r"v\.nii: .* labels in one place and none in the other; cut"):
+            with pytest.raises(BadInput, match=r"v\.nii: .* have labels in one place only; remove"):
                 odd(np.concatenate([hu, second]), tmp_path, np.concatenate(pair))
         told = odd(np.concatenate([hu, second]), tmp_path, np.concatenate([labels, labels]))
         assert len(told) == 1 and "one place" not in told[0]
     interleaved = np.stack([labels, none], 1).reshape(-1, *labels.shape[1:])
-    with pytest.raises(BadInput, match=f"; {count} slices have labels in one place"):
+    with pytest.raises(BadInput, match=f"; {count} of them have labels in one place only"):
         odd(hu.repeat(2, 0), tmp_path, interleaved)
     # a few of them: told, and used
     first = int(np.flatnonzero(labels.any((1, 2)))[0])
     told = odd(np.concatenate([hu, hu[first : first + 2]]), tmp_path, np.concatenate([labels, none[:2]]))
-    assert told[0].endswith("; 2 slices have labels in one place and none in the other")
+    assert told[0].endswith("; 2 of them have labels in one place only")
 
 
 def test_the_commands_refuse_and_name_them(body, tmp_path, refusal, capsys):
@@ -126,15 +129,15 @@ def test_the_commands_refuse_and_name_them(body, tmp_path, refusal, capsys):
         save(training / "label" / f"label{case:04d}.nii.gz", np.concatenate(truth))
     argv = ["prepare", "--data", str(tmp_path / "D"), "--store", str(store)]
     line = refusal(datasets.main, argv)
-    assert "img0002.nii.gz: 24 of 48 slices are there before" in line and "leave the volume out" in line
+    assert "img0002.nii.gz: 24 of 48 slices repeat earlier ones" in line and "leave the volume out" in line
     datasets.main([*argv, "--skip-bad"])
-    assert "1 volumes, 24 slices" in capsys.readouterr().out
+    assert "1 volume, 24 slices" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         datasets.main(["audit", *argv[1:]])
     assert "unusable: 1\n" in capsys.readouterr().out
     # without labels it is used, and odd
     datasets.main(["audit", *argv[1:], "--kind", "pretrain"])
-    assert "odd: 1\n" in capsys.readouterr().out
+    assert "warnings: 1\n" in capsys.readouterr().out
 
 
 def records(tmp_path, **volumes):
@@ -149,12 +152,12 @@ def test_slices_of_another_volume_are_counted(body, tmp_path):
     found = records(tmp_path, a=hu, b=other, c=np.pad(hu, ((0, 0), (5, 5), (0, 0)), constant_values=-1024),
                     d=np.concatenate([other[:10], air]), e=np.concatenate([hu[4:9], other[:3], air]))
     assert repeats.between(found) == {
-        "c": "the same image as a", "d": "10 of its 10 slices are those of b",
-        "e": "5 of its 8 slices are those of a, others are in 1 more volumes"}
+        "c": "the same image as a", "d": "10 of its 10 slices are also in b",
+        "e": "5 of its 8 slices are also in a, others in 1 more volume"}
     assert repeats.shared({"a": found[0]["slice_sums"], "b": found[1]["slice_sums"]},
                           {r["id"]: r["slice_sums"] for r in found[2:]}) == {
         "c": ("a", 24, 24), "d": ("b", 10, 10), "e": ("a", 5, 8)}
-    assert audit.remarks([r | {"odd": []} for r in found], [])[0].startswith("odd: 3 ")
+    assert audit.remarks([r | {"odd": []} for r in found], [])[0].startswith("warnings: 3 ")
     # records of before, with a checksum of the whole image alone
     old = [{"id": "x", "content": "1", "odd": []}, {"id": "y", "content": "1", "odd": []}]
     assert repeats.between([*found[:2], *old]) == {"y": "the same image as x"}
@@ -202,9 +205,9 @@ def test_real_ct_gives_no_false_alarm_and_the_true_one(real_ct):
         volumes = [{"id": p.name, "image": p, "label": None} for p in sorted((real_ct / folder).glob("*.nii.gz"))]
         found = [reading.describe(v, None, SOFT)[0] for v in volumes]
         assert repeats.between(found) == {} and sum(r["slices"] for r in found) == count
-        assert not [line for r in found for line in r["odd"] if "slices are there" in line or "looks as" in line]
+        assert not [line for r in found for line in r["odd"] if re.search("repeat earlier|look like those", line)]
     volumes = [{"id": n, "image": real_ct / "nifti" / f"{n}.nii.gz", "label": None}
                for n in ("aorta_ct", "example_ct", "example_ct_sm")]
     found = [reading.describe(v, None, SOFT)[0] for v in volumes]
-    assert repeats.between(found) == {"example_ct_sm": "30 of its 30 slices are those of example_ct"}
-    assert not [line for r in found for line in r["odd"] if "slices are there" in line or "looks as" in line]
+    assert repeats.between(found) == {"example_ct_sm": "30 of its 30 slices are also in example_ct"}
+    assert not [line for r in found for line in r["odd"] if re.search("repeat earlier|look like those", line)]

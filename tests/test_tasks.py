@@ -27,7 +27,7 @@ def test_btcv_is_the_first_task():
     assert tasks.BTCV.file("12.5", 2) == tasks.SPLITS / "btcv_12.5_2.txt" and tasks.cases("val")[0] == "0035"
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tasks.SPLITS.iterdir()}
     assert tasks.draw_splits(tasks.BTCV, tasks.cases("100") + tasks.cases("val")) == []
-    with pytest.raises(BadInput, match="btcv_val.txt.*there already"):
+    with pytest.raises(BadInput, match="btcv_val.txt.*already there"):
         tasks.draw_splits(tasks.BTCV, tasks.cases("100") + tasks.cases("val"), val=0.5)
     assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tasks.SPLITS.iterdir()}
 
@@ -67,7 +67,7 @@ def test_files_are_written_once_and_may_be_edited(tmp_path):
     again = read(tmp_path)
     assert {name: lines for name, lines in again.items() if "25_1" not in name} == edited
     assert len(spleen.cases("val")) == 3 and len(spleen.cases("100")) == 17 and len(spleen.cases("25", 1)) == 5
-    assert tasks.draw_splits(spleen, ids(22)) == ["2 volumes are in no split (spleen_20 ...)"]
+    assert tasks.draw_splits(spleen, ids(22)) == ["in no split: 2 volumes (spleen_20 ...)"]
 
 
 @pytest.mark.parametrize("flags", [{"val": 0.3}, {"patients": r"spleen_\d"}, {"val_cases": "file"}])
@@ -78,7 +78,7 @@ def test_flags_that_would_give_other_splits_are_refused(tmp_path, flags):
     if "val_cases" in flags:
         (tmp_path / "file").write_text("spleen_1\nspleen_2\n")
         flags = {"val_cases": tmp_path / "file"}
-    with pytest.raises(BadInput, match=r"task_09_spleen_val.txt, .*there already.*leave these flags out") as caught:
+    with pytest.raises(BadInput, match=r"task_09_spleen_val.txt, .*already there.*leave these flags out") as caught:
         tasks.draw_splits(spleen, ids(20), **flags)
     assert read(tmp_path) == before and "\n" not in str(caught.value)
     (tmp_path / "same").write_text("\n".join(reversed(spleen.cases("val"))))
@@ -111,11 +111,11 @@ def test_scans_of_one_patient_are_known_by_their_suffix():
 
 
 @pytest.mark.parametrize("what, match", [
-    ("one volume", "1 patient; a split needs two"), ("unknown case", "cases: spleen_99 is none of the volumes"),
+    ("one volume", "1 patient; a split needs two"), ("unknown case", "cases: spleen_99 is not among the volumes"),
     ("all cases", "cases: no volume is left to train on"), ("no case", "cases: no volume in it"),
     ("no file", "nowhere: cannot be read"), ("both", "--val and --val-cases: give one"),
-    ("pattern", r"--patient-regex \(: no regular expression"), ("no match", "--patient-regex x: matches nothing in"),
-    ("one patient", "1 patient; a split needs two"), ("torn", "cases: has some of spleen_1, spleen_10, spleen_11")])
+    ("pattern", r"--patient-regex \(: not a regular expression"), ("no match", "--patient-regex x: matches nothing in"),
+    ("one patient", "1 patient; a split needs two"), ("torn", "cases: names only some of spleen_1, spleen_10, sp")])
 def test_what_cannot_be_drawn_is_one_line(tmp_path, what, match):
     cases = tmp_path / "cases"
     cases.write_text({"unknown case": "spleen_99", "all cases": "\n".join(ids(12)), "no case": "\n",
