@@ -33,15 +33,16 @@ import resize
 from ct import intake, prepare
 from ct.command import whole
 from ct.volumes import BadInput
-from engine import backbones, figures, origin, processes, report
+from engine import backbones, figures, methods, origin, processes, report
 
 PAPER, PHANTOM = dict(arch="resnet50", image_size=224), dict(arch="resnet18", image_size=64)
 
 
 class Row(NamedTuple):
-    """A backbone's line of spectrum.csv and curve of Fig. 1, with the remarks of the tables: doubts in bold."""
+    """A backbone's line of spectrum.csv and curve of Fig. 1, with the remarks of the tables: marks in bold."""
 
     name: str
+    method: str
     label: str  # in the figure
     vectors: int
     values: np.ndarray  # singular values of the covariance, descending
@@ -102,8 +103,7 @@ def write(path: Path, data: str, title: str, rows: list[Row]) -> list[Path]:
     table += [[row.name, data, row.vectors, f"{row.rank:.4f}", f"{row.rankme:.4f}",
                "; ".join(row.remarks).replace("**", ""), *(f"{v:.6e}" for v in row.values)] for row in rows]
     report.write_csv(path.with_suffix(".csv"), table)
-    curves = [("\n".join([row.label, *(w.split("**")[1] for w in row.remarks if w.startswith("**"))]), row.values,
-               row.rank) for row in rows]
+    curves = [(row.method, "\n".join([row.label, *report.doubts(row.remarks)]), row.values, row.rank) for row in rows]
     if figures.attempt(figures.spectrum, path.with_suffix(".png"), curves, title):
         return [path.with_suffix(".png"), path.with_suffix(".csv")]
     return [path.with_suffix(".csv")]
@@ -133,9 +133,9 @@ def main(argv: list[str] | None = None) -> None:
         backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
         vectors = features(backbone.net, slices, args.image_size, args.positions, ranks.device, amp)
         values = metrics.singular_values(vectors)
-        told = {"backbone": backbone.name, "data": store.name, "window": args.window, "pretraining": backbone.made}
-        row = Row(backbone.name, report.label(told), len(vectors), values, metrics.effective_rank(values),
-                  metrics.rankme(vectors), report.remarks_on(told))
+        result = {"backbone": backbone.name, "data": store.name, "window": args.window, "pretraining": backbone.made}
+        row = Row(backbone.name, methods.method_of(result), methods.label(result), len(vectors), values,
+                  metrics.effective_rank(values), metrics.rankme(vectors), report.remarks_on(result))
         remarks = f" ({'; '.join(row.remarks)})".replace("**", "") if row.remarks else ""
         tqdm.write(f"{name}: effective rank {row.rank:.2f} of {vectors.shape[1]}, RankMe {row.rankme:.2f}, "
                    f"{row.vectors:,} vectors of {len(slices)} slices{remarks}")
