@@ -93,6 +93,7 @@ def finish(trainer, run: runs.Run, config: dict) -> None:
     if args.save_predictions:
         for case, (name, path) in validation_files(trainer.store).items():
             predict.write(folder / "predictions", name, predicted[case], volumes.read_volume(path), task)
+        predict.write_volumes(folder / "predictions")
     title = ", ".join([methods.label(result), *report.doubts(report.remarks_on(result)), config["protocol"],
                        f"{config['split']} % of the training volumes (random subset {config['draw']})"])
     if config["data"] == "phantom":
