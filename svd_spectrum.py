@@ -1,12 +1,13 @@
-"""Fig. 1: the spectrum of the covariance of backbone features on validation slices, BTCV's or others, for any runs.
+"""Fig. 1: the singular values of backbone features on validation slices, of BTCV or of your own labelled CT.
 
     python svd_spectrum.py                          all pre-training runs of --out
     python svd_spectrum.py moco moco-local-zca imagenet my_backbone.pth
     python svd_spectrum.py --positions              every position of the feature map a vector of its own
 
-Features: the backbone's last map (stride 32) in evaluation mode, whitening folded, averaged over its positions
-unless --positions. Effective rank: exp of the entropy of l / sum(l), l the eigenvalues of the centred covariance;
-spectrum.csv has RankMe beside it, which takes the singular values of the features themselves.
+A feature is the backbone's last map (stride 32) in evaluation mode, whitening folded, averaged over its positions
+unless you give --positions. The singular values are those of the features' covariance. The effective rank is the exp of
+the entropy of l / sum(l), l the eigenvalues of the centred covariance; spectrum.csv has RankMe beside it, which takes
+the singular values of the features themselves.
 n vectors cannot span more than n - 1 dimensions: the 762 slices of BTCV's validation set end a pooled spectrum of
 2048 values at 761.
 """
@@ -74,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("backbones", nargs="*", help="runs of --out or their folders, files, imagenet or random "
                         "(default: all runs)")
     add("--backbone", action="append", default=[], help="one more, by the name it has in train_seg.py")
-    add("--positions", action="store_true", help="every position of the last map, not their mean")
+    add("--positions", action="store_true", help="take every position of the last map as a vector, not their mean")
     add("--image-size", type=whole(1), help="pixels of a slice's side")
     add("--arch", help="of imagenet, random and files")
     return parser.parse_args(argv)
@@ -85,7 +86,7 @@ def runs_in(out: Path, phantom: bool, window: Sequence[float]) -> list[str]:
     found = backbones.pretrained(sorted(p.parent for p in out.glob(f"*/{backbones.CHECKPOINT}")), window)
     names = [folder.name for folder, config in found.items() if (config["data"] == "phantom") == phantom]
     if not names:
-        raise BadInput(f"{out}: no pre-training run there; torchrun train_ssl.py --local --zca makes one")
+        raise BadInput(f"{out}: no pre-training run there; python train_ssl.py --local --zca makes one")
     return sorted(names, key=lambda n: (len(n), n))
 
 

@@ -29,7 +29,7 @@ def predictions(trainer) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
 
 
 def validate(trainer, run: runs.Run, done: int, stop: processes.StopRequest) -> None:
-    """A point of the validation curve after `done` iterations, where it is not there yet: it decides nothing.
+    """A point of the validation curve after `done` iterations, where it is not there yet. It chooses nothing.
 
     A stop request ends it between two volumes, without a point; the next start makes it.
     """

@@ -366,7 +366,8 @@ def conclude(out: Path, split: str, backbones: Collection[str], here: dict) -> N
     """End a command: print what it measured, a line a method, and write the tables of all results; see `of_command`."""
     cells = cells_of(out)
     own = [c for c in of_command(cells, split, backbones, here) if c["values"]]
-    print(f"\nmean Dice in % on {data_of(here)}, {split} % of the training volumes:")
+    where = "the generated phantom" if here["data"] == "phantom" else data_of(here)
+    print(f"\nmean Dice in % on {where}, {split} % of the training volumes:")
     for row in dict.fromkeys(c["row"] for c in own):
         line = [c for c in own if c["row"] == row]
         marks = doubts(line[0]["remarks"])

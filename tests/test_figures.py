@@ -11,7 +11,7 @@ from PIL import Image
 
 from ct.tasks import ORGANS
 from ct.volumes import BadInput
-from engine import figures, methods, report
+from engine import figures, methods, report, runs
 from tools import overview
 
 pytestmark = pytest.mark.pictures
@@ -292,6 +292,25 @@ def test_marks_are_in_the_picture_as_in_the_tables(sketched):
     assert remarks["mine"].startswith("unfinished: step 9 of 184; did not train: it does not tell slices apart")
     assert "unfinished" not in remarks["theirs"] and "did not train" not in remarks["theirs"]
     assert "**unfinished: step 9 of 184**; **did not train**" in report.markdown(cells)
+
+
+def test_a_command_ends_with_its_own_numbers_and_where_all_are(tmp_path, capsys):
+    """A line a method of this command: over all its random subsets and seeds, with what makes it doubtful."""
+    known = {"step": 9, "horizon": 184, "gap": 0.3, "view_px": None, "slice_px": None, "checksum": ""}
+    found = [RESULT | {"backbone": "random", "split": "25", "mDS": 0.9}, RESULT | {"backbone": "x", "split": "100"},
+             RESULT | {"backbone": "x", "split": "25", "slices": 8, "mDS": 0.8}]
+    found += [RESULT | {"backbone": "x", "split": "25", "draw": draw, "mDS": 0.2 + draw / 5, "pretraining": known}
+              for draw in (0, 1)]
+    found += [RESULT | {"backbone": "x", "split": "25", "protocol": "deeplabv3plus", "pretraining": known}]
+    runs.append(tmp_path / "results.jsonl", found)
+    report.conclude(tmp_path, "25", {"x"}, {"data": "phantom", "slices": 9})
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0] == "mean Dice in % on the generated phantom, 25 % of the training volumes:"
+    assert lines[1] == ("  x (unfinished: step 9 of 184): linear-frozen 30.00 ± 14.14 (n = 2), "
+                        "deeplabv3plus 25.00 (n = 1)")
+    assert len(lines) == 3 and lines[2].startswith(f"all results: {tmp_path / 'report.md'}, ")
+    assert "Random weights" in (tmp_path / "report.md").read_text()  # of all commands
+    assert "Random weights" in (tmp_path / "report.csv").read_text()
 
 
 def test_validation_and_report(drawn):
