@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ct.command import printable
 from ct.prepare import WINDOW
 from ct.tasks import ORGANS
 from ct.volumes import BadInput
 from engine import figures, leaks, origin, runs
-from engine.methods import BEYOND, ROWS, file_of, method_of
+from engine.methods import BEYOND, NAMES, ROWS, file_of, method_of
 from metrics import LEAST_GAP, mean_std, nan_mean
 from segment import PROTOCOLS
 
@@ -175,7 +176,7 @@ def kind_of(result: dict) -> str:
     unlike = {*origin.unlike_pretraining(result), *origin.unlike_segmentation(result)}
     if data not in ("BTCV", "phantom"):
         unlike.discard("data")  # there are no numbers of the paper beside it
-    if unlike or method not in (*ROWS.values(), *BEYOND.values()):
+    if unlike or method not in NAMES:
         return "Others"
     if method in BEYOND.values():
         return "Beyond the paper"
@@ -225,7 +226,7 @@ def remarks_on(result: dict) -> list[str]:
         here = f"{window[0]:g} to {window[1]:g}"
         remarks.append(f"**pre-trained at HU {other.replace(' ', ' to ')}, measured at {here}**")
     made = origin.of_this(result)
-    if made and method_of(result) not in (*ROWS.values(), *BEYOND.values()):
+    if made and method_of(result) not in NAMES:
         remarks.append(f"made as {(ROWS | BEYOND).get(made, made)}")
     remarks += unlike.values()
     if known.get("view_px") and not {"image_size", "size"} & unlike.keys():
@@ -367,12 +368,15 @@ def conclude(out: Path, split: str, backbones: Collection[str], here: dict) -> N
     cells = cells_of(out)
     own = [c for c in of_command(cells, split, backbones, here) if c["values"]]
     where = "the generated phantom" if here["data"] == "phantom" else data_of(here)
-    print(f"\nmean Dice in % on {where}, {split} % of the training volumes:")
+    lines = []
     for row in dict.fromkeys(c["row"] for c in own):
         line = [c for c in own if c["row"] == row]
         marks = doubts(line[0]["remarks"])
-        print(f"  {line[0]['method']}" + f" ({'; '.join(marks)})" * bool(marks) + ": "
-              + ", ".join(f"{c['protocol']} {_mean(c['values'])}" for c in line))
+        lines.append(f"  {line[0]['method']}" + f" ({'; '.join(marks)})" * bool(marks) + ": "
+                     + ", ".join(f"{c['protocol']} {_mean(c['values'])}" for c in line))
+    print(f"\nmean Dice in % on {where}, {split} % of the training volumes:")
+    for line in dict.fromkeys(lines):  # random weights stand in several tables
+        print(printable(line))
     _write(out, cells)
     print(f"all results: {out / 'report.md'}, {out / 'report.csv'}; python train_seg.py --report --out {out} prints "
           "them and draws report.png")

@@ -298,11 +298,13 @@ def test_a_command_ends_with_its_own_numbers_and_where_all_are(tmp_path, capsys)
     """A line a method of this command: over all its random subsets and seeds, with what makes it doubtful."""
     known = {"step": 9, "horizon": 184, "gap": 0.3, "view_px": None, "slice_px": None, "checksum": ""}
     found = [RESULT | {"backbone": "random", "split": "25", "mDS": 0.9}, RESULT | {"backbone": "x", "split": "100"},
-             RESULT | {"backbone": "x", "split": "25", "slices": 8, "mDS": 0.8}]
+             RESULT | {"backbone": "x", "split": "25", "data": "other", "mDS": 0.8}]
     found += [RESULT | {"backbone": "x", "split": "25", "draw": draw, "mDS": 0.2 + draw / 5, "pretraining": known}
               for draw in (0, 1)]
     found += [RESULT | {"backbone": "x", "split": "25", "protocol": "deeplabv3plus", "pretraining": known}]
     runs.append(tmp_path / "results.jsonl", found)
+    report.conclude(tmp_path, "25", {"random"}, {"data": "phantom", "slices": 9})
+    assert capsys.readouterr().out.count("  Random weights: linear-frozen 90.00 (n = 1)\n") == 1  # of two tables
     report.conclude(tmp_path, "25", {"x"}, {"data": "phantom", "slices": 9})
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[0] == "mean Dice in % on the generated phantom, 25 % of the training volumes:"
