@@ -1,12 +1,13 @@
-"""Fig. 1: the spectrum of the covariance of backbone features on validation slices, BTCV's or others, for any runs.
+"""Fig. 1: the singular values of backbone features on validation slices, of BTCV or of your own labelled CT.
 
     python svd_spectrum.py                          all pre-training runs of --out
     python svd_spectrum.py moco moco-local-zca imagenet my_backbone.pth
     python svd_spectrum.py --positions              every position of the feature map a vector of its own
 
-Features: the backbone's last map (stride 32) in evaluation mode, whitening folded, averaged over its positions
-unless --positions. Effective rank: exp of the entropy of l / sum(l), l the eigenvalues of the centred covariance;
-spectrum.csv has RankMe beside it, which takes the singular values of the features themselves.
+A feature is the backbone's last map (stride 32) in evaluation mode, whitening folded, averaged over its positions
+unless you give --positions. The singular values are those of the features' covariance. The effective rank is the exp of
+the entropy of l / sum(l), l the eigenvalues of the centred covariance; spectrum.csv has RankMe beside it, which takes
+the singular values of the features themselves.
 n vectors cannot span more than n - 1 dimensions: the 762 slices of BTCV's validation set end a pooled spectrum of
 2048 values at 761.
 """
@@ -32,16 +33,17 @@ import metrics
 from ct import intake, prepare
 from ct.command import whole
 from ct.volumes import BadInput
-from engine import backbones, figures, origin, processes, report
+from engine import backbones, figures, methods, origin, processes, report
 from views import resize
 
 PAPER, PHANTOM = dict(arch="resnet50", image_size=224), dict(arch="resnet18", image_size=64)
 
 
 class Row(NamedTuple):
-    """A backbone's line of spectrum.csv and curve of Fig. 1, with the remarks of the tables: doubts in bold."""
+    """A backbone's line of spectrum.csv and curve of Fig. 1, with the remarks of the tables: marks in bold."""
 
     name: str
+    method: str
     label: str  # in the figure
     vectors: int
     values: np.ndarray  # singular values of the covariance, descending
@@ -73,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("backbones", nargs="*", help="runs of --out or their folders, files, imagenet or random "
                         "(default: all runs)")
     add("--backbone", action="append", default=[], help="one more, by the name it has in train_seg.py")
-    add("--positions", action="store_true", help="every position of the last map, not their mean")
+    add("--positions", action="store_true", help="take every position of the last map as a vector, not their mean")
     add("--image-size", type=whole(1), help="pixels of a slice's side")
     add("--arch", help="of imagenet, random and files")
     return parser.parse_args(argv)
@@ -84,7 +86,7 @@ def runs_in(out: Path, phantom: bool, window: Sequence[float]) -> list[str]:
     found = backbones.pretrained(sorted(p.parent for p in out.glob(f"*/{backbones.CHECKPOINT}")), window)
     names = [folder.name for folder, config in found.items() if (config["data"] == "phantom") == phantom]
     if not names:
-        raise BadInput(f"{out}: no pre-training run there; torchrun train_ssl.py --local --zca makes one")
+        raise BadInput(f"{out}: no pre-training run there; python train_ssl.py --local --zca makes one")
     return sorted(names, key=lambda n: (len(n), n))
 
 
@@ -102,8 +104,7 @@ def write(path: Path, data: str, title: str, rows: list[Row]) -> list[Path]:
     table += [[row.name, data, row.vectors, f"{row.rank:.4f}", f"{row.rankme:.4f}",
                "; ".join(row.remarks).replace("**", ""), *(f"{v:.6e}" for v in row.values)] for row in rows]
     report.write_csv(path.with_suffix(".csv"), table)
-    curves = [("\n".join([row.label, *(w.split("**")[1] for w in row.remarks if w.startswith("**"))]), row.values,
-               row.rank) for row in rows]
+    curves = [(row.method, "\n".join([row.label, *report.doubts(row.remarks)]), row.values, row.rank) for row in rows]
     if figures.attempt(figures.spectrum, path.with_suffix(".png"), curves, title):
         return [path.with_suffix(".png"), path.with_suffix(".csv")]
     return [path.with_suffix(".csv")]
@@ -133,9 +134,9 @@ def main(argv: list[str] | None = None) -> None:
         backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, "fold", phantom)
         vectors = features(backbone.net, slices, args.image_size, args.positions, ranks.device, amp)
         values = metrics.singular_values(vectors)
-        told = {"backbone": backbone.name, "data": store.name, "window": args.window, "pretraining": backbone.made}
-        row = Row(backbone.name, report.label(told), len(vectors), values, metrics.effective_rank(values),
-                  metrics.rankme(vectors), report.remarks_on(told))
+        result = {"backbone": backbone.name, "data": store.name, "window": args.window, "pretraining": backbone.made}
+        row = Row(backbone.name, methods.method_of(result), methods.label(result), len(vectors), values,
+                  metrics.effective_rank(values), metrics.rankme(vectors), report.remarks_on(result))
         remarks = f" ({'; '.join(row.remarks)})".replace("**", "") if row.remarks else ""
         tqdm.write(f"{name}: effective rank {row.rank:.2f} of {vectors.shape[1]}, RankMe {row.rankme:.2f}, "
                    f"{row.vectors:,} vectors of {len(slices)} slices{remarks}")

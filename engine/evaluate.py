@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 import metrics
 from ct import coverage, volumes
-from engine import backbones, distances, figures, predict, processes, report, runs
+from engine import backbones, distances, figures, methods, predict, processes, report, runs
 
 CASE_COLUMNS = ("case", "organ id", "organ", "intersection", "prediction", "truth", "dice", *distances.HD95)
 SHOWN = 6  # slices in overlays.png
 
 
 def predictions(trainer) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
-    """Of each validation volume: its record in the store, truth and prediction, (Z, H, W) uint8."""
+    """Of each validation volume: its record among the prepared slices, truth and prediction, (Z, H, W) uint8."""
     store = trainer.store
     records = {v["id"]: v for v in store.volumes}
     for case in tqdm(store.task.cases("val"), "evaluating", unit="volume", disable=None, leave=False):
@@ -28,7 +28,7 @@ def predictions(trainer) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
 
 
 def validate(trainer, run: runs.Run, done: int, stop: processes.StopRequest) -> None:
-    """A point of the validation curve after `done` iterations, where it is not there yet: it decides nothing.
+    """A point of the validation curve after `done` iterations, where it is not there yet. It chooses nothing.
 
     A stop request ends it between two volumes, without a point; the next start makes it.
     """
@@ -48,7 +48,7 @@ def validate(trainer, run: runs.Run, done: int, stop: processes.StopRequest) -> 
 def add_point(run: runs.Run, done: int, table: np.ndarray, ids: np.ndarray, left: Collection[int] = ()) -> dict:
     """Append every convention's mean of a table to validation.jsonl; returns them.
 
-    left: classes that are as if they did not occur, `coverage.uncounted`.
+    left: classes that count as if they did not occur, `coverage.uncounted`.
     """
     table = table.copy()
     table[:, list(left)] = 0
@@ -86,16 +86,16 @@ def finish(trainer, run: runs.Run, config: dict) -> None:
     runs.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
     runs.write_text(folder / "result.json", json.dumps(result) + "\n")
     occur = sum(dice is not None for dice in result["organs"])
-    counted = f"{occur} {'organ' if occur == 1 else 'organs'}, pooled over the validation set"
+    counted = f"{occur} {'class' if occur == 1 else 'classes'}, pooled over the validation set"
     print(f"{title}: mDS {100 * result['mDS']:.2f} % ({counted}), with background "
           f"{100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
     if args.save_predictions:
         for case, (name, path) in validation_files(trainer.store).items():
             predict.write(folder / "predictions", name, predicted[case], volumes.read_volume(path), task)
-    phantom = config["data"] == "phantom"
-    title = (f"{report.label(result)}, {config['protocol']}, {config['split']} % of the training volumes, draw "
-             f"{config['draw']}")
-    if phantom:
+        predict.write_volumes(folder / "predictions")
+    title = ", ".join([methods.label(result), *report.doubts(report.remarks_on(result)), config["protocol"],
+                       f"{config['split']} % of the training volumes (random subset {config['draw']})"])
+    if config["data"] == "phantom":
         title += ", on the generated phantom"
     pictures(trainer.store, folder, title, table, ids, predicted)
 
@@ -114,17 +114,17 @@ def pictures(store, folder: Path, title: str, table: np.ndarray, ids: np.ndarray
     if len(curve) > 1:
         figures.attempt(figures.validation, folder / "validation.png", curve, title)
     figures.attempt(figures.overlays, folder / "overlays.png", rows,
-                    f"{title}\nvalidation slices that hold most of the organs, from the worst to the best mean Dice",
+                    f"{title}\nvalidation slices that hold most of the classes, from the worst to the best mean Dice",
                     store.task.organs)
 
 
 def spread(table: np.ndarray, number: int) -> list[tuple[int, float]]:
-    """Rows of the table to look at, with their mean Dice over organs: worst, best, and evenly spaced ranks between.
+    """Rows of the table to look at, with their mean Dice over classes: worst, best, and evenly spaced ranks between.
 
-    Of the slices that truly hold at least half as many organs as the fullest one, so that a slice with the tip of
+    Of the slices that truly hold at least half as many classes as the fullest one, so that a slice with the tip of
     one organ is not "the worst"; fewer than `number` where there are fewer.
     """
-    organs = (table[:, 1:, 2] > 0).sum(1)  # (slices,): how many organs a slice truly holds
+    organs = (table[:, 1:, 2] > 0).sum(1)  # (slices,): how many classes a slice truly holds
     score = metrics.nan_mean(metrics.dice(*np.moveaxis(table[:, 1:], -1, 0)), 1)
     full = np.flatnonzero((organs > 0) & (2 * organs >= organs.max()))
     ranked = full[np.argsort(score[full], kind="stable")]

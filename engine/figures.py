@@ -1,9 +1,9 @@
 """Every picture. matplotlib is needed here and nowhere else; it draws without a display.
 
-Colours are few and always doubled by a line style, a marker or a label, so that a grey print can be read too.
+Methods and classes have their colours of `engine.methods` in every picture. Colours are always doubled by a line
+style, a marker or a label, so that a grey print can be read too.
 """
 
-import colorsys
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,29 +14,11 @@ import numpy as np
 from ct.command import printable
 from ct.volumes import BadInput
 from engine import runs
+from engine.methods import looks, organ_colours
 
 INK, PALE = "#222222", "#b5b5b5"
-# distinct in colour and, through the line styles or markers, in grey
-STYLES = (("#222222", "-"), ("#c0392b", "--"), ("#1f618d", "-."), ("#1e8449", (0, (6, 1))), ("#b9770e", ":"),
-          ("#6c3483", (0, (3, 1, 1, 1))), ("#7f8c8d", (0, (1, 2))), ("#17a2b8", (0, (8, 2, 2, 2, 2, 2))))
-MARKERS = "osD^vPX*"
-# BTCV's organs 1 to 13, the same in every picture: warm left, cold right, vessels red and blue
-ORGAN_COLOURS = ("#8e44ad", "#f1c40f", "#e67e22", "#27ae60", "#f5b7b1", "#a0522d", "#76d7c4", "#e74c3c", "#3498db",
-                 "#1a5fb4", "#d4e157", "#ff5fb0", "#00e5ff")
-
-
-@functools.cache
-def organ_colours() -> np.ndarray:
-    """(255, 3) in [0, 1], a colour a label: black, ORGAN_COLOURS, then always the one least like those before."""
-    chosen = [[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in ("#000000", *ORGAN_COLOURS)]
-    hues = np.arange(48) / 48  # no grey and nothing dark, which CT is
-    candidates = np.array([colorsys.hsv_to_rgb(h, s, v) for h in hues for s in (0.45, 0.7, 1) for v in (0.55, 0.75, 1)])
-    eye = np.sqrt([2, 4, 3])  # green differs most
-    apart = np.min([np.linalg.norm((candidates - c) * eye, axis=1) for c in chosen], axis=0)
-    while len(chosen) < 255:
-        chosen.append(candidates[apart.argmax()])
-        apart = np.minimum(apart, np.linalg.norm((candidates - chosen[-1]) * eye, axis=1))
-    return np.array(chosen)
+SERIES = (("#222222", "-"), ("#7c8fa6", "--"), ("#4b647d", "-."), ("#a9b4c0", ":"))  # of one run: no method's colours
+FILLS = ("full", "none", "left", "right", "bottom", "top")  # of markers: of several lines of one method
 
 
 def pyplot():
@@ -51,14 +33,15 @@ def pyplot():
 
     plt.rcParams.update({"font.size": 9, "axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False,
                          "axes.titlesize": 9, "axes.titlelocation": "left", "legend.frameon": False,
-                         "legend.fontsize": 8, "lines.linewidth": 1.3, "figure.dpi": 150, "savefig.bbox": "tight"})
+                         "legend.fontsize": 8, "lines.linewidth": 1.3, "lines.markersize": 4.5, "figure.dpi": 150,
+                         "savefig.bbox": "tight"})
     return plt
 
 
 def attempt(draw: Callable[..., None], *args) -> bool:
     """draw(path, ...), one of the pictures below, and whether it was drawn.
 
-    One that cannot be drawn, whatever the reason, is told in one line and ends nothing.
+    One that cannot be drawn, whatever the reason, is reported in one line and ends nothing.
     """
     try:
         draw(*args)
@@ -88,28 +71,41 @@ def _save(plt, figure, path: Path) -> None:
 
 
 def _style(i: int) -> dict:
-    colour, line = STYLES[i % len(STYLES)]
+    """How the i-th of up to four curves of one run looks."""
+    colour, line = SERIES[i % len(SERIES)]
     return {"color": colour, "linestyle": line}
+
+
+def _styles(names: Sequence[str]) -> list[dict]:
+    """How a picture's lines look, each by its method; several of one method differ in how their markers are filled."""
+    look, names = looks(names), [*names]
+    return [{"color": look[name].colour, "linestyle": look[name].line, "marker": look[name].marker,
+             "fillstyle": FILLS[names[:i].count(name) % len(FILLS)]} for i, name in enumerate(names)]
+
+
+def _columns(names: Sequence[str], width: float, size: float) -> int:
+    """Into how many columns, each as wide as its longest name, a legend of this print fits within `width` inches."""
+    taken = {n: sum(max(map(len, c), default=0) + 6.5 for c in np.array_split(names, n)) for n in range(1, 8)}
+    return max((n for n, characters in taken.items() if characters * size < 112.3 * width), default=1)
 
 
 # ------------------------------------------------------------------------------------------------- pre-training
 
 
-def spectrum(path: Path, runs: Sequence[tuple[str, np.ndarray, float]], title: str) -> None:
+def spectrum(path: Path, runs: Sequence[tuple[str, str, np.ndarray, float]], title: str) -> None:
     """Fig. 1: sorted singular values of the features' covariance, log scale, and the effective ranks beside them.
 
-    runs: (name, descending singular values, effective rank) of each. Values are divided by the largest: the scale of
-    features is no sign of collapse, how fast the values fall is. Numerical zeros fall below the axis.
+    runs: (method, label, descending singular values, effective rank) of each. Values are divided by the largest: the
+    scale of features is no sign of collapse, how fast the values fall is. Numerical zeros fall below the axis.
     """
     plt = pyplot()
     figure, (axes, bars) = plt.subplots(1, 2, figsize=(9.2, 3.8), width_ratios=[3, 2], layout="constrained")
-    for i, (name, values, rank) in enumerate(runs):
+    for i, (style, (_, label, values, rank)) in enumerate(zip(_styles([r[0] for r in runs]), runs, strict=True)):
         shown = values[values > values[0] * 1e-12] / values[0]
         apart = max(1, len(shown) // 8)  # markers, where many curves of one grey would be too much for line styles
-        axes.plot(np.arange(1, len(shown) + 1), shown, **_style(i), marker=MARKERS[i % len(MARKERS)], markersize=4,
-                  fillstyle="none" if i % 2 else "full", markevery=(apart * (2 * i + 1) // (2 * len(runs)), apart),
-                  label=name)
-        bars.barh(i, rank, color=_style(i)["color"], height=0.6)
+        axes.plot(np.arange(1, len(shown) + 1), shown, **style, label=label,
+                  markevery=(apart * (2 * i + 1) // (2 * len(runs)), apart))
+        bars.barh(i, rank, color=style["color"], height=0.6)
         bars.annotate(f"{rank:.1f}", (rank, i), (3, 0), textcoords="offset points", va="center")
     axes.set_yscale("log")
     axes.set_xlim(left=0)
@@ -117,20 +113,20 @@ def spectrum(path: Path, runs: Sequence[tuple[str, np.ndarray, float]], title: s
     axes.set_ylabel("singular value of the covariance / the largest")
     axes.set_title(title)
     axes.legend()
-    bars.set_yticks(range(len(runs)), [name for name, _, _ in runs])
+    bars.set_yticks(range(len(runs)), [label for _, label, *_ in runs])
     bars.invert_yaxis()
-    bars.set_xlim(0, 1.15 * max(rank for _, _, rank in runs))
-    bars.set_xlabel(f"dimensions that are used, of {max(len(values) for _, values, _ in runs)}")
+    bars.set_xlim(0, 1.15 * max(rank for *_, rank in runs))
+    bars.set_xlabel(f"dimensions that are used, of {max(len(values) for *_, values, _ in runs)}")
     bars.set_title("effective rank: the lower, the more collapsed")
     _save(plt, figure, path)
 
 
-def overview(path: Path, views: Sequence[np.ndarray], spectra: Sequence[tuple[str, np.ndarray]],
+def overview(path: Path, views: Sequence[np.ndarray], spectra: Sequence[tuple[str, str, np.ndarray]],
              maps: Sequence[tuple[str, np.ndarray]], image: np.ndarray) -> None:
     """README's strip: a slice and two views of it, what pre-training sees; the spectra; the slice segmented.
 
-    views: (S, S) in [0, 1]; spectra: (name, descending singular values); maps: (caption, labels (H, W)) of `image`
-    (H, W) uint8.
+    views: (S, S) in [0, 1]; spectra: (method, label, descending singular values); maps: (caption, labels (H, W)) of
+    `image` (H, W) uint8.
     """
     plt = pyplot()
     figure, grid = plt.subplots(1, 4 + len(maps), figsize=(2.1 * (5 + len(maps)), 2.5), layout="constrained",
@@ -142,9 +138,9 @@ def overview(path: Path, views: Sequence[np.ndarray], spectra: Sequence[tuple[st
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
         axes.set_title(caption)
         axes.axis("off")
-    for i, (name, values) in enumerate(spectra):
+    for style, (_, label, values) in zip(_styles([method for method, *_ in spectra]), spectra, strict=True):
         shown = values[values > values[0] * 1e-6] / values[0]
-        curves.plot(np.arange(1, len(shown) + 1), shown, **_style(i), label=name)
+        curves.plot(np.arange(1, len(shown) + 1), shown, **style | {"marker": None}, label=label)
     curves.set_yscale("log")
     curves.set_title("singular values of the features (Fig. 1)")
     curves.set_xlabel("index, largest first")
@@ -152,47 +148,50 @@ def overview(path: Path, views: Sequence[np.ndarray], spectra: Sequence[tuple[st
     _save(plt, figure, path)
 
 
-def curves(path: Path, log_records: Sequence[dict], chance: float) -> None:
-    """A pre-training run from the records of its log.jsonl; `chance` is the level of Eq. 1 for random features.
+def curves(path: Path, log_records: Sequence[dict], chance: float, chance_local: float | None = None) -> None:
+    """A pre-training run from the records of its log.jsonl, legends beside the curves.
 
-    Panels for what the log holds: the losses, accuracy, similarities, probe, effective ranks, learning rate.
+    chance and chance_local: what Eq. 1 and Eq. 2 are for random features. Panels for what the log holds: the losses,
+    accuracy, similarities, probe, effective ranks, learning rate.
     """
     plt = pyplot()
     panels = [("loss", {"loss_global": "global (Eq. 1)", "loss_local": "local (Eq. 2)"}),
-              ("the own key ranks first", {"instance_accuracy": "held out, among fresh keys",
-                                           "instance_chance": "chance of that",
-                                           "queue_accuracy": "against the queue's old keys"}),
-              ("held-out gap: cosine of one slice less of two", {"held_out_gap": "gap"}),
-              ("mean cosine similarity", {"similarity_positive": "positives", "similarity_negative": "negatives",
-                                          "held_out_positive": "held out: of one slice",
-                                          "held_out_negative": "held out: of two slices"}),
+              ("instance-discrimination accuracy", {"instance_accuracy": "held out, fresh keys",
+                                                    "instance_chance": "its chance",
+                                                    "queue_accuracy": "training, stale keys"}),
+              ("similarity margin, held out", {"held_out_gap": "positive less negative"}),
+              ("mean cosine similarity", {"similarity_positive": "positive, training",
+                                          "similarity_negative": "negative, training",
+                                          "held_out_positive": "positive, held out",
+                                          "held_out_negative": "negative, held out"}),
               ("probe: mean Dice, labelled slices", {"probe_dice": "now", "probe_dice_start": "before the first step"}),
               ("effective rank", {"effective_rank": "backbone's features", "effective_rank_embedding": "embeddings"}),
               ("learning rate", {"lr": "learning rate"})]
     series = {key: np.array([(r["step"], r[key]) for r in log_records if r.get(key) is not None], float).reshape(-1, 2)
               for _, keys in panels for key in keys}
     if not series["loss_local"][:, 1].any():
-        series["loss_local"] = series["loss_local"][:0]
+        series["loss_local"], chance_local = series["loss_local"][:0], None
     panels = [(title, keys) for title, keys in panels if any(len(series[k]) for k in keys)]
-    rows = -(-len(panels) // 3)
-    figure, grid = plt.subplots(rows, 3, figsize=(9.6, 2.5 * rows), squeeze=False, sharex=True, layout="constrained")
+    rows = -(-len(panels) // 2)
+    figure, grid = plt.subplots(rows, 2, figsize=(10, 2.1 * rows), squeeze=False, sharex=True, layout="constrained")
     for axes, (title, keys) in zip(grid.flat, panels, strict=False):
         for i, (key, label) in enumerate(k for k in keys.items() if len(series[k[0]])):
             _curve(axes, *series[key].T, label, _style(i))
-        if not title.startswith(("loss", "mean cosine", "probe")):  # what cannot be negative starts at zero
+        for i, level in enumerate([chance, chance_local] if title == "loss" else []):
+            if level is not None:
+                name = "global" if i == 0 else "local"
+                axes.axhline(level, color=_style(i)["color"], linewidth=0.8, linestyle=(0, (1, 2)), zorder=0,
+                             label=f"{name}, chance {level:.2f}")
+        if not title.startswith(("mean cosine", "probe")) and min(series[k][:, 1].min(initial=0) for k in keys) == 0:
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
-        if title == "loss":
-            axes.axhline(chance, color=PALE, linewidth=1, zorder=0)
-            axes.annotate(f"chance {chance:.2f}", (1, chance), xycoords=("axes fraction", "data"), ha="right",
-                          va="bottom", fontsize=7, color="#777777")
         axes.set_title(title)
         if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend()
-        axes.set_xlabel("step")
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in list(grid.flat)[len(panels):]:
         axes.remove()
-    for axes in figure.axes[-3:]:  # the lowest of each column
+    for axes in figure.axes[-2:]:  # the lowest of each column
         axes.tick_params(labelbottom=True)
+        axes.set_xlabel("step")
     _save(plt, figure, path)
 
 
@@ -208,33 +207,33 @@ def _curve(axes, steps: np.ndarray, values: np.ndarray, label: str, style: dict)
     axes.plot(steps, values, marker="o" if len(steps) < 40 else None, markersize=3, label=label, **style)
 
 
-def over_steps(path: Path, panels: dict[str, tuple[dict[str, tuple], dict[str, Sequence[tuple]]]]) -> None:
-    """What backbones are worth over the steps of their pre-training: a panel for each kind of slices, a curve a row.
+def over_steps(path: Path, panels: dict[str, tuple[dict[str, tuple], dict[str, Sequence[tuple]]]],
+               labels: dict[str, str]) -> None:
+    """What backbones are worth over the steps of their pre-training: a panel for each kind of slices, a curve a method.
 
-    panels: {title: (levels, curves)}: {name: (mean Dice in %, standard deviation or None)} of what is not trained
-    further, a line across the panel, and {row: [(step, mean, standard deviation or None), ...]}. Curves stand a little
-    aside of each other, so that bars stay apart.
+    panels: {title: (levels, curves)}: {method: (mean Dice in %, standard deviation or None)} of what is not trained
+    further, a line across the panel, and {method: [(step, mean, standard deviation or None), ...]}. labels: of methods
+    that are not called by their names. Curves stand a little aside of each other, so that bars stay apart.
     """
     plt = pyplot()
-    figure, grid = plt.subplots(1, len(panels), figsize=(1.2 + 4.2 * len(panels), 3.6), squeeze=False, sharey=True,
+    figure, grid = plt.subplots(1, len(panels), figsize=(1.5 + 4.2 * len(panels), 3.6), squeeze=False, sharey=True,
                                 layout="constrained")
     names = list(dict.fromkeys(name for parts in panels.values() for part in parts for name in part))
+    styles = dict(zip(names, _styles(names), strict=True))
     for axes, (title, (levels, curves)) in zip(grid[0], panels.items(), strict=True):
         for name, (mean, deviation) in levels.items():
-            style = _style(names.index(name))
-            axes.axhline(mean, label=name, **style)
+            style = styles[name] | {"marker": None}
+            axes.axhline(mean, label=labels.get(name, name), **style)
             axes.axhspan(mean - (deviation or 0), mean + (deviation or 0), color=style["color"], alpha=0.1, linewidth=0)
         for name, points in curves.items():
-            i = names.index(name)
             steps, means, bars = (np.array(x, float) for x in zip(*points, strict=True))
-            axes.errorbar(steps * 1.015 ** (i - len(names) / 2), means, bars, capsize=2, elinewidth=0.8,
-                          marker=MARKERS[i % len(MARKERS)], markersize=4, fillstyle="none" if i % 2 else "full",
-                          label=name, **_style(i))
+            axes.errorbar(steps * 1.015 ** (names.index(name) - len(names) / 2), means, bars, capsize=2, elinewidth=0.8,
+                          label=labels.get(name, name), **styles[name])
         axes.set_xscale("log")
-        ticks = [step for step, *_ in next(iter(curves.values()), ())]  # rows of thinned slices have others, unnamed
+        ticks = [step for step, *_ in next(iter(curves.values()), ())]  # of thinned slices they are others, unnamed
         axes.set_xticks(ticks, [f"{step:,}" for step in ticks])
         axes.minorticks_off()
-        axes.set_xlabel("steps of pre-training, from the start")
+        axes.set_xlabel("pre-training steps from the initial checkpoint")
         axes.set_title(title)
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center")
     grid[0][0].set_ylabel("Dice in %, frozen linear head")
@@ -243,9 +242,9 @@ def over_steps(path: Path, panels: dict[str, tuple[dict[str, tuple], dict[str, S
 
 def contact_sheet(path: Path, slices: Sequence[np.ndarray], titles: Sequence[str],
                   labels: Sequence[np.ndarray] | None = None, names: Sequence[str] = ()) -> None:
-    """Slices (H, W) uint8 of any sizes, each under its title, in the order given: what a store holds, at a glance.
+    """Slices (H, W) uint8 of any sizes, each under its title, in the order given: prepared slices at a glance.
 
-    labels (H, W) uint8, where there are any: the organs in their colours, so that a mirrored label is seen; names: of
+    labels (H, W) uint8, where there are any: the classes in their colours, so that a mirrored label is seen; names: of
     the labels 0, 1, ...
     """
     plt = pyplot()
@@ -265,17 +264,13 @@ def contact_sheet(path: Path, slices: Sequence[np.ndarray], titles: Sequence[str
 
 
 def _legend(seen: Iterable[int], names: Sequence[str], width: float) -> tuple[dict, float]:
-    """What names the organs `seen` below a figure of `width` inches, and the inches that it takes.
-
-    Of many organs in smaller print; as many columns, each as wide as its longest name, as there is room.
+    """What names the classes `seen` below a figure of `width` inches, in smaller print if many; its height in inches.
     """
     from matplotlib.patches import Patch
 
     seen = sorted({int(c) for c in seen if 0 < c < len(names)})
     print_size = 8 if len(seen) <= 28 else 6.5
-    widths = {n: sum(max(map(len, c), default=0) + 6.5 for c in np.array_split([names[c] for c in seen], n))
-              for n in range(1, 8)}
-    columns = max((n for n, taken in widths.items() if taken * print_size < 112.3 * width), default=1)
+    columns = _columns([names[c] for c in seen], width, print_size)
     handles = [Patch(color=organ_colours()[c], label=names[c]) for c in seen]
     return ({"handles": handles, "fontsize": print_size, "loc": "outside lower center", "ncols": columns,
              "handlelength": 1, "handleheight": 1}, max(0.75, 0.42 + 0.0205 * print_size * -(-len(seen) // columns)))
@@ -284,23 +279,25 @@ def _legend(seen: Iterable[int], names: Sequence[str], width: float) -> tuple[di
 # ------------------------------------------------------------------------------------------------- segmentation
 
 
-def overlays(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], title: str,
-             names: Sequence[str]) -> None:
-    """Validation slices, two a line: image, truth, prediction, the organs in their fixed colours.
+def overlays(path: Path, rows: Sequence[tuple], title: str, names: Sequence[str],
+             kinds: Sequence[str] = ("truth", "prediction")) -> None:
+    """Slices with their labels, some a line: the image, then a picture for each of `kinds`, classes in fixed colours.
 
-    rows: (caption, image, truth, prediction), the latter three (H, W) uint8; names: of the labels 0, 1, ...
+    rows: (caption, image, labels of each kind), all but the caption (H, W) uint8; names: of the labels 0, 1, ...
     """
     plt = pyplot()
-    lines = -(-len(rows) // 2)
-    legend, below = _legend((c for _, _, *maps in rows for c in np.union1d(*maps)), names, 10.6)
-    figure, grid = plt.subplots(lines, 7, figsize=(10.6, 1.83 * lines + 0.15 + below), squeeze=False,
-                                layout="constrained", width_ratios=[1, 1, 1, 0.06, 1, 1, 1])  # a gap between two slices
+    each, across = 1 + len(kinds), 6 // (1 + len(kinds))  # pictures of a slice, slices a line
+    lines = -(-len(rows) // across)
+    legend, below = _legend((c for _, _, *maps in rows for m in maps for c in np.unique(m)), names, 10.6)
+    figure, grid = plt.subplots(lines, across * (each + 1) - 1, figsize=(10.6, 1.83 * lines + 0.15 + below),
+                                squeeze=False, layout="constrained",  # a gap between two slices
+                                width_ratios=[*[*[1] * each, 0.06] * across][:-1])
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.02, wspace=0, hspace=0.01)
     for axes in grid.flat:
         axes.axis("off")
-    for i, (caption, image, truth, prediction) in enumerate(rows):
-        three, box = grid[i // 2, 4 * (i % 2):][:3], _body(image)
-        for axes, labels, name in zip(three, (None, truth, prediction), (caption, "truth", "prediction"), strict=True):
+    for i, (caption, image, *maps) in enumerate(rows):
+        first, box = (each + 1) * (i % across), _body(image)
+        for axes, labels, name in zip(grid[i // across, first:], (None, *maps), (caption, *kinds), strict=False):
             axes.imshow(_coloured(image, labels)[box])
             axes.set_title(name, fontsize=7, pad=2)
     figure.legend(**legend)
@@ -320,7 +317,7 @@ def _body(image: np.ndarray) -> tuple[slice, slice]:
 
 
 def _coloured(image: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
-    """(H, W) uint8 and its labels -> (H, W, 3) in [0, 1]: organs tinted, their borders in full colour."""
+    """(H, W) uint8 and its labels -> (H, W, 3) in [0, 1]: classes tinted, their borders in full colour."""
     grey = np.repeat(image[..., None] / 255, 3, 2)
     if labels is None:
         return grey
@@ -354,34 +351,42 @@ def validation(path: Path, records: Sequence[dict], title: str) -> None:
 
 
 def report(path: Path, cells: Sequence[dict]) -> None:
-    """Dice of each organ by method, from `report.cells`: a row for each data set and split, a column a protocol."""
+    """Dice of each class by method, from `report.cells`: a row for each data set and split, a column a protocol.
+
+    Bars: the standard deviation over random subsets and seeds (n - 1), where there are several.
+    """
     plt = pyplot()
+    protocols = [p for p in dict.fromkeys(c["protocol"] for c in cells)
+                 if any(c["values"] for c in cells if c["protocol"] == p)]
     cells = [c for c in cells if c["values"]]
-    rows = {(c["data"], c["split"]): c["names"] for c in cells}
-    protocols = list(dict.fromkeys(c["protocol"] for c in cells))
-    methods = list(dict.fromkeys(c["label"] for c in cells))
-    looks = {m: {"marker": MARKERS[i % len(MARKERS)], "color": STYLES[i % len(STYLES)][0], "linestyle": "none",
-                 "markersize": 4.5, "fillstyle": "none" if i % 2 else "full"} for i, m in enumerate(methods)}
-    step = min(0.22, 0.66 / len(methods))  # aside, so that equal values stay visible
-    aside = {m: step * (i - (len(methods) - 1) / 2) for i, m in enumerate(methods)}
-    heights = [0.9 + 0.18 * (1 + len(organs)) for organs in rows.values()]
-    figure, grid = plt.subplots(len(rows), len(protocols), figsize=(1.6 + 2.7 * len(protocols), 0.6 + sum(heights)),
-                                squeeze=False, sharex=True, sharey="row", layout="constrained", height_ratios=heights)
-    for ((data, split), organs), line in zip(rows.items(), grid, strict=True):
-        where, places = "generated phantom" if data == "phantom" else data, np.arange(len(organs))
+    data = list(dict.fromkeys(c["data"] for c in cells))
+    rows = {(c["data"], c["split"]): c["names"] for c in sorted(cells, key=lambda c: (
+        data.index(c["data"]), float(c["split"])))}
+    lines = list(dict.fromkeys((c["method"], c["label"]) for c in cells))
+    styles = {label: style | {"linestyle": "none"}
+              for (_, label), style in zip(lines, _styles([method for method, _ in lines]), strict=True)}
+    step = min(0.22, 0.66 / len(lines))  # aside, so that equal values stay visible
+    aside = {label: step * (i - (len(lines) - 1) / 2) for i, (_, label) in enumerate(lines)}
+    heights, width = [0.9 + 0.18 * (1 + len(names)) for names in rows.values()], 2.4 + 2.7 * len(protocols)
+    figure, grid = plt.subplots(len(rows), len(protocols), figsize=(width, 0.6 + sum(heights)), squeeze=False,
+                                sharex=True, sharey="row", layout="constrained", height_ratios=heights)
+    for ((where, split), names), line in zip(rows.items(), grid, strict=True):
+        places = np.arange(len(names) + 1)
         for protocol, axes in zip(protocols, line, strict=True):
             for c in cells:
-                if (c["data"], c["split"], c["protocol"]) == (data, split, protocol):
-                    shown = [*(100 * np.array(c["organs"], float)), np.mean(c["values"])]
-                    axes.plot(shown, np.arange(len(shown)) + aside[c["label"]], **looks[c["label"]])
-            axes.set_title(f"{protocol}, {split} % of the training volumes\n{where}", fontsize=8)
-            axes.hlines([*places, len(organs)], 0, 100, color="#e8e8e8", linewidth=0.8, zorder=0)
+                if (c["data"], c["split"], c["protocol"]) == (where, split, protocol):
+                    means = [*(100 * np.array(c["organs"], float)), np.mean(c["values"])]
+                    axes.errorbar(means, places + aside[c["label"]], xerr=[*c["deviations"], c["deviation"]],
+                                  elinewidth=0.8, **styles[c["label"]])
+            axes.set_title(f"{protocol}, {split} % of the training volumes\n"
+                           f"{'generated phantom' if where == 'phantom' else where}", fontsize=8)
+            axes.hlines(places, 0, 100, color="#e8e8e8", linewidth=0.8, zorder=0)
             axes.set_xlim(-2, 102)
-        line[0].set_yticks([*places, len(organs)], [*organs, "mean (mDS)"])
+        line[0].set_yticks(places, [*names, "mean (mDS)"])
         line[0].get_yticklabels()[-1].set_weight("bold")
-        line[0].set_ylim(len(organs) + 0.6, -0.6)
+        line[0].set_ylim(len(names) + 0.6, -0.6)
     for axes in grid[-1]:
         axes.set_xlabel("Dice in %, pooled over the validation set")
-    handles = [plt.Line2D([], [], label=m, **look) for m, look in looks.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)))
+    handles = [plt.Line2D([], [], label=label, **style) for label, style in styles.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=_columns([*styles], width, 8))
     _save(plt, figure, path)

@@ -1,9 +1,10 @@
-"""The organs of anyone's CT, by a finished segmentation run: NIfTI in, NIfTI on the same grid out.
+"""Label your own CT with a finished segmentation run: NIfTI in, NIfTI on the same grid out.
 
     python train_seg.py --predict my_ct.nii.gz --run RUN [--predict-out FOLDER]
 
-Beside the predictions, sources.jsonl says which volume each is of: none is overwritten by another volume's.
-`volume` is also what evaluates a run, so a prediction of a validation volume is the evaluated one, voxel for voxel.
+Beside each prediction is a picture of it. volumes.csv has the volume of each class in ml, and sources.jsonl the CT that
+each prediction is of: none is overwritten by another CT's. `volume` also evaluates a run, so a prediction of a
+validation volume is the evaluated one, voxel for voxel.
 """
 
 import os
@@ -19,12 +20,14 @@ from tqdm import tqdm
 from ct import intake, reading, tasks, volumes
 from ct.files import checksum
 from ct.volumes import BadInput
-from engine import backbones, processes, runs
+from engine import backbones, figures, processes, report, runs
 from segment import Segmenter
 from views import resize
 
-SOURCES = "sources.jsonl"  # beside predictions: which volume each is of, and what its ids mean
+SOURCES = "sources.jsonl"  # beside predictions: which volume each is of, what its ids mean, and the ml of each
+VOLUMES = "volumes.csv"  # beside predictions: the ml of each class, as a table
 INSTEAD = "--predict-out FOLDER"  # where predictions go elsewhere
+SHOWN = 6  # slices in the picture of a prediction
 BATCH = 8  # slices predicted at once
 CLASSES = 16  # of their logits at full size at once: 105 classes of 512 px would take 0.9 GB, twice
 
@@ -74,8 +77,8 @@ def find_run(name: str, out: Path) -> Path:
     if folder is None:
         raise BadInput(f"--run {name}: no such run in {out / 'seg'} and no such folder")
     if "protocol" not in runs.read_config(folder, "arch", "data"):
-        raise BadInput(f"--run {name}: a pre-training run, which knows no organs; train_seg.py --backbone "
-                       f"{folder.name} --split 100 trains one that does")
+        raise BadInput(f"--run {name}: a pre-training run, which cannot label; train_seg.py --backbone "
+                       f"{folder.name} --split 100 trains one that can")
     if not (folder / "result.json").exists():
         raise BadInput(f"--run {name}: not finished yet; the command that started it continues it")
     return folder
@@ -118,43 +121,58 @@ def load(folder: Path, amp: str, device: torch.device) -> tuple[Segmenter, dict,
 
 def files(paths: dict[str, Path], folder: Path, amp: str, device: torch.device, into: Path | None = None,
           skipped: Sequence[dict] = ()) -> None:
-    """Write the labels that the run in `folder` gives to these volumes: NAME.nii.gz in `into` (folder/predictions).
+    """Write the labels that the run in `folder` gives to these volumes: NAME.nii.gz in `into` (folder/predictions),
+    NAME-overlay.png of each, and volumes.csv.
 
-    What is odd about a volume is told before its prediction. Volumes that cannot be used, those whose place another
+    Warnings about a volume are printed before its prediction. Volumes that cannot be used, those whose place another
     volume's prediction has, and what was skipped as unusable where they were found, are left out and, at the end,
     raise one BadInput.
     """
     into = into or folder / "predictions"
     model, config, amp = load(folder, amp, device)
-    task, odd, bad = task_of(config), 0, [intake.named(s) for s in skipped if not s["no_image"]]
+    task, warned, bad = task_of(config), 0, [intake.named(s) for s in skipped if not s["no_image"]]
     if others := [s["file"] for s in skipped if s["no_image"] and not s.get("odd")]:
         first = ", ".join(others[:3]) + " ..." * (len(others) > 3)
         print(f"left out, no images by their names: {len(others)} ({first})")
     several = None if len(paths) > 1 else True
     for name, path in tqdm(paths.items(), "predicting", unit="volume", disable=several, leave=False):
         try:
-            read, levels, _, strange = reading.read_ct(path, config["window"])
+            read, levels, _, warnings = reading.read_ct(path, config["window"])
             refuse_another(into / f"{name}.nii.gz", path)  # before the work
         except BadInput as e:
             bad.append(str(e))
             continue
-        for line in strange:
-            tqdm.write(f"odd: {path}: {line}")
-        odd += len(strange)
+        for line in warnings:
+            tqdm.write(f"warning: {path}: {line}")
+        warned += len(warnings)
         labels = volume(model, levels, config["crop_size"], amp, device, name)
         foreign = config["data"] == "phantom" and not read.is_phantom
-        tqdm.write(f"{write(into, name, labels, read, task)}: {len(np.unique(labels[labels > 0]))} organs in "
-                   f"{len(labels)} slices" + ", by a model that knows only the generated phantom" * foreign)
-    if odd:
-        print(f"odd: {odd} (python datasets.py audit names them)")
+        tqdm.write(f"{write(into, name, labels, read, task)}: {len(np.unique(labels[labels > 0]))} of "
+                   f"{len(task.organs) - 1} classes in {len(labels)} slices"
+                   + ", by a model that knows only the generated phantom" * foreign)
+        figures.attempt(figures.overlays, into / f"{name}-overlay.png", spread(levels, labels),
+                        f"{name}, by {folder.name}", task.organs, ("prediction",))
+    if (into / SOURCES).exists():
+        print(f"volumes in ml: {write_volumes(into)}")
+    if warned:
+        print(f"warnings: {warned}, printed above")
     for line in bad[1:]:
         print(line, file=sys.stderr)
     if bad:
         raise BadInput(bad[0] + (f" ({len(bad)} such volumes or files, all named here)" if len(bad) > 1 else ""))
 
 
+def spread(levels: np.ndarray, labels: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Up to SHOWN slices to look at, (caption, image, labels): spread over those that hold a class, or over all."""
+    holding = np.flatnonzero(labels.any((1, 2)))
+    if not len(holding):
+        holding = np.arange(len(labels))
+    places = holding[np.unique(np.linspace(0, len(holding) - 1, SHOWN).round().astype(int))]
+    return [(f"slice {z}", levels[z], labels[z]) for z in places]
+
+
 def task_of(config: dict) -> tasks.Task:
-    """What a segmentation run knows to segment, by its config.json: that of BTCV has no labels of its own."""
+    """What a segmentation run can label, by its config.json: that of BTCV has no labels of its own."""
     if "labels" not in config:
         return tasks.BTCV
     return tasks.of(config["data"], {int(i): organ for i, organ in config["labels"].items()}, Path())
@@ -163,7 +181,7 @@ def task_of(config: dict) -> tasks.Task:
 def write(folder: Path, name: str, labels: np.ndarray, read: volumes.Volume, task: tasks.Task) -> Path:
     """Classes (Z, Y, X) as folder/NAME.nii.gz, with the task's ids on the grid of the volume's file; returns that path.
 
-    SOURCES beside it says of which volume it is, and the name of each id. Raises BadInput where another volume's
+    SOURCES beside it says of which volume it is, the name of each id and its ml. Raises BadInput where another volume's
     prediction is in its place, or nothing can be written.
     """
     path = folder / f"{name}.nii.gz"
@@ -171,11 +189,33 @@ def write(folder: Path, name: str, labels: np.ndarray, read: volumes.Volume, tas
     try:
         folder.mkdir(parents=True, exist_ok=True)
         runs.append(folder / SOURCES, [{"prediction": name, "volume": os.path.realpath(read.path),
-                                        "checksum": checksum(read.path), "labels": task.labels}], INSTEAD)
+                                        "checksum": checksum(read.path), "labels": task.labels,
+                                        "ml": dict(zip(task.ids, millilitres(labels, read, len(task.ids)), strict=True))
+                                        }], INSTEAD)
         volumes.write_labels(path, np.array(task.ids)[labels], read)
     except OSError as e:
         raise BadInput(f"{path}: cannot be written ({e.strerror}); give {INSTEAD}") from None
     return path
+
+
+def millilitres(labels: np.ndarray, read: volumes.Volume, classes: int) -> list[float]:
+    """Classes (Z, Y, X) on a volume's grid -> the volume of each class, background too, in ml (1,000 cubic mm).
+
+    A voxel's volume is the determinant of the file's affine: the product of its spacing, unless the grid is sheared.
+    """
+    voxels = sum(np.bincount(part.ravel(), minlength=classes) for part in labels)  # a slice at a time: it takes int64
+    return (voxels * abs(np.linalg.det(read.affine[:3, :3])) / 1000).tolist()
+
+
+def write_volumes(folder: Path) -> Path:
+    """VOLUMES of all predictions in a folder, by its SOURCES: a line for each class but background; returns its path.
+
+    Predictions of older commits, whose ml are not recorded, are left out.
+    """
+    newest = {r["prediction"]: r for r in runs.read_log(folder / SOURCES) if "ml" in r}
+    lines = [[name, i, r["labels"][i], f"{ml:.3f}"] for name, r in newest.items() for i, ml in [*r["ml"].items()][1:]]
+    report.write_csv(folder / VOLUMES, [["prediction", "class id", "class", "ml"], *lines])
+    return folder / VOLUMES
 
 
 def refuse_another(path: Path, source: Path) -> None:

@@ -1,8 +1,9 @@
-"""Is what it learns worth anything: each epoch a ridge regression from frozen features to organs, on labelled slices.
+"""Is what a run learns worth anything? Each epoch a ridge regression goes from frozen features to labelled slices.
 
-It stands for the frozen linear head of train_seg.py, which sees the same features, of the dilated backbone at stride 8:
-fitted in closed form at the positions of slices of the training cases, scored at those of slices of the validation
-cases, all at the side of the views. Nothing of it is trained on: a run with it is the run without it.
+It stands for the frozen linear head of train_seg.py, which sees the same features: those of the dilated backbone at
+stride 8. It is fitted in closed form at the positions of slices of the training cases, and scored at those of slices of
+the validation cases, all at the side of the views. The run trains on none of it: a run with the probe is the run
+without it.
 """
 
 import math
@@ -30,8 +31,8 @@ PENALTY = 0.01  # of the ridge, in variances of a feature
 class Probe:
     """The slices of a labelled store (datasets.Store) on which a pre-training's features are looked at.
 
-    Which these are is a function of the store alone: all runs are scored on the same ones. Raises BadInput where a case
-    of its splits is missing, or none of theirs holds an organ.
+    Which slices these are depends on the prepared slices alone, so all runs are scored on the same ones. Raises
+    BadInput where a case of its splits is missing, or no slice of theirs holds a class.
     """
 
     def __init__(self, trainer, store):
@@ -44,15 +45,15 @@ class Probe:
         self.seconds = time.perf_counter() - began
 
     def look(self) -> dict[str, float]:
-        """What log.jsonl has of it: today's Dice, and that of the weights that the run started from."""
+        """What log.jsonl has of it: the Dice now, and that of the weights from which the run started."""
         return {"probe_dice": self.dice(), "probe_dice_start": self.start}
 
     @torch.no_grad()
     def dice(self) -> float:
-        """Mean Dice, in [0, 1], of the organs that the scored slices hold, pooled over all positions (metrics.mDS).
+        """Mean Dice, in [0, 1], of the classes that the scored slices hold, pooled over all positions (metrics.mDS).
 
-        Of the query encoder's backbone in evaluation mode, as it is now; its whitening is folded: the same outputs. NaN
-        where a feature is not finite.
+        Of the query encoder's backbone as it is now, in evaluation mode, with its whitening folded, which changes no
+        output. NaN where a feature is not finite.
         """
         backbone = dilate(fold(self.trainer.moco.encoder_q.backbone)).eval()
         net = nn.Sequential(*list(backbone.children())[:-2])  # all but average pooling and fc
@@ -83,7 +84,8 @@ def begin(trainer, store, labelled, ranks: processes.Processes) -> Probe | None:
     if labelled is None:
         return None
     if labelled.is_phantom != store.is_phantom:
-        raise BadInput(f"--probe {labelled.data}: real CT and the phantom do not meet; both must be one of them")
+        raise BadInput(f"--probe {labelled.data}: real CT and the phantom do not meet; give --data and --probe both as "
+                       "real CT, or both as the phantom")
     made = []
 
     def make() -> None:
@@ -100,7 +102,7 @@ def begin(trainer, store, labelled, ranks: processes.Processes) -> Probe | None:
 
 
 def with_organs(store, cases: list[str], most: int, size: int, side: int) -> tuple[Tensor, Tensor]:
-    """Up to `most` slices of these cases that hold an organ: (N, size, size) uint8, as a pre-training stores them, and
+    """Up to `most` slices of these cases that hold a class: (N, size, size) uint8, as a pre-training stores them, and
     the labels (N, side, side) uint8 at the positions of a map. Raises BadInput where there is none.
     """
     slices, labels = [], []
@@ -112,7 +114,7 @@ def with_organs(store, cases: list[str], most: int, size: int, side: int) -> tup
         if len(slices) == most:
             break
     if not slices:
-        raise BadInput(f"--probe {store.data}: no slice of {', '.join(cases[:3])} ... holds an organ")
+        raise BadInput(f"--probe {store.data}: no slice of {', '.join(cases[:3])} ... holds a class")
     return torch.from_numpy(np.stack(slices)), torch.from_numpy(np.stack(labels))
 
 

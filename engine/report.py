@@ -1,4 +1,4 @@
-"""Tables 1 and 2 from results.jsonl, the paper's figures beside those of here."""
+"""Tables 1 and 2 from results.jsonl, the paper's numbers beside those that were measured."""
 
 import csv
 import io
@@ -9,23 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
+from ct.command import printable
 from ct.prepare import WINDOW
 from ct.tasks import ORGANS
 from ct.volumes import BadInput
 from engine import figures, leaks, origin, runs
+from engine.methods import BEYOND, NAMES, ROWS, file_of, method_of
 from metrics import LEAST_GAP, mean_std, nan_mean
 from segment import PROTOCOLS
 
-# Backbones and the rows they are: first what the paper has, in its order; the stand-ins for its ImageNet weights
-# (random ones, and the run that all rows of small data start from) come before it.
-ROWS = {"imagenet": "No SSL", "random": "Random weights", "start": "The start", "moco": "MoCo v2",
-        "moco-local": "MoCo v2 + local", "moco-zca": "MoCo v2 + ZCA", "moco-local-zca": "MoCo v2 + local + ZCA"}
-BEYOND = {"moco-every4": "MoCo v2, each 4th slice",
-          "moco-nogeo": "MoCo v2, no geometry", "moco-zca-nogeo": "MoCo v2 + ZCA, no geometry",
-          "moco-local-aligned": "MoCo v2 + aligned local", "moco-local-zca-aligned": "MoCo v2 + aligned local + ZCA",
-          "author-moco": "MoCo v2, first author's settings", "author-zca": "MoCo v2 + ZCA, first author's settings"}
 TABLE_1 = ("No SSL", "MoCo v2", "MoCo v2 + local + ZCA")
-DRAWS = {"12.5": 3, "25": 3, "100": 1}  # random choices of training volumes of each split
+DRAWS = {"12.5": 3, "25": 3, "100": 1}  # random subsets of the training volumes of each split
 BTCV = 3779  # slices of its 30 volumes: a data set that counts another number is not the paper's
 # mean Dice in %, as printed in the paper: (split, row) -> linear frozen, linear fine-tuned, DeepLabv3+
 PRINTED = {
@@ -48,13 +42,14 @@ def cells(results: Sequence[dict], protocols: Sequence[str]) -> list[dict]:
 
     Of the paper's own data Tables 1 and 2, whole; of other data one table of the paper's rows, those that were run;
     after them "Beyond the paper": all made with the paper's settings, on the phantom with its preset. What was made
-    with others, is a file or has a name of its own stands in "Others". Another validation set or other organs of the
-    same data are another table. What a row holds differs in draws and seeds only.
+    with others, is a file or has a name of its own stands in "Others". Another validation set or other classes of the
+    same data are another table. What a row holds differs in random subsets and seeds only.
 
     A cell: table, data, split, method, protocol, `row` (the number of its line), `paper` (as printed; "" where it has
-    none), `values` (mDS in % of the draws and seeds), `organs` (their mean Dice of each organ) and their `names`,
-    `backbones`, `settings`, `remarks` on its pre-training, `pretrained` (here), `unlike`: the segmentation the paper's,
-    `label`: its method in pictures.
+    none), `values` (mDS in % of the random subsets and seeds) and their `deviation`, `organs` (the mean Dice of each
+    class), their `deviations` in % and `names`, `backbones`, `settings`, `remarks` on its pre-training, `pretrained`
+    (here), `unlike`: the segmentation the paper's, `label`: its method in pictures. A standard deviation (n - 1) of
+    fewer than two values is NaN.
     """
     tables: dict[str, list[dict]] = {}
     results = origin.newest(results)
@@ -132,14 +127,14 @@ def _order(rows: dict, paper: bool) -> list[tuple[str, str, str]]:
 
 def _in_words(lines: list[dict]) -> list[dict]:
     """Lines of one method, each with what is to be said of it: {"cells": {protocol: results}, "remarks": words}."""
-    told, said = [], set()
+    remarks, said = [], set()
     for line in lines:
         found = [r for cell in line.values() for r in cell]
-        told.append([*dict.fromkeys(w for r in found for w in remarks_on(r))])
-        said.add(str((told[-1], *dict.fromkeys(w for r in found for w in origin.unlike_segmentation(r).values()))))
+        remarks.append([*dict.fromkeys(w for r in found for w in remarks_on(r))])
+        said.add(str((remarks[-1], *dict.fromkeys(w for r in found for w in origin.unlike_segmentation(r).values()))))
     if len(said) < len(lines):  # they differ in what has no words
-        told = [words + more[:3] for words, more in zip(told, _raw(lines), strict=True)]
-    return [{"cells": line, "remarks": words} for line, words in zip(lines, told, strict=True)]
+        remarks = [words + more[:3] for words, more in zip(remarks, _raw(lines), strict=True)]
+    return [{"cells": line, "remarks": words} for line, words in zip(lines, remarks, strict=True)]
 
 
 def _raw(lines: list[dict]) -> list[list[str]]:
@@ -150,20 +145,27 @@ def _raw(lines: list[dict]) -> list[list[str]]:
         flat[-1] |= {(p, k): v for p, cell in line.items() for k, v in origin.head_key(cell[0]).items()}
         flat[-1] |= {("holds", k): v for cell in line.values() for r in cell for k, v in origin.contents(r).items()}
     keys = dict.fromkeys(k for f in flat for k in f)  # a setting may be missing, of a volume only what both have counts
-    values = {k: {str(f.get(k, "not told")) for f, line in zip(flat, lines, strict=True)
+    values = {k: {str(f.get(k, "not recorded")) for f, line in zip(flat, lines, strict=True)
                   if k in f or k[0] in ("", *line)} for k in keys}
-    return [[f"{' '.join(k).strip()}: {f.get(k, 'not told')}" for k in keys if len(values[k]) > 1] for f in flat]
+    return [[f"{' '.join(k).strip()}: {f.get(k, 'not recorded')}" for k in keys if len(values[k]) > 1] for f in flat]
 
 
 def _cell(line: dict, protocol: str) -> dict:
     """What a cell has of its line and of its results."""
     found = line["cells"].get(protocol, [])
-    organs = nan_mean(np.array([r["organs"] for r in found], float), 0).tolist() if found else []
-    return {"values": [100 * r["mDS"] for r in found], "organs": organs, "names": organs_of(found[0]) if found else (),
+    dice = np.array([r["organs"] for r in found], float)  # (results, classes), NaN for a class that does not occur
+    values = [100 * r["mDS"] for r in found]
+    return {"values": values, "deviation": _deviation(values), "names": organs_of(found[0]) if found else (),
+            "organs": nan_mean(dice, 0).tolist() if found else [],
+            "deviations": [_deviation(100 * column[~np.isnan(column)]) for column in dice.T],
             "backbones": {r["backbone"] for r in found}, "remarks": line["remarks"],
             "settings": " / ".join(sorted({settings_of(r) for r in found})),
             "pretrained": any(not file_of(r) and r["backbone"] not in origin.BUILT_IN for r in found),
             "unlike": [*origin.unlike_segmentation(found[0]).values()] if found else []}
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return np.std(values, ddof=1).item() if len(values) > 1 else np.nan
 
 
 def kind_of(result: dict) -> str:
@@ -173,8 +175,8 @@ def kind_of(result: dict) -> str:
     method, data = method_of(result), data_of(result)
     unlike = {*origin.unlike_pretraining(result), *origin.unlike_segmentation(result)}
     if data not in ("BTCV", "phantom"):
-        unlike.discard("data")  # there are no figures of the paper beside it
-    if unlike or method not in (*ROWS.values(), *BEYOND.values()):
+        unlike.discard("data")  # there are no numbers of the paper beside it
+    if unlike or method not in NAMES:
         return "Others"
     if method in BEYOND.values():
         return "Beyond the paper"
@@ -202,36 +204,6 @@ def _listed(organs: tuple[str, ...]) -> str:
     return f"{organs[0]} ... {organs[-1]} ({len(organs)}, {zlib.crc32(str(organs).encode()):08x})"
 
 
-def label(result: dict) -> str:
-    """A result's row for a picture, with its seed, and that it is not made as the paper's row is."""
-    row, seed = method_of(result), origin.bare(result["backbone"], result["data"] == "phantom")[1]
-    known = row in (*ROWS.values(), *BEYOND.values())
-    return row + (f", seed {seed}" * bool(seed) + ", other settings" * bool(origin.unlike_pretraining(result))) * known
-
-
-def method_of(result: dict) -> str:
-    """The row that a result belongs to, whatever its seed: a run's by its name, if its settings are that row's.
-
-    A file, and a run of another name, is its own.
-    """
-    name = result["backbone"]
-    run, _ = origin.bare(name, result["data"] == "phantom")
-    made = origin.of_this(result).replace("moco-nogeo", run) if run == "start" else origin.of_this(result)
-    row = (ROWS | BEYOND).get(run)
-    if row is None or file_of(result) or (made and made != run):
-        taken = row is not None or name in (*ROWS.values(), *BEYOND.values())
-        return f"{name} ({'a file' if file_of(result) else 'a run'})" if taken else name
-    return row
-
-
-def file_of(result: dict) -> str:
-    """The checksum of the weights that a file held; nothing of a run, ImageNet's or random weights.
-
-    Files of one name and different content are rows of their own.
-    """
-    return origin.known(result)["checksum"] if origin.is_file(result) else ""
-
-
 def settings_of(result: dict) -> str:
     """What runs of one table must have in common to be compared: the side of what is looked at (the probe) included."""
     arch, iterations, batch, crop, lr = (result.get(k, "?") for k in (
@@ -242,7 +214,7 @@ def settings_of(result: dict) -> str:
 
 
 def remarks_on(result: dict) -> list[str]:
-    """What stands beside a result, of the pre-training that it measures; what makes it doubtful first, in bold."""
+    """What stands beside a result, of the pre-training that it measures; what makes it doubtful in bold."""
     known, window = origin.known(result), result.get("window", WINDOW)
     config, unlike = known.get("config") or {}, origin.unlike_pretraining(result)
     remarks = leaks.marks(result)
@@ -254,7 +226,7 @@ def remarks_on(result: dict) -> list[str]:
         here = f"{window[0]:g} to {window[1]:g}"
         remarks.append(f"**pre-trained at HU {other.replace(' ', ' to ')}, measured at {here}**")
     made = origin.of_this(result)
-    if made and method_of(result) not in (*ROWS.values(), *BEYOND.values()):
+    if made and method_of(result) not in NAMES:
         remarks.append(f"made as {(ROWS | BEYOND).get(made, made)}")
     remarks += unlike.values()
     if known.get("view_px") and not {"image_size", "size"} & unlike.keys():
@@ -264,8 +236,13 @@ def remarks_on(result: dict) -> list[str]:
     return remarks
 
 
+def doubts(remarks: Sequence[str]) -> list[str]:
+    """The marks among remarks, as words: `did not train`, `unfinished: step 9 of 184` ..."""
+    return [w.split("**")[1] for w in remarks if w.startswith("**")]
+
+
 def markdown(report: Sequence[dict]) -> str:
-    """Cells as Markdown: the paper's figures and those of here in columns of their own, mean ± standard deviation (n).
+    """Cells as Markdown: the paper's numbers and yours in columns of their own, mean ± standard deviation (n).
 
     Columns of the paper's own data are all there; of others those in which something was run. What holds for all rows
     that were pre-trained here, or for a whole column, stands above, all else beside the row that it is about.
@@ -300,8 +277,10 @@ def _heading(table: str, data: str, own: list[dict]) -> str:
     what = " (other settings, names or files than the paper's rows)" * (table == "Others")
     counts = sorted({int(np.isfinite(np.array(c["organs"], float)).sum()) for c in own if c["values"]})
     number = " or ".join(map(str, counts or [len(ORGANS) - 1]))
-    return _escaped(f"{table}{what}, on {where}. Mean Dice over {number} organ{'s' * (number != '1')} in %, pooled "
-                    "over the validation set; ± standard deviation over draws and seeds (n - 1), n their number.")
+    one, several = ("organ", "organs") if {c["names"] for c in own} <= {(), ORGANS[1:]} else ("class", "classes")
+    return _escaped(f"{table}{what}, on {where}. Mean Dice over {number} {one if number == '1' else several} in %, "
+                    "pooled over the validation set; ± standard deviation over random subsets and seeds (n - 1), n "
+                    "their number.")
 
 
 def _above(own: list[dict], lines: dict[int, list[dict]], protocols: list[str]) -> tuple[list[str], set[str]]:
@@ -327,11 +306,11 @@ def _above(own: list[dict], lines: dict[int, list[dict]], protocols: list[str]) 
 
 def _of_segmentation(line: list[dict], common: set[str]) -> list[str]:
     """What is unlike the paper in the segmentation of a line, and not of its columns: in all protocols, or in which."""
-    told = {c["protocol"]: [w for w in c["unlike"] if f"{c['protocol']}: {w}" not in common]
-            for c in line if c["values"]}
-    if len({str(words) for words in told.values()}) == 1:
-        told = {"segmentation": next(iter(told.values()))}
-    return [f"{protocol}: {', '.join(words)}" for protocol, words in told.items() if words]
+    unlike = {c["protocol"]: [w for w in c["unlike"] if f"{c['protocol']}: {w}" not in common]
+              for c in line if c["values"]}
+    if len({str(words) for words in unlike.values()}) == 1:
+        unlike = {"segmentation": next(iter(unlike.values()))}
+    return [f"{protocol}: {', '.join(words)}" for protocol, words in unlike.items() if words]
 
 
 def _escaped(text: str) -> str:
@@ -384,13 +363,37 @@ def of_command(report: Sequence[dict], split: str, backbones: Collection[str], h
     return [c for c in own if c["row"] in rows]
 
 
+def conclude(out: Path, split: str, backbones: Collection[str], here: dict) -> None:
+    """End a command: print what it measured, a line a method, and write the tables of all results; see `of_command`."""
+    cells = cells_of(out)
+    own = [c for c in of_command(cells, split, backbones, here) if c["values"]]
+    where = "the generated phantom" if here["data"] == "phantom" else data_of(here)
+    lines = []
+    for row in dict.fromkeys(c["row"] for c in own):
+        line = [c for c in own if c["row"] == row]
+        marks = doubts(line[0]["remarks"])
+        lines.append(f"  {line[0]['method']}" + f" ({'; '.join(marks)})" * bool(marks) + ": "
+                     + ", ".join(f"{c['protocol']} {_mean(c['values'])}" for c in line))
+    print(f"\nmean Dice in % on {where}, {split} % of the training volumes:")
+    for line in dict.fromkeys(lines):  # random weights stand in several tables
+        print(printable(line))
+    _write(out, cells)
+    print(f"all results: {out / 'report.md'}, {out / 'report.csv'}; python train_seg.py --report --out {out} prints "
+          "them and draws report.png")
+
+
+def _write(out: Path, cells: Sequence[dict]) -> str:
+    """report.md and report.csv; returns the former."""
+    runs.write_text(out / "report.md", text := markdown(cells))
+    write_csv(out / "report.csv", csv_rows(cells))
+    return text
+
+
 def write_report(out: Path) -> None:
     """report.md, report.csv and report.png of all results in `out`, printed too. Raises BadInput when there are none.
     """
     cells = cells_of(out)
-    text = markdown(cells)
-    runs.write_text(out / "report.md", text)
-    write_csv(out / "report.csv", csv_rows(cells))
+    text = _write(out, cells)
     drawn = figures.attempt(figures.report, out / "report.png", cells)
     kinds = ("md", "csv", "png") if drawn else ("md", "csv")
     print(text + f"written: {', '.join(str(out / f'report.{kind}') for kind in kinds)}")

@@ -205,7 +205,7 @@ def test_files_of_one_row_are_not_mixed():
     assert rows(result("x", a, 0), result("x", b, 0), result("x", b, 1)) == {"x": [10, 20]}  # measured again
     assert rows(result("x", a, 0), result("x", b, 1, step=9)) == {"x": [20], "x [aaaaaaaa]": [10]}  # a run of that name
     # the tables' own rows are of runs, whatever a file is called
-    for row in ("moco", "MoCo v2", "The start"):
+    for row in ("moco", "MoCo v2", "Initial checkpoint"):
         assert rows(result(row, a, 0)) == {f"{row} (a file)": [10]}
     assert rows(result("moco", a, 0, step=9), result("moco-seed1", b, 0, 1, step=9)) == {"MoCo v2": [10, 10]}
 

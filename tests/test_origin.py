@@ -122,7 +122,7 @@ def test_few_slices_give_one_table_with_what_all_rows_share_above():
     assert text.count("\nOthers") + text.startswith("Others") == text.count("Mean Dice over") == 1
     above, table = text.split("\n\n")[0].splitlines(), cut(text)
     assert [row[1].strip() for row in table[1:]] == [
-        "Random weights", "The start (6 epochs instead of 200; from random weights)",
+        "Random weights", "Initial checkpoint (6 epochs instead of 200; from random weights)",
         "MoCo v2 (8 epochs instead of 200; from start)", "MoCo v2 + local + ZCA (8 epochs instead of 200; from start)"]
     assert [line for line in above if "pre-trained here" in line] == [
         "- all rows that were pre-trained here: views of 64 px instead of 224; batch 64 instead of 256; learning rate "

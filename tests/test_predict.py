@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_seg
 from ct import prepare, reading, tasks, volumes
-from engine import backbones, distances, evaluate, predict
+from engine import backbones, distances, evaluate, figures, predict, runs
 from segment import Segmenter
 from views import resize
 
@@ -189,7 +190,7 @@ def test_no_prediction_is_overwritten_by_another_volumes(small_phantom, out, tmp
     predict_(second, "--predict-out", tmp_path / "deep/out")
     assert (tmp_path / "deep/out/scan.nii.gz").exists() and labels(path).any()
     ours = {p.name for p in (tmp_path / "deep/out").iterdir()}
-    assert ours == {"scan.nii.gz", "sources.jsonl"}
+    assert ours == {"scan.nii.gz", "sources.jsonl", "volumes.csv"}  # and no picture in tests
     # the CT itself least of all, and no file that is not known
     ct = second.read_bytes()
     line = refusal(train_seg.main, argv(tmp_path / "s0001", "--predict-out", tmp_path / "s0001"))
@@ -213,7 +214,7 @@ def test_each_volume_of_a_folder_has_a_prediction_of_its_own_name(tmp_path):
 
 
 def test_the_gate_of_training_is_that_of_predicting(small_phantom, out, tmp_path, capsys):
-    """Labels left out, what cannot be opened an error, what is odd told: as `audit` has it."""
+    """Labels are left out, what cannot be opened is an error, warnings are printed: as `audit` has it."""
     source = nib.load(image(small_phantom, "0037"))
     for name, low in (("ct/images/a.nii.gz", 0), ("ct/labels/a.nii.gz", 0), ("ct/b.nii.gz", -1000)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +228,7 @@ def test_the_gate_of_training_is_that_of_predicting(small_phantom, out, tmp_path
     assert "ct/gone: a broken link" in err and "1 files of another format" in err and "c.mha" in err
     assert "left out, no images by their names: 1 " in told and "labels/a.nii.gz" in told
     assert told.index("images/a.nii.gz: HU from 0 to 255 only, never under -200") < told.index("predictions/a.nii.gz")
-    assert "odd: 1 (python datasets.py audit names them)" in told and "predictions/b.nii.gz" in told
+    assert "warning: " in told and "warnings: 1, printed above" in told and "predictions/b.nii.gz" in told
 
 
 def test_predicting_takes_no_random_number_and_leaves_the_mode():
@@ -242,6 +243,71 @@ def test_predicting_takes_no_random_number_and_leaves_the_mode():
     model.eval()
     np.testing.assert_array_equal(predict.volume(model, levels, 64, "off", torch.device("cpu")), first)
     assert not model.training
+
+
+def test_volumes_in_ml_are_voxels_times_their_size(tmp_path):
+    """By hand: a voxel of 0.5 x 0.8 x 5 mm holds 2 cubic mm, whatever the axis of the slices, sheared or not."""
+    task = tasks.of("own", {0: "background", 3: "liver", 700: "tumour"}, tmp_path)
+    flat, turned, sheared = np.diag([0.5, 0.8, 5, 1]), np.zeros((4, 4)), np.diag([1.0, 1, 2, 1])
+    turned[[2, 0, 1, 3], [0, 1, 2, 3]] = [5, 0.5, 0.8, 1]
+    sheared[1, 2] = 1.5  # a tilted gantry: slices move aside, which changes no volume
+    for name, affine, shape in (("flat", flat, (40, 30, 6)), ("turned", turned, (6, 40, 30)),
+                                ("sheared", sheared, (40, 30, 6))):
+        nib.save(nib.Nifti1Image(np.zeros(shape, np.int16), affine), tmp_path / f"{name}.nii.gz")
+        labels = np.zeros((6, 30, 40), np.uint8)  # (Z, Y, X)
+        labels[1:3, :10, :25] = 1  # 500 voxels
+        labels[5, 29, :3] = 2
+        read = volumes.read_volume(tmp_path / f"{name}.nii.gz")
+        predict.write(tmp_path / "out", name, labels, read, task)
+    written = predict.write_volumes(tmp_path / "out")
+    assert written == tmp_path / "out/volumes.csv"
+    rows = [tuple(row.values()) for row in csv.DictReader(written.open())]
+    assert rows == [(name, *of) for name in ("flat", "turned", "sheared") for of in (
+        ("3", "liver", "1.000"), ("700", "tumour", "0.006"))]
+    # once more: the newest counts; a prediction of an older commit, whose ml are not known, is left out
+    predict.write(tmp_path / "out", "flat", labels * 0, volumes.read_volume(tmp_path / "flat.nii.gz"), task)
+    runs.append(tmp_path / "out/sources.jsonl", [{"prediction": "old", "volume": "/x", "labels": {"0": "background"}}])
+    rows = [tuple(row.values()) for row in csv.DictReader(predict.write_volumes(tmp_path / "out").open())]
+    assert [r for r in rows if r[0] == "flat"] == [("flat", "3", "liver", "0.000"), ("flat", "700", "tumour", "0.000")]
+    assert len(rows) == 6
+
+
+@pytest.mark.pictures
+def test_a_prediction_leaves_its_picture_and_the_volumes_that_its_file_holds(small_phantom, out, tmp_path, capsys):
+    source = image(small_phantom, "0037")
+    train_seg.main(["--predict", str(source), "--run", RUN, "--out", str(out), "--predict-out", str(tmp_path)])
+    assert {p.name for p in tmp_path.iterdir()} == {"img0037.nii.gz", "img0037-overlay.png", "sources.jsonl",
+                                                    "volumes.csv"}
+    assert (tmp_path / "img0037-overlay.png").stat().st_size > 10_000
+    assert f"volumes in ml: {tmp_path / 'volumes.csv'}" in capsys.readouterr().out
+    written = nib.load(tmp_path / "img0037.nii.gz")
+    voxel = np.prod(nib.affines.voxel_sizes(written.affine)) / 1000
+    rows = {int(r["class id"]): r for r in csv.DictReader((tmp_path / "volumes.csv").open())}
+    assert {c: r["class"] for c, r in rows.items()} == dict(enumerate(tasks.ORGANS[1:], 1))
+    for c, row in rows.items():
+        assert float(row["ml"]) == pytest.approx((labels(tmp_path / "img0037.nii.gz") == c).sum() * voxel, abs=1e-3)
+
+
+@pytest.mark.pictures
+def test_without_matplotlib_a_prediction_has_its_files(small_phantom, out, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    figures._tell_once.cache_clear()
+    train_seg.main(["--predict", str(image(small_phantom, "0037")), "--run", RUN, "--out", str(out), "--predict-out",
+                    str(tmp_path)])
+    assert {p.name for p in tmp_path.iterdir()} == {"img0037.nii.gz", "sources.jsonl", "volumes.csv"}
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "pictures need matplotlib" in err
+
+
+@pytest.mark.parametrize("held, expected", [([], [0, 2, 4, 5, 7, 9]), ([3], [3]), (range(2, 10), [2, 3, 5, 6, 8, 9]),
+                                            ([1, 4, 9], [1, 4, 9])])
+def test_slices_to_look_at_are_spread_over_those_that_hold_a_class(held, expected):
+    levels, found = np.arange(10, dtype=np.uint8)[:, None, None] * np.ones((4, 4), np.uint8), np.zeros((10, 4, 4))
+    found[list(held), 1, 2] = 5
+    rows = predict.spread(levels, found.astype(np.uint8))
+    assert [caption for caption, *_ in rows] == [f"slice {z}" for z in expected]
+    assert [int(shown[0, 0]) for _, shown, _ in rows] == expected  # its own slice
+    assert all((truth == found[z]).all() for z, (_, _, truth) in zip(expected, rows, strict=True))
 
 
 class Largest(TorchDispatchMode):

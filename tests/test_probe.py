@@ -188,7 +188,7 @@ def test_what_cannot_be_probed_is_refused(trainer, tmp_path, refusal):
     with pytest.raises(BadInput, match="real CT and the phantom"):
         probe.begin(trainer, SimpleNamespace(is_phantom=False), store, ALONE)
     empty = SimpleNamespace(of=store.of, slice=lambda i, label=False: np.zeros((8, 8), np.uint8), data="some/folder")
-    with pytest.raises(BadInput, match="--probe some/folder: no slice of 0035, 0036, 0037 ... holds an organ"):
+    with pytest.raises(BadInput, match="--probe some/folder: no slice of 0035, 0036, 0037 ... holds a class"):
         probe.with_organs(empty, store.task.cases("val"), 5, 64, 8)
     line = refusal(train_ssl.main, ["--data", store.data.replace("BTCV", "AbdomenCT-1K"), "--out", tmp_path, "--init",
                                     "random", "--probe", tmp_path / "nowhere"])

@@ -72,7 +72,7 @@ def test_every_row_is_measured_on_its_way_and_a_stop_changes_nothing(small, smal
     capsys.readouterr()
     study.main(["--out", str(tmp_path / "s"), "--table"])
     out = capsys.readouterr().out
-    assert len(done) == number and "| aligned | 1 | 6 |" in out.replace(" (**did not train**)", "")
+    assert len(done) == number and "| aligned | 1 | 6 |" in out.replace(" (**did not train**)", "")  # and finished
 
 
 def test_all_rows_come_to_a_share_before_one_goes_on(tmp_path, monkeypatch):
@@ -131,15 +131,17 @@ def test_what_to_study_is_named_once(tmp_path, refusal):
 
 
 def write_results(out: Path, values: dict) -> None:
-    """values: {(row, step): {seed: (Dice at 64 px, Dice at 128 px, gap)}}."""
+    """values: {(run, step): {seed: (Dice at 64 px, Dice at 128 px, similarity margin)}}; of 20 steps, or the only ones.
+    """
     for (name, step), seeds in values.items():
+        made = {"step": step or None, "horizon": {0: None, 9: 9}.get(step, 20)}
         for seed, (*dice, gap) in seeds.items():
             run = name + f"-seed{seed}" * (seed > 0)
             for side, value in zip((64, 128), dice, strict=True):
                 folder = out / "heads" / f"{side}px-step{step}"
                 folder.mkdir(parents=True, exist_ok=True)
                 runs.append(folder / "results.jsonl", [{"backbone": run, "seed": seed, "mDS": value, "crop_size": side,
-                                                        "pretraining": {"step": step or None}}])
+                                                        "pretraining": made}])
             if gap is not None:
                 (out / run).mkdir(exist_ok=True)
                 runs.append(out / run / "log.jsonl", [{"step": step - 1}, {
@@ -156,28 +158,35 @@ def test_tables_hold_means_and_deviations_of_what_is_there(tmp_path):
     write_results(tmp_path, MADE)
     found = study.measured(tmp_path)
     lines = study.tables(found).splitlines()
+    assert lines[0].startswith("| method | seeds | steps | similarity margin | instance-discrimination accuracy | effe")
     first = {line.split(" | ")[0].strip("| "): line for line in lines[2:6]}
-    assert list(first) == ["random", "start", "moco", "moco-zca (**did not train**)"]
+    assert list(first) == ["Random weights", "Initial checkpoint", "MoCo v2",
+                           "MoCo v2 + ZCA (**did not train**; **unfinished: step 10 of 20**)"]
     at_64, at_128, gap = zip(*MADE["moco", 20].values(), strict=True)
     at_64, at_128 = ([100 * v for v in values] for values in (at_64, at_128))
 
     def cell(values, digits):
         return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
-    assert first["moco"] == (f"| moco | 3 | 20 | {cell(gap, 2)} | 0.25 ± 0.00 | 11.0 ± 1.0 | {cell(at_64, 1)} | "
+    assert first["MoCo v2"] == (f"| MoCo v2 | 3 | 20 | {cell(gap, 2)} | 0.25 ± 0.00 | 11.0 ± 1.0 | {cell(at_64, 1)} | "
                              f"{cell(at_128, 1)} |")
-    assert first["start"] == "| start | 1 | 9 | 0.50 | 0.25 | 10.0 | 31.0 | 30.0 |"
-    assert first["random"] == f"| random | 2 | - | - | - | - | {cell([30, 20], 1)} | {cell([40, 20], 1)} |"
+    assert first["Initial checkpoint"] == "| Initial checkpoint | 1 | 9 | 0.50 | 0.25 | 10.0 | 31.0 | 30.0 |"
+    assert first["Random weights"] == (f"| Random weights | 2 | - | - | - | - | {cell([30, 20], 1)} | "
+                                       f"{cell([40, 20], 1)} |")
     assert lines[7] == "| steps: Dice at 64 / 128 px |  |  |"
-    assert lines[9] == (f"| moco | 10: {cell([35, 37], 1)} / {cell([41, 42], 1)} | 20: {cell(at_64, 1)} / "
+    assert lines[9] == (f"| MoCo v2 | 10: {cell([35, 37], 1)} / {cell([41, 42], 1)} | 20: {cell(at_64, 1)} / "
                         f"{cell(at_128, 1)} |")
-    assert lines[10] == "| moco-zca | 10: 33.0 / 40.0 |  |"
+    assert lines[10] == "| MoCo v2 + ZCA | 10: 33.0 / 40.0 |  |"
 
     written = study.write(tmp_path, found)
     with open(tmp_path / "study.csv", newline="") as f:
         rows = {(r["row"], int(r["step"]), int(r["seed"])): r for r in csv.DictReader(f)}
     assert len(rows) == sum(map(len, MADE.values())) and rows["moco", 20, 2]["dice_128px"] == "47.0000"
-    assert rows["random", 0, 0]["held_out_gap"] == "" and "moco" in (tmp_path / "study.md").read_text()
+    assert rows["random", 0, 0]["held_out_gap"] == "" and "MoCo v2" in (tmp_path / "study.md").read_text()
+    remarks = {key: row["remarks"] for key, row in rows.items()}  # as the tables have it, of each measurement
+    assert remarks["moco-zca", 10, 0] == "did not train; unfinished: step 10 of 20"
+    assert remarks["moco", 10, 2] == "unfinished: step 10 of 20"
+    assert remarks["moco", 20, 2] == remarks["start", 9, 0] == remarks["random", 0, 2] == ""
     assert [p.name for p in written] == ["study.md", "study.csv"]  # and no picture in tests
 
 
@@ -200,17 +209,25 @@ def test_the_picture_has_a_curve_a_row_and_a_level_for_random_weights(tmp_path, 
     monkeypatch.setattr(figures, "_save", lambda plt, figure, path: (drawn.append(figure), plt.close(figure)))
     study.write(tmp_path, study.measured(tmp_path))
     for axes, dice in zip(drawn[0].axes, (0, 1), strict=True):
-        moco = next(c for c in axes.containers if c.get_label() == "moco")
+        assert [c.get_label() for c in axes.containers] == [
+            "MoCo v2", "MoCo v2 + ZCA\ndid not train\nunfinished: step 10 of 20"]
+        moco = axes.containers[0]
         means = [statistics.mean(100 * v[dice] for v in MADE["moco", s].values()) for s in (10, 20)]
         bars = [statistics.stdev(100 * v[dice] for v in MADE["moco", s].values()) for s in (10, 20)]
         assert list(moco[0].get_ydata()) == pytest.approx(means)
         ends = [segment[:, 1] for segment in moco[2][0].get_segments()]
         assert [(high - low) / 2 for low, high in ends] == pytest.approx(bars)
-        levels = {line.get_label(): line.get_ydata() for line in axes.lines if line.get_label() in ("random", "start")}
+        levels = {line.get_label(): line.get_ydata() for line in axes.lines}
         random = statistics.mean(100 * v[dice] for v in MADE["random", 0].values())
-        assert list(levels["random"]) == pytest.approx([random, random])
-        assert list(levels["start"]) == pytest.approx([100 * MADE["start", 9][0][dice]] * 2)
+        assert list(levels["Random weights"]) == pytest.approx([random, random])
+        assert list(levels["Initial checkpoint"]) == pytest.approx([100 * MADE["start", 9][0][dice]] * 2)
         assert [t.get_text() for t in axes.get_xticklabels()] == ["10", "20"]
+
+
+def test_of_several_seeds_it_is_said_how_many_did_not_train():
+    seeds = {seed: {"held_out_gap": margin, "horizon": 9} for seed, margin in enumerate((0.3, 0.0, 0.019))}
+    assert study.doubts(9, seeds) == ["2 of 3 seeds did not train"] and study.doubts(9, {0: seeds[0]}) == []
+    assert study.doubts(0, {0: {"horizon": 0}}) == []  # random weights
 
 
 def python(code: str, *argv: object) -> list[str]:
@@ -262,6 +279,7 @@ def test_a_signal_ends_all_that_run_after_they_saved(tmp_path):
 
 
 def test_the_rows_flags_are_flags():
+    assert {name: study.every(name) for name in study.ROWS} == dict.fromkeys(study.ROWS, 1) | {"moco-every4": 4}
     for name, flags in study.ROWS.items():
         args = train_ssl.parse(flags)
         train_ssl.resolve_defaults(args, phantom=False)

@@ -1,5 +1,6 @@
 """metrics' spectrum and svd_spectrum.py's features against independent computations."""
 
+import csv
 import math
 
 import numpy as np
@@ -7,8 +8,9 @@ import torch
 import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from engine import figures, methods
 from metrics import effective_rank, rankme, singular_values
-from svd_spectrum import features
+from svd_spectrum import Row, features, write
 
 
 def test_effective_rank_of_known_spectra():
@@ -47,3 +49,23 @@ def test_features_are_torchvisions_pooled_features():
     np.testing.assert_allclose(features(net, slices, 64, False, device), out["a"].flatten(1), rtol=1e-4, atol=1e-5)
     positions = features(net, slices, 64, True, device)
     np.testing.assert_allclose(positions, out["b"].movedim(1, -1).reshape(-1, 512), rtol=1e-4, atol=1e-5)
+
+
+def test_each_curve_has_its_methods_look_and_its_marks(tmp_path, monkeypatch):
+    """Of both seeds of a method the same; what makes it doubtful stands beside its name, and in the file."""
+    values, drawn = np.array([2.0, 1.0]), []
+    rows = [Row("start", "Initial checkpoint", "Initial checkpoint", 9, values, 1.9, 1.5, []),
+            Row("moco-seed1", "MoCo v2", "MoCo v2, seed 1", 9, values, 1.9, 1.5, ["**did not train**: it does not ...",
+                                                                                "**unfinished: step 9 of 184**", "x"]),
+            Row("moco-seed2", "MoCo v2", "MoCo v2, seed 2", 9, values, 1.9, 1.5, [])]
+    monkeypatch.setattr(figures, "attempt", lambda draw, *args: draw(*args) or True)
+    monkeypatch.setattr(figures, "_save", lambda plt, figure, path: (drawn.append(figure), plt.close(figure)))
+    assert [p.name for p in write(tmp_path / "spectrum", "BTCV", "a title", rows)] == ["spectrum.png", "spectrum.csv"]
+    lines = drawn[0].axes[0].lines
+    assert [line.get_label() for line in lines] == [
+        "Initial checkpoint", "MoCo v2, seed 1\ndid not train\nunfinished: step 9 of 184", "MoCo v2, seed 2"]
+    assert [(line.get_color(), line.get_marker()) for line in lines] == [
+        (methods.LOOKS[run].colour, methods.LOOKS[run].marker) for run in ("start", "moco", "moco")]
+    with open(tmp_path / "spectrum.csv", newline="") as f:
+        remarks = [row["remarks"] for row in csv.DictReader(f)]
+    assert remarks == ["", "did not train: it does not ...; unfinished: step 9 of 184; x", ""]

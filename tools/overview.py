@@ -1,4 +1,4 @@
-"""The strip at the top of README, from what `make demo` leaves: a slice, its two views, the spectra, its organs.
+"""The strip at the top of README, from what `make demo` leaves: a slice, two views of it, the spectra, its organs.
 
     make demo && python -m tools.overview --out demo --picture docs/overview.png
 """
@@ -22,14 +22,14 @@ SPECTRA = {"phantom-moco": "MoCo v2", "phantom-moco-local-zca": "local + ZCA (th
 SEED = 20  # of the views, chosen by eye: both crops show organs
 
 
-def spectra(path: Path) -> list[tuple[str, np.ndarray]]:
-    """(name, descending singular values) of each row of SPECTRA. Raises BadInput where spectrum.csv lacks one."""
+def spectra(path: Path) -> list[tuple[str, str, np.ndarray]]:
+    """(method, label, descending singular values) of each of SPECTRA. Raises BadInput where spectrum.csv lacks one."""
     with open(path, newline="") as f:
         rows = {r["backbone"]: r for r in csv.DictReader(f)}
     if absent := SPECTRA.keys() - rows.keys():
         raise BadInput(f"{path}: has no {', '.join(sorted(absent))}; `make demo` makes them")
-    return [(name, np.array([float(v) for k, v in rows[run].items() if k.isdigit() and v]))
-            for run, name in SPECTRA.items()]
+    return [(run.removeprefix("phantom-"), label, np.array([float(v) for k, v in rows[run].items()
+                                                            if k.isdigit() and v])) for run, label in SPECTRA.items()]
 
 
 @processes.command

@@ -1,14 +1,15 @@
-"""A study of all rows on few slices and one small machine: does it train, does it collapse, what is it worth, at which
-scale, and would longer training change the answer. The existing commands, and tables and a picture of what they left.
+"""A study of all methods on few slices and one small machine: which of them train, which collapse, what their features
+are worth at which scale, and whether longer training changes the answer. It runs the public commands and puts what they
+left into tables and a picture.
 
     python -m tools.study --ssl my_ct --seg my_btcv --out study --jobs 2
     python -m tools.study --phantom 160 --out study                  a generated phantom of 160 unlabelled patients
 
-A start (MoCo v2 without geometry, from random weights; the first author's row has one with its own HU window) and from
-it every row of ROWS, measured on its way, after 1/8, 1/4, 1/2 and all of its epochs: a frozen linear head, trained and
-evaluated on whole slices at 1 and 2 times the views' side (a network that never saw a crop knows one scale only), and
-the last look at the held-out slices. It is one run whose learning rate falls over all of its epochs: what is measured
-on the way is not what a shorter run would end with.
+The initial checkpoint is MoCo v2 without crops and flips, from random weights; the first author's method has one with
+its own HU window. From it every method of ROWS is trained, and measured after 1/8, 1/4, 1/2 and all of its epochs: by a
+frozen linear head, trained and evaluated on whole slices at 1 and 2 times the views' side (a network that never saw a
+crop knows one scale only), and by the last look at the held-out slices. Each is one run, whose learning rate falls over
+all of its epochs, so what is measured on the way is not what a shorter run would end with.
 The same command continues after any stop; --table shows what is there.
 """
 
@@ -30,13 +31,13 @@ import train_ssl
 from ct import phantom
 from ct.command import Parser, cores, whole
 from ct.volumes import BadInput
-from engine import figures, origin, processes, recipes, report, runs
+from engine import figures, methods, origin, processes, recipes, report, runs
 
 ROOT = Path(__file__).parent.parent
 # On real CT; the phantom has train_ssl.py's preset.
 PRETRAINING = dict(arch="resnet18", image_size=64, batch_size=64, bn_group=32, lr=0.01, queue=128, ema=0.99, size=256)
 HEAD = dict(split="100", protocol="linear-frozen", iterations=300, batch_size=16, lr=0.2, arch="resnet18")
-# A line a row: its flags of train_ssl.py, all else is equal.
+# A line a method: its flags of train_ssl.py, all else is equal.
 ROWS = {
     "moco": [],
     "moco-nogeo": ["--no-geometric"],
@@ -47,11 +48,14 @@ ROWS = {
     "author-zca": ["--recipe", "author", "--zca", "--bn-group", str(PRETRAINING["batch_size"])],
     "moco-every4": ["--every", "4"],
 }
-LEVELS = ("random", "start", "author-random", "author-start")  # what rows are compared with
+LEVELS = ("random", "start", "author-random", "author-start")  # what methods are compared with
+NAMES = methods.ROWS | methods.BEYOND | {"author-random": "Random weights, first author's HU window",
+                                         "author-start": "Initial checkpoint, first author's HU window"}
 AUTHOR = "author-"  # begins the names of what has the first author's HU window
-SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of a row's epochs, after which it is measured
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of a method's epochs, after which it is measured
 SIDES = tuple(scale * PRETRAINING["image_size"] for scale in (1, 2))  # pixels of the slices that the head sees
-LOOKS = {"held_out_gap": "gap", "instance_accuracy": "instance accuracy", "effective_rank": "effective rank"}
+LOOKS = {"held_out_gap": "similarity margin", "instance_accuracy": "instance-discrimination accuracy",
+         "effective_rank": "effective rank"}
 
 
 # ------------------------------------------------------------------------------------------------------ what is run
@@ -64,12 +68,12 @@ def command(script: str, settings: dict, *more: object) -> list[str]:
 
 
 def window(name: str) -> tuple[object, ...]:
-    """The flags that a row, its start and the heads on it have for the HU window; none for the default's."""
+    """The flags that a method, its initial checkpoint and its heads have for the HU window; none for the default's."""
     return ("--window", *recipes.AUTHOR["window"]) if name.startswith(AUTHOR) else ()
 
 
 def pretrain(args, seed: int, name: str, epochs: int, *more: object) -> list[str]:
-    """Pre-training of one name to its horizon, or to where `more` stops it."""
+    """Pre-training of one name over all its steps, or to where `more` stops it."""
     return command("train_ssl", {} if args.phantom else PRETRAINING, "--data", args.ssl, "--store",
                    args.out / "stores" / "ssl", "--out", args.out, "--seed", seed, "--name", name, "--epochs", epochs,
                    *window(name), *more)
@@ -92,7 +96,7 @@ def step_of(folder: Path) -> int:
 
 
 def start(args, seed: int, author: str) -> Iterator[list[str]]:
-    """The commands of a seed's start and of random weights, each to be run before the next is asked for."""
+    """The commands of a seed's initial checkpoint and random weights, each to be run before the next is asked for."""
     name = f"{author}start{processes.seed_suffix(seed)}"
     yield pretrain(args, seed, name, math.ceil(args.steps[0] / args.per_epoch[1]), "--init", "random", "--no-geometric")
     yield from heads(args, seed, f"{author}random", 0)
@@ -100,20 +104,19 @@ def start(args, seed: int, author: str) -> Iterator[list[str]]:
 
 
 def points(args, name: str) -> dict[float, int]:
-    """{share of SHARES: epochs of a row after which it is measured}: whole ones, since a look ends each."""
+    """{share of SHARES: epochs of a method after which it is measured}: whole ones, since a look ends each."""
     epochs = math.ceil(args.steps[1] / args.per_epoch[every(name)])
     return {share: max(1, round(share * epochs)) for share in SHARES}
 
 
 def every(name: str) -> int:
-    """Which slices of a volume a row trains on: each one, or each N-th."""
-    return int(ROWS[name][1]) if ROWS[name][:1] == ["--every"] else 1
+    """Which slices of a volume a method trains on: each one, or each N-th."""
+    return train_ssl.parse(ROWS[name]).every
 
 
 def row(args, seed: int, name: str, share: float) -> Iterator[list[str]]:
-    """The commands that bring a row from its start, or from where it stands, to a share, and measure it there.
-
-    Of a row that stands beyond: none, since it was measured before it went on.
+    """The commands that bring a method from its initial checkpoint, or from where it stands, to a share of its epochs,
+    and measure it there. None where it stands beyond, since it was measured before it went on.
     """
     suffix, epochs = processes.seed_suffix(seed), points(args, name)
     folder, step = args.out / f"{name}{suffix}", epochs[share] * args.per_epoch[every(name)]
@@ -158,7 +161,8 @@ def beside(chains: Iterable[Iterator[list[str]]], jobs: int, log: Path) -> None:
 
 
 def run(args) -> None:
-    """All starts, then all rows to the first share, to the second ...: what is there can be compared. Raises BadInput.
+    """All initial checkpoints, then all methods to the first share, to the second ...: at any time what is there can be
+    compared. Raises BadInput.
     """
     if (args.phantom is None) == (args.ssl is None or args.seg is None):
         raise BadInput("give --ssl and --seg, or --phantom")
@@ -176,7 +180,7 @@ def run(args) -> None:
                       for n in {1} | {every(name) for name in args.rows}}
     if few := [n for n, steps in args.per_epoch.items() if not steps]:
         raise BadInput(f"{args.ssl}: one slice in {few[0]} is less than a batch of {settings['batch_size']}; give "
-                       "--rows without such rows")
+                       "--rows without such methods")
     log = args.out / "study.log"
     print(f"{len(store):,} slices, {args.per_epoch[1]} steps an epoch; the output of all commands: {log}")
     starts = dict.fromkeys(AUTHOR * name.startswith(AUTHOR) for name in args.rows)
@@ -192,7 +196,9 @@ def run(args) -> None:
 
 
 def measured(out: Path) -> dict[tuple[str, int], dict[int, dict]]:
-    """{(row, step): {seed: {look or side of the slices: value}}} of what is there, Dice in percent."""
+    """{(run without its seed, step): {seed: {look or side of the slices: value}}} of what is there, Dice in percent;
+    under "horizon" the steps that the run has in all.
+    """
     found: dict[tuple[str, int], dict[int, dict]] = defaultdict(lambda: defaultdict(dict))
     for path in sorted(out.glob("heads/*/results.jsonl")):
         for r in origin.newest(origin.read(path, backbone=str, seed=int, crop_size=int, mDS=(int, float),
@@ -200,7 +206,8 @@ def measured(out: Path) -> dict[tuple[str, int], dict[int, dict]]:
             author = AUTHOR * path.parent.name.startswith(AUTHOR) * (r["backbone"] == "random")
             name = author + r["backbone"].removesuffix(processes.seed_suffix(r["seed"]))
             step = r["pretraining"]["step"] or 0
-            found[name, step][r["seed"]][r["crop_size"]] = 100 * r["mDS"]
+            found[name, step][r["seed"]] |= {r["crop_size"]: 100 * r["mDS"],
+                                             "horizon": r["pretraining"].get("horizon") or 0}
     for (name, step), seeds in found.items():
         for seed, values in seeds.items():
             log = out / f"{name}{processes.seed_suffix(seed)}" / "log.jsonl"
@@ -223,18 +230,26 @@ def shown(value: tuple[float, float | None] | None, digits: int) -> str:
     return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
 
 
+def doubts(step: int, seeds: dict[int, dict]) -> list[str]:
+    """What makes measurements after a step doubtful, in the words of `report.remarks_on`."""
+    untrained = sum(v.get("held_out_gap", 1) < metrics.LEAST_GAP for v in seeds.values())
+    marks = [f"{untrained} of {len(seeds)} seeds " * (untrained < len(seeds)) + "did not train"] * bool(untrained)
+    horizon = max(v["horizon"] for v in seeds.values())
+    return marks + [f"unfinished: step {step} of {horizon}"] * (step < horizon)
+
+
 def tables(found: dict) -> str:
-    """Markdown: each row at the last step that was measured, then Dice over the steps; mean ± sd over the seeds."""
+    """Markdown: each method at the last step that was measured, then Dice over the steps; mean ± sd over the seeds."""
     names = [n for n in (*LEVELS, *ROWS) if any(name == n for name, _ in found)]
-    head = ["row", "seeds", "steps", *LOOKS.values(), *(f"Dice at {side} px" for side in SIDES)]
+    head = ["method", "seeds", "steps", *LOOKS.values(), *(f"Dice at {side} px" for side in SIDES)]
     lines = [head, ["---"] * len(head)]
     for name in names:
         step = max(step for n, step in found if n == name)
         seeds = found[name, step]
         looks = {key: over_seeds(seeds, key) for key in LOOKS}
-        gap = looks["held_out_gap"]
-        untrained = " (**did not train**)" * (gap is not None and gap[0] < metrics.LEAST_GAP)
-        lines.append([name + untrained, str(len(seeds)), f"{step:,}" if step else "-",
+        marks = "; ".join(f"**{mark}**" for mark in doubts(step, seeds))
+        lines.append([NAMES.get(name, name) + f" ({marks})" * bool(marks), str(len(seeds)),
+                      f"{step:,}" if step else "-",
                       *(shown(value, 1 if key == "effective_rank" else 2) for key, value in looks.items()),
                       *(shown(over_seeds(seeds, side), 1) for side in SIDES)])
     on_the_way = {n: sorted(step for name, step in found if name == n) for n in names if n in ROWS}
@@ -243,15 +258,16 @@ def tables(found: dict) -> str:
     lines += [[], [f"steps: Dice at {sides} px", *[""] * most], ["---"] * (1 + most)]
     for name, steps in on_the_way.items():
         cells = [f"{s:,}: " + " / ".join(shown(over_seeds(found[name, s], side), 1) for side in SIDES) for s in steps]
-        lines.append([name, *cells, *[""] * (most - len(cells))])
+        lines.append([NAMES.get(name, name), *cells, *[""] * (most - len(cells))])
     return "\n".join(f"| {' | '.join(cells)} |" if cells else "" for cells in lines)
 
 
 def write(out: Path, found: dict) -> list[Path]:
-    """study.md, study.csv (a line for each row, step and seed) and study.png of `out`; returns those written."""
+    """study.md, study.csv (a line for each run, step and seed) and study.png of `out`; returns those written."""
     keys = (*LOOKS, *SIDES)
-    lines = [["row", "step", "seed", *LOOKS, *(f"dice_{side}px" for side in SIDES)]]
-    lines += [[name, step, seed, *(f"{values[k]:.4f}" if k in values else "" for k in keys)]
+    lines = [["row", "step", "seed", *LOOKS, *(f"dice_{side}px" for side in SIDES), "remarks"]]
+    lines += [[name, step, seed, *(f"{values[k]:.4f}" if k in values else "" for k in keys),
+               "; ".join(doubts(step, {seed: values}))]
               for (name, step), seeds in sorted(found.items()) for seed, values in sorted(seeds.items())]
     report.write_csv(out / "study.csv", lines)
     runs.write_text(out / "study.md", f"{tables(found)}\n\n{processes.hardware()}; commit {processes.commit()}\n")
@@ -260,10 +276,12 @@ def write(out: Path, found: dict) -> list[Path]:
         points = [(name, step, *value) for (name, step), seeds in sorted(found.items())
                   if (value := over_seeds(seeds, side))]
         levels = {name: value for kept in LEVELS for name, _, *value in points if name == kept}
-        curves = {row: [point for name, *point in points if name == row] for row in ROWS}
-        panels[f"slices of {side} px"] = levels, {row: curve for row, curve in curves.items() if curve}
+        curves = {kept: [point for name, *point in points if name == kept] for kept in ROWS}
+        panels[f"slices of {side} px"] = levels, {name: curve for name, curve in curves.items() if curve}
+    last = {name: (step, seeds) for (name, step), seeds in sorted(found.items())}
+    labels = {name: "\n".join([NAMES.get(name, name), *doubts(*last[name])]) for name in last}
     written = [out / "study.md", out / "study.csv"]
-    return written + [out / "study.png"] * figures.attempt(figures.over_steps, out / "study.png", panels)
+    return written + [out / "study.png"] * figures.attempt(figures.over_steps, out / "study.png", panels, labels)
 
 
 @processes.command
@@ -276,11 +294,12 @@ def main(argv: list[str] | None = None) -> None:
                         "unlabelled patients, written into --out")
     parser.add_argument("--out", type=Path, default=Path("study"))
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), help="default: all")
+    parser.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), help="methods (default: all)")
     parser.add_argument("--steps", type=whole(1), nargs=2, default=[220, 1540], metavar=("START", "ROWS"),
-                        help="of pre-training, rounded up to whole epochs (default 220 1540)")
-    parser.add_argument("--jobs", type=whole(1), default=1, help="rows and seeds beside each other (%(default)s)")
-    parser.add_argument("--table", action="store_true", help="run nothing; the tables of what is there")
+                        help="pre-training steps of the initial checkpoint and of each method, rounded up to whole "
+                        "epochs (default 220 1540)")
+    parser.add_argument("--jobs", type=whole(1), default=1, help="methods and seeds at a time (%(default)s)")
+    parser.add_argument("--table", action="store_true", help="run nothing; print the tables of what is there")
     args = parser.parse_args(argv)
     if not args.table:
         run(args)
