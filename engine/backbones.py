@@ -32,10 +32,14 @@ NUMBERED = dict(zip("014567", CHILDREN, strict=True))  # as nn.Sequential(*resne
 
 
 def architecture(arch: str) -> nn.Module:
-    """A torchvision ResNet by name, randomly initialised. Raises BadInput for an unknown name."""
+    """A torchvision ResNet by name, randomly initialised. Raises BadInput for an unknown name.
+
+    A bottleneck's last BN starts at zero (Goyal et al. 2017, section 5.1). With torchvision's default of one, features
+    of a random ResNet-50 hardly differ from slice to slice, and MoCo v2 does not start from them (docs/training.md).
+    """
     if arch not in ARCHITECTURES:
         raise BadInput(f"--arch {arch}: no such ResNet in torchvision; try resnet50 or resnet18")
-    return torchvision.models.get_model(arch, weights=None)
+    return torchvision.models.get_model(arch, weights=None, zero_init_residual=arch not in ("resnet18", "resnet34"))
 
 
 def resolve(name: str, out: Path, phantom: bool) -> str:

@@ -98,6 +98,34 @@ ACCEPTED = {
 }
 
 
+@pytest.mark.parametrize("arch, zero", [("resnet18", False), ("resnet34", False), ("resnet50", True),
+                                        ("wide_resnet50_2", True), ("resnext50_32x4d", True)])
+def test_random_weights_are_torchvisions_own(arch, zero):
+    """A bottleneck's last BN starts at zero, a basic block's at one."""
+    torch.manual_seed(5)
+    expected = torchvision.models.get_model(arch, weights=None, zero_init_residual=zero).state_dict()
+    torch.manual_seed(5)
+    found = backbones.build_backbone("random", arch).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(v, expected[k]) for k, v in found.items())
+    last = [v for k, v in found.items() if k.endswith("bn3.weight" if zero else "bn2.weight")]
+    assert last and all((v == (0 if zero else 1)).all() for v in last)
+
+
+def test_random_bottlenecks_tell_images_apart():
+    """Features of two images are less alike where the residual branches begin at zero."""
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, 1, 1) * torch.rand(8, 3, 64, 64)
+
+    def alike(net):
+        with torch.no_grad():
+            x = torch.nn.functional.normalize(trunk(net).train()(images).mean((2, 3)), dim=1)
+        return (x @ x.T)[~torch.eye(8, dtype=torch.bool)].mean()
+
+    torch.manual_seed(1)
+    theirs = torchvision.models.resnet50(weights=None)
+    assert alike(backbones.architecture("resnet50")) < alike(theirs)
+
+
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_files_of_anyone_give_torchvisions_features(tmp_path, capsys, kind):
     content, stripped, left = ACCEPTED[kind]
