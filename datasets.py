@@ -50,7 +50,8 @@ def open_labelled(args, data: Path) -> tuple["Store", processes.Processes, list[
     drawn = processes.on_main(ranks.is_main, lambda: tasks.draw_splits(
         store.task, [v["id"] for v in store.volumes], args.val, args.val_cases, args.patient_regex))
     drawn += coverage.remarks(store.volumes, store.task, getattr(args, "split", None), getattr(args, "draws", ()))
-    return store, ranks, audit.remarks(store.volumes, store.skipped, store.task) + drawn
+    see = audit.command_line(data, "segment", args.labels, args.organs)
+    return store, ranks, audit.remarks(store.volumes, store.skipped, store.task, see) + drawn
 
 
 def room_for(files: int) -> int:

@@ -382,7 +382,8 @@ def main(argv: list[str] | None = None) -> None:
                                                tuple(args.window), workers=args.workers)
     ranks = processes.start(args.deterministic)
     if ranks.is_main:
-        for line in audit.remarks(store.volumes, store.skipped):
+        see = audit.command_line(data, "pretrain", images=args.images)
+        for line in audit.remarks(store.volumes, store.skipped, see=see):
             print(line)
     if own_start:
         begin(args, store, data, ranks, labelled, given)

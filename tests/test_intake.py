@@ -447,7 +447,7 @@ def test_commands_tell_what_is_odd_before_they_start(bright, monkeypatch, capsys
     with pytest.raises(SystemExit):
         main([str(a) for a in more])
     out, err = capsys.readouterr()
-    assert "warnings: 1 (python datasets.py audit --data " in out and "it would start here" in err
+    assert f"warnings: 1 (python datasets.py audit --data {more[1]} lists them)" in out and "it would start here" in err
     volumes, name = (6, "Case_00003") if command == "train_ssl" else (30, "0001")
     assert f"intensities: in 1 of {volumes} volumes nothing lies under -200 HU ({name}: 0 to 255)" in out
     assert ("no volume has: gallbladder, esophagus;" in out) == (command != "train_ssl")
