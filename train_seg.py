@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import datasets
 from ct import intake, prepare
-from ct.command import number, whole
+from ct.command import counted, number, whole
 from ct.volumes import BadInput
 from engine import backbones, evaluate, leaks, origin, predict, processes, report, runs
 from engine.recipes import PHANTOM_RECIPES, SEGMENTATION, SEGMENTATION_PHANTOM
@@ -336,14 +336,14 @@ def introduce(args: argparse.Namespace, titles: list[str], store: datasets.Store
     iterations = dict.fromkeys(f"{r.iterations:,}" for r in recipes)
     crops = "crops" if args.flip else "unmirrored crops"
     shown = dict.fromkeys("whole slices" if r.whole_slices else crops for r in recipes)
-    number = processes.counted(len(titles) * len(args.protocols) * len(args.draws), "run")
-    subsets = f"{processes.counted(len(args.draws), 'random subset')} of " * (args.split != "100")
-    print(f"{number}: {', '.join(titles)} x {', '.join(args.protocols)} x {subsets}{args.split} % of the training "
+    planned = counted(len(titles) * len(args.protocols) * len(args.draws), "run")
+    subsets = f"{counted(len(args.draws), 'random subset')} of " * (args.split != "100")
+    print(f"{planned}: {', '.join(titles)} x {', '.join(args.protocols)} x {subsets}{args.split} % of the training "
           f"volumes, {'/'.join(iterations)} iterations of {args.batch_size} {'/'.join(shown)} of {args.crop_size} px "
           f"each, in {args.out / 'seg'}; {processes.hardware()}")
     classes, crops = len(store.task.organs), args.batch_size // ranks.world_size
     needed = max(loss_bytes(p, crops, classes, args.crop_size) for p in args.protocols)
-    print(f"{processes.counted(classes - 1, 'class', 'classes')} and background: logits and loss take "
+    print(f"{counted(classes - 1, 'class')} and background: logits and loss take "
           f"{needed / 1e6:,.0f} MB of the device's memory")
 
 
@@ -384,9 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     measured = {measure(args, name, protocol, draw, store, ranks)
                 for name in names for draw in args.draws for protocol in args.protocols}
     if ranks.is_main:
-        here = {"data": store.name, "slices": len(store)}
-        print(report.markdown(report.of_command(report.cells_of(args.out), args.split, measured, here)))
-        print(f"all results: python train_seg.py --report --out {args.out}")
+        report.conclude(args.out, args.split, measured, {"data": store.name, "slices": len(store)})
 
 
 if __name__ == "__main__":

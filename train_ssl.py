@@ -305,7 +305,8 @@ def pretrain(args: argparse.Namespace, start: backbones.Backbone, moco: MoCo, st
         log = runs.read_log(run.folder / "log.jsonl")
         for line in probe.summary(log):
             print(line)
-        figures.attempt(figures.curves, run.folder / "curves.png", log, math.log(1 + args.queue))
+        figures.attempt(figures.curves, run.folder / "curves.png", log, math.log(1 + args.queue),
+                        math.log(args.patches))
 
 
 def batches_of(args: argparse.Namespace, store: datasets.Store, ranks: processes.Processes) -> datasets.Batches:

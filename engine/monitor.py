@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 import augment
 import metrics
+from ct.command import counted
 from engine import origin, passes, processes, recipes, runs
 from views import resize
 
@@ -74,12 +75,12 @@ class CollapseMonitor:
 
     def warning(self, found: dict[str, float], step: int) -> str:
         """What a look found means where it is bad, else ''. Nothing is said before the queue was full for an epoch; but
-        that the model does not tell slices apart is said from `judged_from` on at the latest.
+        that the model does not tell slices apart is said from `judged_from` on at the latest, and before EARLIEST never.
         """
         args, width = self.trainer.args, self.trainer.moco.encoder_q.projector[0].in_features
         settled = self.trainer.batches.steps_per_epoch + args.queue // args.batch_size
         if found["held_out_gap"] < metrics.LEAST_GAP:
-            if step < min(settled, judged_from(self.trainer)):
+            if step < max(EARLIEST, min(settled, judged_from(self.trainer))):
                 return ""
             mends = ["an initial checkpoint that is not random (--init)"] * (args.init == "random")
             mends += ["a shorter --queue"] * (args.queue > args.batch_size) + ["a lower --lr"]
@@ -197,10 +198,10 @@ def introduce(trainer, start, store, ranks: processes.Processes, first: int, las
     thinned = f"{trained + len(trainer.batches.held_out):,} (one in {args.every}) of " * (args.every > 1)
     print(f"{args.name}: {args.arch} from {start.source} on {thinned}{len(store):,} slices of {len(store.volumes):,} "
           f"volumes ({store.folder}), {processes.hardware()}")
-    groups = processes.counted(args.batch_size // args.bn_group, "micro-batch", "micro-batches")
-    alike = processes.counted(ranks.world_size, "process", "processes")
-    soon = processes.counted(min(LOG_INTERVAL, trainer.batches.steps_per_epoch), "step")
-    print(f"{processes.counted(last, 'step')} of {args.batch_size} slices = {groups} of {args.bn_group}, "
+    groups = counted(args.batch_size // args.bn_group, "micro-batch")
+    alike = counted(ranks.world_size, "process")
+    soon = counted(min(LOG_INTERVAL, trainer.batches.steps_per_epoch), "step")
+    print(f"{counted(last, 'step')} of {args.batch_size} slices = {groups} of {args.bn_group}, "
           f"{trainer.moco.groups_per_pass} in one pass, on {alike}, precision {trainer.amp}, {args.image_size} px; "
           f"about {megabytes:,.0f} MB on disk in {args.out / args.name}; the time needed is printed after {soon}"
           + ", the first of which compiles for a minute or two" * args.compile)

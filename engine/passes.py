@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ct.command import counted
 from ct.volumes import BadInput
 from engine import processes
 from local_loss import CELLS
@@ -26,7 +27,7 @@ CPU_SIDE = 96  # pixels of a view's side: up to here one pass over all groups wa
 def check_groups(args: argparse.Namespace, world_size: int) -> None:
     """Raise BadInput where the batch does not divide into groups on `world_size` processes; warn of a single group."""
     if args.batch_size % (world_size * args.bn_group):
-        every = processes.counted(world_size, "process", "processes")
+        every = counted(world_size, "process")
         raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {every} x --bn-group {args.bn_group} = "
                        f"{world_size * args.bn_group}")
     if args.batch_size == args.bn_group:

@@ -370,11 +370,6 @@ def announce(text: str, file=None) -> None:
     print("=" * 100, text, "=" * 100, sep="\n", file=file)
 
 
-def counted(number: int, one: str, several: str = "") -> str:
-    """A number with its noun: `1 run`, `1,540 steps`."""
-    return f"{number:,} {one if number == 1 else several or one + 's'}"
-
-
 def duration(seconds: float) -> str:
     """Seconds in the unit that suits them."""
     hours, minutes = divmod(round(seconds / 60), 60)

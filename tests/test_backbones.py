@@ -250,7 +250,8 @@ def test_a_file_has_its_row_in_both_tables_of_a_phantom(small_phantom, tmp_path,
     train_seg.main([*seg, "--row", "my method"])
     out = capsys.readouterr().out
     assert "1 run: my method x" in out and "theirs.pth: all 120 weights of resnet18 matched under" in out
-    assert re.search(r"^\| 25 % \| my method \(a file, which does not tell the HU window [^|]*\) \|", out, re.M)
+    table = (tmp_path / "runs/report.md").read_text()
+    assert re.search(r"^\| 25 % \| my method \(a file, which does not tell the HU window [^|]*\) \|", table, re.M)
     result = json.loads((tmp_path / "runs/seg/my method-linear-frozen-25-0/result.json").read_text())
     assert result["backbone"] == "my method" and result["pretraining"]["step"] is None
     # other weights under that name are another run
@@ -259,7 +260,7 @@ def test_a_file_has_its_row_in_both_tables_of_a_phantom(small_phantom, tmp_path,
         train_seg.main([*seg, "--row", "my method"])
     assert "pretraining.checksum: " in capsys.readouterr().err
     train_seg.main(seg)
-    assert "| theirs (a file, which does not tell" in capsys.readouterr().out
+    assert "| theirs (a file, which does not tell" in (tmp_path / "runs/report.md").read_text()
     svd_spectrum.main([*common, "--image-size", "64", "--backbone", str(tmp_path / "theirs.pth"), "random"])
     lines = (tmp_path / "runs/spectrum.csv").read_text().splitlines()[1:]
     assert [line.split(",")[0] for line in lines] == ["random", "theirs"]

@@ -559,7 +559,8 @@ def test_the_costs_are_those_of_what_a_step_computes_and_moves():
     rows = dict(re.findall(r"^\| (?:iteration, )?(step|[\w-]+)[^|]* (\|(?: [\d.]+ \|){2}.*)$", DOCS["docs/training.md"],
                            re.M))
     # seconds on one H200, records/h200.md: our step, and the plain network's forward and backward
-    step, plain, hours = 0.090 * 4.8 / 3.35, 0.052 * 4.8 / 3.35, {"step": 168_000 / 3600} | dict.fromkeys(PROTOCOLS, 40_000 / 3600)
+    step, plain = 0.090 * 4.8 / 3.35, 0.052 * 4.8 / 3.35
+    hours = {"step": 168_000 / 3600} | dict.fromkeys(PROTOCOLS, 40_000 / 3600)
     work = {name: Work() for name in hours}
     with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16):
         net, views = torchvision.models.resnet50(), torch.empty(256, 3, 224, 224)

@@ -286,7 +286,8 @@ def test_a_file_of_weights_has_the_window_of_the_run_beside_it(world, ends):
         code, lines, out = ends("seg", world.argv("seg", "--backbone", path, "--row", row))
         assert code == 0 and not lines and (f"WARNING: {path}: pre-trained with --window -1024 3071" in out) is known
         assert (f"note: {path}: a file, which does not tell the HU window and normalisation" in out) is not known
-        marked = next(line for line in out.splitlines() if line.startswith(f"| 25 % | {row}"))
+        table = (world.out / "report.md").read_text()
+        marked = next(line for line in table.splitlines() if line.startswith(f"| 25 % | {row}"))
         assert ("**pre-trained at HU -1024 to 3071, measured at" in marked) is known
         assert ("does not tell the HU window" in marked) is not known
         code, _, out = ends("svd", world.argv("svd", path))

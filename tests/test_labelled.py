@@ -98,7 +98,7 @@ def two_organs(msd, tmp_path_factory):
 def test_ids_are_those_of_the_files_again_in_predictions(two_organs, tmp_path, capsys):
     more = ("--split", "100", "--protocol", "linear-frozen", "--labels", two_organs / "names.txt")
     train_seg.main(flags(two_organs, tmp_path, *more, "--save-predictions"))
-    assert "Mean Dice over 2 classes" in capsys.readouterr().out
+    assert "Mean Dice over 2 classes" in (tmp_path / "report.md").read_text()
     run = tmp_path / "seg" / "random-linear-frozen-100-0-own"
     assert len(json.loads((run / "result.json").read_text())["organs"]) == 2
     assert {tuple(line.split(",")[1:3]) for line in (run / "dice.csv").read_text().splitlines()[1:]} == {

@@ -62,7 +62,7 @@ def test_pretrained_on_the_validation_cases(small_phantom, labelled, tmp_path, c
                            "--crop-size", 64, "--batch-size", 2, "--no-whole-slices"))
     told = capsys.readouterr().out
     assert "first: its pre-training saw 6 of the 6 validation volumes: 0035 is Case_" in told[: told.index("mDS")]
-    assert "**its pre-training saw 6 of 6 validation volumes**" in told  # in the table
+    assert "(its pre-training saw 6 of 6 validation volumes" in told  # beside the result
     result = json.loads((tmp_path / "seg/first-linear-frozen-12.5-0/result.json").read_text())
     assert result["leaks"] == leaks.find(labelled, result["cases"], "first", tmp_path)
     assert leaks.marks(result) == ["**its pre-training saw 6 of 6 validation volumes**"]
@@ -133,7 +133,7 @@ def test_one_ct_under_two_ids_on_both_sides_of_the_split(tmp_path, capsys):
     told, depth = capsys.readouterr().out, min(nib.load(twin[0]).shape)
     line = f"1 of the 2 validation volumes are among those to train on, under another id: 0041 is 0002, {depth} of"
     assert line in told[: told.index("mDS")]
-    assert "**its head was trained on 1 of 2 validation volumes**" in told
+    assert "Random weights (its head was trained on 1 of 2 validation volumes): linear-frozen" in told
     result = json.loads((tmp_path / "seg/random-linear-frozen-100-0-task60/result.json").read_text())
     assert result["leaks"] == {"validation": 2, "pretraining": {},
                                "training": {"0041": f"0002, {depth} of {depth} slices"}}

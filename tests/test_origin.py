@@ -71,7 +71,7 @@ def test_every_setting_of_a_run_is_one_that_the_tables_know(small_phantom, tmp_p
         "--data", small_phantom / "BTCV", "--store", small_phantom.parent / "seg", "--out", tmp_path, "--amp", "off",
         "--crop-size", 64, "--batch-size", 2, "--split", 25, "--draw", 0, "--protocol", "linear-frozen",
         "--iterations", 1, "--backbone", "moco-local")])
-    out = capsys.readouterr().out
+    out = (tmp_path / "report.md").read_text()
     [told] = runs.read_log(tmp_path / "results.jsonl")
     assert told["pretraining"]["config"] == config
     assert "| MoCo v2 + local (**unfinished: step 1 of " in out and not re.search("^The paper's rows", out, re.M)

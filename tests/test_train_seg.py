@@ -478,10 +478,10 @@ def test_after_a_command_its_own_rows_are_shown(flags, tmp_path, capsys):
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "x.pth")
     run("--split", "12.5", "--draw", 0)
     run("--split", "25", "--draw", 0, "--backbone", tmp_path / "x.pth", "--row", "theirs")
-    out = run("--split", "25", "--draw", 1)
-    assert re.findall(r"^\| ([\d.]+ %) \| ([^|(]*) .*\(n = (\d)\) \|$", out, re.M) == [("25 %", "Random weights", "1")]
-    out = run("--split", "25", "--draw", 0)
-    assert re.findall(r"^\| ([\d.]+ %) \| ([^|(]*) .*\(n = (\d)\) \|$", out, re.M) == [("25 %", "Random weights", "2")]
+    for draw, number in ((1, "1"), (0, "2")):
+        out = run("--split", "25", "--draw", draw)
+        assert re.findall(r"^  ([^:]*): linear-frozen [\d.].*\(n = (\d)\)$", out, re.M) == [("Random weights", number)]
+        assert "25 % of the training volumes:" in out and not re.search(r"^\|", out, re.M)
     assert f"train_seg.py --report --out {tmp_path}" in out
     train_seg.main(["--report", "--out", str(tmp_path)])
     assert len(re.findall(r"^\| [\d.]+ % \|", capsys.readouterr().out, re.M)) == 3
