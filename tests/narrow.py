@@ -37,12 +37,12 @@ class Narrow(ResNet):
         return super()._make_layer(block, planes // SHARE, *rest, **kw)
 
 
-def narrow_basic(weights=None) -> Narrow:
+def narrow_basic(weights=None, **_) -> Narrow:
     """As ResNet-18, with one block a stage."""
     return Narrow(BasicBlock)
 
 
-def narrow_bottleneck(weights=None) -> Narrow:
+def narrow_bottleneck(weights=None, **_) -> Narrow:
     """As ResNet-50, with one block a stage."""
     return Narrow(Bottleneck)
 
