@@ -195,15 +195,50 @@ class Found(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_number_among_the_flags_has_bounds(shared, ends, monkeypatch, name):
+@pytest.fixture
+def flags_of(monkeypatch):
+    """flags_of(command, argv) -> argparse's actions, one for each of its flags and arguments."""
+
     def stop(self, argv=None):
         raise Found(self)
 
-    with monkeypatch.context() as patch, pytest.raises(Found) as found:
-        patch.setattr(command.Parser, "parse_args", stop)
-        COMMANDS[name](shared.argv(name))
-    for action in found.value.args[0]._actions:
+    def run(name: str, argv: list) -> list:
+        with monkeypatch.context() as patch, pytest.raises(Found) as found:
+            patch.setattr(command.Parser, "parse_args", stop)
+            COMMANDS[name](argv)
+        return found.value.args[0]._actions
+
+    return run
+
+
+# Every flag is a promise to those who have it in their scripts, and one more thing to read in --help.
+OF_ALL = "--amp --data --deterministic --out --seed --store --window --workers"
+OF_TASKS = "--labels --organs --patient-regex --val --val-cases"
+OF_TRAINING = "--arch --batch-size --checkpoint-minutes --compile --images --lr --overwrite"
+EVERY_FLAG = {
+    "ssl": f"{OF_ALL} {OF_TRAINING} --bn-group --ema --epochs --every --geometric --groups-per-pass --image-size --init "
+           "--lambda-local --local --name --no-compile --no-geometric --patches --probe --queue --recipe --size --steps "
+           "--temperature --temperature-local --weight-decay --zca --zca-group --zca-iterations",
+    "seg": f"{OF_ALL} {OF_TASKS} {OF_TRAINING} --backbone --crop-size --draw --eval-every --iterations --no-flip "
+           "--no-whole-slices --predict --predict-out --protocol --report --row --run --save-predictions --split "
+           "--whitening --whole-slices",
+    "svd": f"{OF_ALL} {OF_TASKS} --arch --backbone --image-size --positions",
+    "prepare": f"{OF_TASKS} --data --images --kind --size --skip-bad --store --verify --window --workers",
+    "phantom": "--labelled --layout --out --seed --unlabelled", "bench": "--json --peers --quick",
+    "study": "--jobs --out --phantom --rows --seeds --seg --ssl --steps --table"}
+EVERY_FLAG["audit"] = EVERY_FLAG["prepare"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_flags_are_these(shared, flags_of, name):
+    """A new flag is a decision: whoever wants one writes it down here, too."""
+    found = [option for action in flags_of(name, shared.argv(name)) for option in action.option_strings]
+    assert sorted(found) == sorted([*EVERY_FLAG[name].split(), "--help", "-h"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_number_among_the_flags_has_bounds(shared, ends, flags_of, name):
+    for action in flags_of(name, shared.argv(name)):
         assert action.type in (None, Path) or action.type.__module__ == "ct.command", action.option_strings
         if action.type not in (None, Path, command.folder, command.listed):  # the others are numbers
             for value in ("nan", "x", "", "1e400"):
