@@ -1,6 +1,7 @@
 """What older commits gave, of which golden/make.py kept the numbers: today's code gives the same."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -62,7 +63,12 @@ def test_a_run_of_an_older_version_is_continued(tmp_path, capsys):
         for key in ("loss", "loss_global", "loss_local", "similarity_positive", "similarity_negative", "lr"):
             assert found[key] == pytest.approx(told[key], abs=1e-5), key
         assert found["grad_norm"] == pytest.approx(told["grad_norm"], abs=1e-4)
-    weights = narrow.projections(runs.load(folder / "checkpoint.pt")["model"])
+    saved = runs.load(folder / "checkpoint.pt")
+    # mmselfsup's SGD by value; a line of the log has the learning rate that its step was made with: the 6th of 9
+    (group,) = saved["optimizer"]["param_groups"]
+    assert (group["momentum"], group["weight_decay"], group["dampening"], group["nesterov"]) == (0.9, 1e-4, 0, False)
+    assert group["lr"] == log[-1]["lr"] == pytest.approx(0.001 * (1 + math.cos(math.pi * 5 / 9)))
+    weights = narrow.projections(saved["model"])
     assert weights.keys() == expected["weights"].keys()
     for name, numbers in weights.items():
         assert numbers == pytest.approx(expected["weights"][name], abs=1e-5), name
