@@ -90,6 +90,27 @@ def no_pictures(request, monkeypatch):
         monkeypatch.setattr(figures, "attempt", lambda *_: False)
 
 
+@pytest.fixture(scope="module")
+def small_networks():
+    """--arch takes the networks of narrow.py: a step takes a tenth of a ResNet-18's, a checkpoint a hundredth."""
+    import narrow
+
+    with pytest.MonkeyPatch.context() as patch:
+        narrow.register(patch)
+        yield
+
+
+@pytest.fixture
+def memory_of_nan():
+    """What is allocated and not filled holds NaN, of whole numbers their greatest: torch's own doing, on request."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(2).isnan().all() and torch.empty(2, dtype=torch.int64).min() > 2**62
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def refusal(capsys):
     """refusal(main, argv) -> the one line on stderr with which main(argv) ends; its exit code is not zero."""

@@ -11,6 +11,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import augment
 import datasets
+import segment
 import train_ssl
 from engine import backbones, processes
 
@@ -113,6 +114,33 @@ def ct_flags(folder) -> list[str]:
     flags = ("--init random --arch resnet_basic --local --zca --zca-group 4 --geometric --image-size 64 --size 96 "
              "--batch-size 8 --bn-group 4 --queue 32 --epochs 3 --lr 0.002 --ema 0.9 --amp off --workers 1")
     return [*flags.split(), "--data", str(data), "--store", str(folder / "store")]
+
+
+def labelled_flags(folder) -> list[str]:
+    """Write five small labelled CT volumes, of whole numbers as those of `ct_flags`; flags of a segmentation of them.
+
+    Two organs are to be found: blots of more than 150 HU, and of less than -250.
+    """
+    rng, data = np.random.default_rng(1), folder / "labelled"
+    if not data.exists():
+        for part in ("images", "labels"):
+            (data / part).mkdir(parents=True)
+        (folder / "names.txt").write_text("1 bright\n2 dark\n")
+        for name in "abcde":
+            blots = rng.integers(-400, 300, (4, 4, 8)).repeat(16, 0).repeat(16, 1)
+            hu = (blots + rng.integers(-50, 50, blots.shape)).astype(np.int16)  # (64, 64, 8)
+            organs = np.where(blots > 150, 1, np.where(blots < -250, 2, 0)).astype(np.uint8)
+            for part, voxels in (("images", hu), ("labels", organs)):
+                nib.save(nib.Nifti1Image(voxels, np.diag([-1.5, -1.5, 5.0, 1.0])), data / part / f"{name}.nii.gz")
+    flags = ("--backbone random --arch resnet_basic --split 100 --protocol linear-finetune --crop-size 48 "
+             "--batch-size 4 --iterations 24 --eval-every 12 --lr 0.2 --amp off --workers 1")
+    return [*flags.split(), "--data", str(data), "--labels", str(folder / "names.txt"), "--store",
+            str(folder / "segment")]
+
+
+def without_dropout(monkeypatch) -> None:
+    """Let the heads drop nothing: what is drawn for that, not every build of torch draws alike."""
+    monkeypatch.setattr(segment, "DROPOUT", 0.0)
 
 
 def projections(state: dict) -> dict[str, list[float]]:

@@ -34,7 +34,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import mutations  # noqa: E402
+import narrow  # noqa: E402
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import ct.files  # noqa: E402
@@ -84,8 +86,8 @@ def await_that(happened: Callable[[], bool], running: Callable[[], bool], told: 
 class Bench:
     """A folder with the phantom, its stores and the runs; how to start a script and what it leaves."""
 
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.rng = folder, np.random.default_rng(seed)
+    def __init__(self, folder: Path, seed: int, arch: str = "resnet18"):
+        self.folder, self.rng, self.arch = folder, np.random.default_rng(seed), arch
         self.data = folder / "phantom"
         phantom.write(self.data, unlabelled=6, shape=(4, 64, 64))
         self.references: dict[tuple, tuple] = {}
@@ -109,7 +111,8 @@ class Bench:
             flags = ("--data", self.data / "BTCV", "--store", self.folder / "seg", "--crop-size", 32, "--batch-size", 2,
                      "--split", 25, "--draw", 1, "--protocol", "linear-finetune", "--backbone", "random",
                      "--iterations", steps)
-        both = ("--out", out, "--amp", amp, "--checkpoint-minutes", 0)  # what both scripts are given
+        # what both scripts are given
+        both = ("--out", out, "--amp", amp, "--checkpoint-minutes", 0, "--arch", self.arch)
         return [str(a) for a in (*flags, *both)]
 
     def run_folder(self, script: str, out: Path) -> Path:
@@ -522,8 +525,9 @@ def ranks(bench: Bench, changes: tuple = ((2, 1), (1, 2))) -> list[str]:
 # After the first checkpoint it waits for its killer: until that takes the file away, or a signal comes.
 HELD = """
 import os, sys, time
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import train_ssl
+{register}
 from engine.processes import StopRequest
 step, note, noted = train_ssl.Trainer.step, StopRequest._note, []
 def held(self, t, slices):
@@ -538,6 +542,9 @@ train_ssl.main()
 """
 
 
+REGISTER = "import narrow, pytest; narrow.register(pytest.MonkeyPatch())"
+
+
 class Launched:
     """train_ssl under torchrun: one launcher for each of `outs`, with its flags. held: see HELD."""
 
@@ -547,7 +554,8 @@ class Launched:
         script = bench.folder / "train_ssl.py" if held else ROOT / "train_ssl.py"
         if held:
             self.hold.touch()
-            script.write_text(HELD.format(root=str(ROOT), hold=str(self.hold)))
+            register = REGISTER if bench.arch in narrow.NETWORKS else ""
+            script.write_text(HELD.format(root=str(ROOT), hold=str(self.hold), register=register))
         for out, own in zip(outs, flags, strict=True):
             out.mkdir(parents=True, exist_ok=True)
             with open(out / "output.txt", "ab") as f:
@@ -742,7 +750,8 @@ def main() -> None:
              "soak": lambda b: soaking()}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--short", action="store_true", help="the suite's form: one script, one worker")
+    parser.add_argument("--short", action="store_true", help="the suite's form: one script, one worker, a network "
+                        "whose checkpoints are a hundredth of a ResNet-18's")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=30, help="of the soak")
@@ -750,9 +759,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.short:
         figures.attempt = lambda *_: False  # pictures are two seconds of each of some 40 runs
+        narrow.register(pytest.MonkeyPatch())
     rows, failures, begin = [], [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), args.seed)
+        bench = Bench(Path(folder), args.seed, "resnet_basic" if args.short else "resnet18")
         if "soak" in args.only:  # half an hour of one core, beside the other parts
             soaking = beside(lambda: soak(bench, args.minutes))
         for name in args.only:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 
+import narrow
 import numpy as np
 import pytest
 import torch
@@ -26,11 +27,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:
 
 @pytest.fixture
 def small(monkeypatch) -> bench.Setting:
-    """A setting whose steps take milliseconds, with slices of 64 pixels."""
+    """A setting whose steps take milliseconds, with slices of 64 pixels and a network of one block a stage."""
+    narrow.register(monkeypatch)
     for module in (bench, stores):
         monkeypatch.setattr(module, "SIDE", 64)
     s = bench.Setting(True, peers=True)
-    s.size, s.batch, s.group, s.queue, s.repeats, s.steps, s.stored = 32, 4, 2, 8, 1, 1, 160
+    s.arch, s.size, s.batch, s.group, s.queue = "resnet_bottleneck", 32, 4, 2, 8
+    s.repeats, s.steps, s.stored = 1, 1, 160
     return s
 
 
@@ -105,6 +108,7 @@ def test_store_to_step_on_the_gpu(on_gpu, small, monkeypatch, tmp_path):
 
     monkeypatch.setattr(peers, "pil_loader", loader)
     monkeypatch.setattr(datasets, "on_device", lambda batches, device: batches)  # streams ask for a real GPU
+    monkeypatch.setattr(bench, "medians", lambda repeats, **work: measure.medians(1, **work))
     found, seen = on_gpu(bench.end_to_end, tmp_path, bench.END_TO_END[:2])  # compiling asks for a real GPU
     assert len(found) == 5 and all(row["figure"] > 0 for row in found) and set(seen) == {"cuda"}
     assert given == [(160, 4, 1, True)]

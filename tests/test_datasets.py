@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 import datasets
 from ct import audit, intake, pool, prepare, reading, stores, tasks
@@ -197,8 +199,10 @@ def test_a_volume_whose_arrays_are_being_replaced_is_not_there(abdomen, tmp_path
 
 
 def start(data, store):
-    return subprocess.Popen([sys.executable, datasets.__file__, "prepare", "--data", data, "--store", store],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """The command as another process, by the file that has it: that of datasets.py would import torch for nothing."""
+    return subprocess.Popen([sys.executable, "-m", "ct.prepare", "prepare", "--data", data, "--store", store],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            cwd=Path(datasets.__file__).parent)
 
 
 def test_two_processes_preparing_one_store_do_not_harm_each_other(abdomen, tmp_path):
@@ -602,6 +606,44 @@ def test_bad_folders_are_refused_in_one_line(btcv, tmp_path, what, match):
     with pytest.raises(BadInput, match=match) as caught:
         datasets.prepare(data, tmp_path / "s", kind, window)
     assert "\n" not in str(caught.value)
+
+
+def test_crops_are_drawn_as_mmsegmentation_draws_them():
+    """configs/_base_/datasets/pascal_voc12.py, without hue, saturation and cat_max_ratio: ranges and probabilities."""
+    n = 20_000
+    drawn = datasets.draw_crops(np.random.default_rng(0), n)
+    brightened, contrasted = drawn["brightness"] != 0, drawn["contrast"] != 1
+    for share in (drawn["flip"], brightened, contrasted):
+        assert share.mean() == pytest.approx(0.5, abs=0.015)
+    uniform = [(drawn["scale"], 0.5, 2.0), *((place, 0, 1) for place in drawn["place"].T),
+               (255 * drawn["brightness"][brightened], -32, 32), (drawn["contrast"][contrasted], 0.5, 1.5)]
+    for values, low, high in uniform:
+        margin = 0.002 * (high - low)
+        assert low <= values.min() < low + margin and high - margin < values.max() <= high
+        assert values.mean() == pytest.approx((low + high) / 2, abs=0.015 * (high - low))
+        assert values.std() == pytest.approx((high - low) / 12**0.5, rel=0.02)
+    columns = [drawn["scale"], *drawn["place"].T, drawn["flip"], drawn["brightness"], drawn["contrast"], brightened,
+               contrasted]
+    assert np.abs(np.corrcoef(columns) - np.eye(8)).max() < 0.03  # each is drawn for itself
+    still = datasets.draw_crops(np.random.default_rng(0), n, flip=False)
+    assert not still["flip"].any() and all(np.array_equal(still[k], v) for k, v in drawn.items() if k != "flip")
+
+
+def test_crops_and_the_order_of_slices_are_new_in_every_iteration_and_pass():
+    """Slices of a ramp in both directions: the light of a crop says which part of it is shown."""
+    ramp = np.add.outer(np.arange(100, 164), np.arange(0, 32, 0.5)).astype(np.uint8)
+    store = SimpleNamespace(slice=lambda i, label=False: np.zeros_like(ramp) if label else ramp)
+    args = SimpleNamespace(seed=5, batch_size=4, crop_size=32, whole_slices=False, flip=True)
+    crops, again = (datasets.Crops(args, store, np.arange(40, 60), processes.Processes(0, 1, torch.device("cpu")))
+                    for _ in range(2))
+    shown = torch.cat([crops.apply(t, crops.fetch(t))[0][:, 0].flatten(1) for t in range(30)])
+    assert len(shown.unique(dim=0)) > 115  # of 120; two crops may show the same pixels
+    passes = np.array([crops.indices(t) for t in range(30)]).reshape(6, 20)
+    assert (np.sort(passes, 1) == np.arange(40, 60)).all()
+    same = [(a == b).sum() for i, a in enumerate(passes) for b in passes[:i]]  # of 20: one is expected
+    assert max(same) < 8 and not (passes == np.arange(40, 60)).all(1).any()
+    assert again.indices(17) == crops.indices(17)  # a function of seed and t, whatever was asked before
+    assert torch.equal(again.apply(17, again.fetch(17))[0], crops.apply(17, crops.fetch(17))[0])
 
 
 def test_prefetch_keeps_the_order_and_passes_errors_on():

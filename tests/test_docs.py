@@ -389,9 +389,9 @@ RUNS = {
 DOWNLOADS, MINUTES, THIS = "downloads", "takes minutes to hours", "is, or holds, this suite"
 CLUSTER, GPU, TOOL = "needs a cluster", "was measured on a GPU", "a tool of others"
 CANNOT = {
-    "make setup": DOWNLOADS, "pip": DOWNLOADS, "curl": DOWNLOADS, "git": DOWNLOADS,
+    "make setup": DOWNLOADS, "make test-lowest": DOWNLOADS, "pip": DOWNLOADS, "curl": DOWNLOADS, "git": DOWNLOADS,
     "make demo": MINUTES, "make stress": MINUTES, "tests/stress --files --kills --minutes": MINUTES,
-    "tools/against --pairs": MINUTES, "tools/bench": MINUTES, "tools/bench --peers": MINUTES,
+    "tools/against --pairs": MINUTES, "tools/mutants": MINUTES, "tools/bench": MINUTES, "tools/bench --peers": MINUTES,
     "tools/study --seg --ssl --steps": MINUTES, "tools/study --jobs --phantom --rows --steps": MINUTES,
     "train_ssl --arch --epochs --init --no-geometric --zca-group": MINUTES,
     "make test": THIS, "make lint": THIS, "pytest": THIS,
@@ -401,7 +401,7 @@ CANNOT = {
     "head": TOOL, "md5sum": TOOL, "mkdir": TOOL, "unzip": TOOL, "tensorboard": TOOL, "grep": TOOL, "cat": TOOL,
 }
 SCRIPTS = {"datasets", "train_ssl", "train_seg", "svd_spectrum", "ct/phantom", "tools/against", "tools/bench",
-           "tools/overview", "tools/study", "tests/stress"}
+           "tools/mutants", "tools/overview", "tools/study", "tests/stress"}
 
 
 @pytest.mark.parametrize("page", DOCS)
@@ -491,7 +491,7 @@ def test_the_three_commands_and_the_two_targets_stand_as_they_are_run():
     for command in ("torchrun train_ssl.py --local --zca", "python train_seg.py --split 12.5",
                     "python svd_spectrum.py", "torchrun -- train_ssl.py --local --zca"):
         assert command in README, command
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     named = {arguments[0] for page, script, arguments in COMMANDS if (page, script) == ("README.md", "make")}
     assert {"demo", "test", "setup"} <= named <= set(targets)
     assert {arguments[0] for _, script, arguments in COMMANDS if script == "make"} <= set(targets)

@@ -19,6 +19,7 @@ import termios
 import time
 from pathlib import Path
 
+import narrow
 import nibabel as nib
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ COMMANDS = {"ssl": train_ssl.main, "seg": train_seg.main, "svd": svd_spectrum.ma
             "audit": datasets.main, "phantom": phantom.main, "bench": bench.main, "study": study.main}
 PROBE = ("--backbone", "random", "--amp", "off", "--split", "25", "--draw", "0", "--protocol", "linear-frozen",
          "--iterations", "1", "--crop-size", "32")
+ARCH = "resnet_basic"  # where the network is none of the matter
 
 
 class World:
@@ -50,12 +52,11 @@ class World:
         self.stores = data.parent / "store", data.parent / "seg"
         datasets.prepare(data / "AbdomenCT-1K", self.stores[0], "pretrain", size=192)
         datasets.prepare(data / "BTCV", self.stores[1], "segment")
-        net, model = torchvision.models.resnet18(weights=None), Segmenter(backbones.architecture("resnet18"),
-                                                                          "linear-frozen", len(tasks.ORGANS))
+        net, model = narrow.narrow_basic(), Segmenter(narrow.narrow_basic(), "linear-frozen", len(tasks.ORGANS))
         weights = {f"encoder_q.backbone.{k}": v for k, v in net.state_dict().items()}
-        self.run("phantom-moco", {"data": "phantom", "arch": "resnet18", "init": "random"},
-                 {"step": 1, "arch": "resnet18", "zca": [], "model": weights})
-        self.run("seg/a", {"data": "phantom", "arch": "resnet18", "protocol": "linear-frozen", "crop_size": 32,
+        self.run("phantom-moco", {"data": "phantom", "arch": ARCH, "init": "random"},
+                 {"step": 1, "arch": ARCH, "zca": [], "model": weights})
+        self.run("seg/a", {"data": "phantom", "arch": ARCH, "protocol": "linear-frozen", "crop_size": 32,
                            "window": [-175, 250]}, {"step": 1, "model": model.state_dict(), "amp": "off"})
         (self.out / "seg/a/result.json").write_text('{"mDS": 0.5}')
         (self.root / "file").write_text("no folder")
@@ -69,10 +70,11 @@ class World:
     def argv(self, name: str, *more: object) -> list[str]:
         """A call of a command that would work, and `more`, which takes precedence."""
         ct, btcv = self.data / "AbdomenCT-1K", self.data / "BTCV"
+        arch = ("--arch", ARCH)
         small = ("--image-size", 32, "--batch-size", 8, "--bn-group", 4, "--queue", 32, "--steps", 1, "--amp", "off")
-        calls = {"ssl": ("--data", ct, "--store", self.stores[0], "--out", self.out, "--init", "random", *small),
-                 "seg": ("--data", btcv, "--store", self.stores[1], "--out", self.out, *PROBE),
-                 "svd": ("--data", btcv, "--store", self.stores[1], "--out", self.out, "--image-size", 32),
+        calls = {"ssl": ("--data", ct, "--store", self.stores[0], "--out", self.out, "--init", "random", *arch, *small),
+                 "seg": ("--data", btcv, "--store", self.stores[1], "--out", self.out, *arch, *PROBE),
+                 "svd": ("--data", btcv, "--store", self.stores[1], "--out", self.out, *arch, "--image-size", 32),
                  "prepare": ("prepare", "--data", ct, "--store", self.root / "new"),
                  "audit": ("audit", "--data", ct, "--store", self.root / "new"),
                  "phantom": ("--out", self.root / "new", "--labelled", 1, "--unlabelled", 0),
@@ -86,7 +88,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def made(small_phantom, tmp_path_factory) -> World:
+def made(small_phantom, small_networks, tmp_path_factory) -> World:
     return World(small_phantom, tmp_path_factory.mktemp("edges"))
 
 
@@ -195,15 +197,50 @@ class Found(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_number_among_the_flags_has_bounds(shared, ends, monkeypatch, name):
+@pytest.fixture
+def flags_of(monkeypatch):
+    """flags_of(command, argv) -> argparse's actions, one for each of its flags and arguments."""
+
     def stop(self, argv=None):
         raise Found(self)
 
-    with monkeypatch.context() as patch, pytest.raises(Found) as found:
-        patch.setattr(command.Parser, "parse_args", stop)
-        COMMANDS[name](shared.argv(name))
-    for action in found.value.args[0]._actions:
+    def run(name: str, argv: list) -> list:
+        with monkeypatch.context() as patch, pytest.raises(Found) as found:
+            patch.setattr(command.Parser, "parse_args", stop)
+            COMMANDS[name](argv)
+        return found.value.args[0]._actions
+
+    return run
+
+
+# Every flag is a promise to those who have it in their scripts, and one more thing to read in --help.
+OF_ALL = "--amp --data --deterministic --out --seed --store --window --workers"
+OF_TASKS = "--labels --organs --patient-regex --val --val-cases"
+OF_TRAINING = "--arch --batch-size --checkpoint-minutes --compile --images --lr --overwrite"
+EVERY_FLAG = {
+    "ssl": f"{OF_ALL} {OF_TRAINING} --bn-group --ema --epochs --every --geometric --groups-per-pass --image-size "
+           "--init --lambda-local --local --name --no-compile --no-geometric --patches --probe --queue --recipe --size "
+           "--steps --temperature --temperature-local --weight-decay --zca --zca-group --zca-iterations",
+    "seg": f"{OF_ALL} {OF_TASKS} {OF_TRAINING} --backbone --crop-size --draw --eval-every --iterations --no-flip "
+           "--no-whole-slices --predict --predict-out --protocol --report --row --run --save-predictions --split "
+           "--whitening --whole-slices",
+    "svd": f"{OF_ALL} {OF_TASKS} --arch --backbone --image-size --positions",
+    "prepare": f"{OF_TASKS} --data --images --kind --size --skip-bad --store --verify --window --workers",
+    "phantom": "--labelled --layout --out --seed --unlabelled", "bench": "--json --peers --quick",
+    "study": "--jobs --out --phantom --rows --seeds --seg --ssl --steps --table"}
+EVERY_FLAG["audit"] = EVERY_FLAG["prepare"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_flags_are_these(shared, flags_of, name):
+    """A new flag is a decision: whoever wants one writes it down here, too."""
+    found = [option for action in flags_of(name, shared.argv(name)) for option in action.option_strings]
+    assert sorted(found) == sorted([*EVERY_FLAG[name].split(), "--help", "-h"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_number_among_the_flags_has_bounds(shared, ends, flags_of, name):
+    for action in flags_of(name, shared.argv(name)):
         assert action.type in (None, Path) or action.type.__module__ == "ct.command", action.option_strings
         if action.type not in (None, Path, command.folder, command.listed):  # the others are numbers
             for value in ("nan", "x", "", "1e400"):
@@ -250,7 +287,7 @@ def test_a_run_without_its_settings_is_refused_and_keeps_no_other_from_being_use
 
 
 def test_a_run_on_another_window_is_left_out_of_all_and_noted_alone(world, ends):
-    config = {"data": "phantom", "arch": "resnet18", "init": "random"}
+    config = {"data": "phantom", "arch": ARCH, "init": "random"}
     state = runs.load(world.out / "phantom-moco/checkpoint.pt") | {"horizon": 1}
     for name, more in (("author-moco", {"window": [-1024, 3071]}), ("moco-zca", {"window": [-175, 250]})):
         world.run(f"phantom-{name}", config | more, state)
@@ -272,7 +309,7 @@ def test_a_run_on_another_window_is_left_out_of_all_and_noted_alone(world, ends)
 
 def test_a_file_of_weights_has_the_window_of_the_run_beside_it(world, ends):
     """And another name, place or neighbour tells nothing, which is said."""
-    weights = torchvision.models.resnet18(weights=None).state_dict()
+    weights = torchvision.models.resnet18(weights=None).state_dict()  # a file is compared with torchvision's own
     config = {"data": "phantom", "arch": "resnet18", "init": "random", "window": [-1024, 3071]}
     for folder, name, told in (("theirs", "backbone.pth", config), ("alone", "backbone.pth", None),
                                ("odd", "backbone.pth", "{"), ("theirs", "other.pth", config)):
@@ -283,14 +320,14 @@ def test_a_file_of_weights_has_the_window_of_the_run_beside_it(world, ends):
             path.with_name("config.json").write_text(told if isinstance(told, str) else json.dumps(told))
         known = folder == "theirs" and name == "backbone.pth"
         row = f"{folder} {name[:5]}"
-        code, lines, out = ends("seg", world.argv("seg", "--backbone", path, "--row", row))
+        code, lines, out = ends("seg", world.argv("seg", "--backbone", path, "--row", row, "--arch", "resnet18"))
         assert code == 0 and not lines and (f"WARNING: {path}: pre-trained with --window -1024 3071" in out) is known
         assert (f"note: {path}: a file, which does not tell the HU window and normalisation" in out) is not known
         table = (world.out / "report.md").read_text()
         marked = next(line for line in table.splitlines() if line.startswith(f"| 25 % | {row}"))
         assert ("**pre-trained at HU -1024 to 3071, measured at" in marked) is known
         assert ("does not tell the HU window" in marked) is not known
-        code, _, out = ends("svd", world.argv("svd", path))
+        code, _, out = ends("svd", world.argv("svd", path, "--arch", "resnet18"))
         assert code == 0 and ("WARNING" in out) is known and ("note:" in out) is not known
     world.run("phantom-mirror", config | {"window": [-175, 250], "normalisation": [[0.5] * 3, [0.5] * 3]},
               runs.load(world.out / "phantom-moco/checkpoint.pt"))
@@ -369,7 +406,7 @@ def test_imagenet_weights_are_those_of_their_hash_and_run_no_code(world, ends, m
         before = world.files()
         calls = (("svd", "--positions"), ("ssl", "--init"), ("seg", "--backbone"))
         for name, flag in calls if content is None else calls[:1]:
-            code, lines, _ = ends(name, world.argv(name, flag, "imagenet"))
+            code, lines, _ = ends(name, world.argv(name, flag, "imagenet", "--arch", "resnet18"))
             assert code == 1 and len(lines) == 1 and f"{cached}: is damaged" in lines[0] and "delete it" in lines[0]
         assert world.files() == before and not Path("ran").exists()
     start = hashlib.sha256(cached.read_bytes()).hexdigest()[:8]
@@ -467,7 +504,7 @@ def test_names_of_any_bytes(world, ends):
     code, lines, _ = ends("seg", ["--predict", image, "--run", "a", "--out", world.out])
     assert code == 0 and (world.out / f"seg/a/predictions/{odd}.nii.gz").exists()
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), world.root / f"{odd}.pth")
-    code, lines, _ = ends("svd", world.argv("svd", world.root / f"{odd}.pth"))
+    code, lines, _ = ends("svd", world.argv("svd", world.root / f"{odd}.pth", "--arch", "resnet18"))
     assert code == 0 and b"scan\xff" in (world.out / "spectrum.csv").read_bytes()
     config = {"data": "phantom", "slices": 120, "split": "25", "protocol": "linear-frozen", "organs": [0.5] * 13}
     runs.append(world.out / "results.jsonl", [config | {"backbone": odd, "draw": d, "mDS": 0.5} for d in (0, 1)])

@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 
 from moco import MoCo
+from whitening import ZCAWhitening, fold, to_batch_norm, whiten_last_norm
 
 
 @pytest.fixture
@@ -84,3 +85,29 @@ def test_keys_come_back_in_order_and_see_the_statistics_of_their_shuffled_group(
     assert keys.norm(dim=1).allclose(torch.ones(8)) and not keys.requires_grad
     # shuffling matters: other company, other keys
     assert not torch.allclose(moco.keys(views, torch.arange(8))[0], keys, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_no_parameter_and_no_buffer_is_left_uninitialised(memory_of_nan, arch):
+    net = whiten_last_norm(getattr(torchvision.models, arch)(weights=None), fresh=True)
+    for module in (MoCo(net, 16, 8), ZCAWhitening(64), fold(net), to_batch_norm(net)):
+        for name, value in module.state_dict().items():
+            assert value.isfinite().all() and value.abs().max() < 2**62, name
+
+
+def test_where_no_argument_says_otherwise_the_settings_are_mmselfsups_and_iternorms():
+    """configs/selfsup/_base_/models/mocov2.py; the README of IterNorm: G = 64, T = 5, eps and momentum by its code."""
+    moco, zca = MoCo(torchvision.models.resnet18(weights=None)), ZCAWhitening(128)
+    assert moco.queue.shape == (65536, 128) and moco.queue_ptr == 0
+    assert (moco.group, moco.ema, moco.temperature, moco.local) == (32, 0.999, 0.2, False)
+    assert (moco.temperature_local, moco.lambda_local) == (0.2, 1.0)  # ours, docs/decisions.md
+    assert zca.running_whitening.shape == (2, 64, 64)
+    assert (zca.iterations, zca.eps, zca.momentum) == (5, 1e-5, 0.1)
+    assert zca.weight.tolist() == [1] * 128 and zca.bias.tolist() == [0] * 128
+    assert torch.equal(zca.running_whitening, torch.eye(64).repeat(2, 1, 1)) and not zca.running_mean.any()
+    # the affine of the norm that it replaces, unless it is to be fresh
+    for fresh in (False, True):
+        net = torchvision.models.resnet18(weights=None)
+        nn.init.constant_(net.layer4[-1].bn2.weight, 3), nn.init.constant_(net.layer4[-1].bn2.bias, 2)
+        norm = whiten_last_norm(net, fresh).layer4[-1].bn2
+        assert (norm.weight[0].item(), norm.bias[0].item()) == ((1, 0) if fresh else (3, 2))

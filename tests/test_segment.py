@@ -174,6 +174,32 @@ def test_logits_and_loss_by_hand(protocol):
     assert AUX_WEIGHT == 0.4
 
 
+def test_features_are_the_stages_of_the_backbone_one_after_the_other():
+    """By hooks on a stock ResNet whose strides were exchanged for dilations as DeepLab has them."""
+    images, kept = batch()[0], []
+    model, stock = Segmenter(resnet("resnet18"), "linear-finetune").eval(), dilate(resnet("resnet18"))
+    for i in (1, 2, 3, 4):
+        getattr(stock, f"layer{i}").register_forward_hook(lambda module, given, out: kept.append(out))
+    with torch.no_grad():
+        stock(images)
+        for found, expected in zip(model.features(images), kept, strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_parameter_and_no_buffer_is_left_uninitialised(memory_of_nan, protocol):
+    model = Segmenter(resnet("resnet18"), protocol)
+    for name, value in model.state_dict().items():
+        assert value.isfinite().all() and value.abs().max() < 2**62, name
+    # mmseg's ConvModule: He's normal numbers by fan-out
+    convs = [m for m in model.decode_head.modules() if isinstance(m, nn.Conv2d) and m.bias is None]
+    for conv in convs:
+        fan_out = conv.weight[:, 0].numel()
+        if conv.weight.numel() > 10_000:
+            assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.03), conv
+    assert len(convs) == (14 if protocol == "deeplabv3plus" else 0)
+
+
 def step(protocol):
     """(model, its state before, its state after) one step of SGD in training mode."""
     model = Segmenter(resnet("resnet18"), protocol).eval().train()
@@ -292,6 +318,10 @@ def test_one_image_is_refused_by_the_pooled_branch_in_training():
 def test_the_checksum_sees_every_parameter_and_buffer_and_nothing_else():
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     before = checksum(net)
+    swapped = copy.deepcopy(net)
+    swapped[1].weight, swapped[1].bias = nn.Parameter(net[1].bias.detach()), nn.Parameter(net[1].weight.detach())
+    named = nn.ModuleDict({"other" if i == "0" else i: m for i, m in net.named_children()})
+    assert before not in (checksum(swapped), checksum(named))  # the same bytes under other names
     assert before == checksum(copy.deepcopy(net).eval().to(memory_format=torch.channels_last)) and len(before) == 32
     for name, value in net.state_dict().items():
         kept = value.clone()

@@ -13,8 +13,9 @@ from torch.func import functional_call
 from torchvision.ops import roi_align
 
 import datasets
+import train_seg
 import train_ssl
-from engine import processes
+from engine import processes, recipes
 
 COMMON = ("--data . --init random --image-size 64 --size 128 --batch-size 12 --bn-group 4 --queue 24 --epochs 1 "
           "--lr 0.02 --ema 0.7 --temperature 0.15")
@@ -308,3 +309,76 @@ def test_slices_are_trained_on_in_another_order_each_epoch():
     epochs = np.stack([np.concatenate([batches.indices(7 * e + t) for t in range(7)]) for e in range(5)])  # (5, 84)
     assert all(len(set(e)) == 84 and not set(e) & set(batches.held_out) for e in epochs)
     assert all((a != b).mean() > 0.9 for a, b in zip(epochs, epochs[1:], strict=False))
+
+
+# ---------------------------------------------------------------------------------------- what holds without any flag
+
+# Of mmselfsup (configs/selfsup/_base_/{models/mocov2,schedules/sgd_coslr-200e_in1k,datasets/imagenet_mocov2}.py and
+# 8 GPUs x 32), of the paper (ResNet-50, ImageNet's weights, K = 20), of IterNorm (64, 5); ours, as docs/decisions.md
+# says, are the temperature of Eq. 2, lambda, the HU window and the side of a slice.
+PRE_TRAINING = dict(batch_size=256, bn_group=32, lr=0.03, weight_decay=1e-4, epochs=200, queue=65536, ema=0.999,
+                    temperature=0.2, image_size=224, arch="resnet50", init="imagenet", patches=20, zca_group=64,
+                    zca_iterations=5, temperature_local=0.2, lambda_local=1.0, window=(-175, 250), size=512, every=1,
+                    seed=0, recipe="paper", geometric=True, local=False, zca=False)
+# Of mmsegmentation: configs/_base_/schedules/schedule_40k.py, crops of 512 px and 4 GPUs x 4 images.
+SEGMENTATION = dict(iterations=40_000, batch_size=16, crop_size=512, lr=0.01, arch="resnet50", whitening="bn",
+                    flip=True, whole_slices=False, window=(-175, 250), seed=0, eval_every=4000)
+
+
+@pytest.mark.parametrize("phantom", [False, True])
+def test_settings_without_flags_are_the_toolboxes(phantom):
+    """On the phantom, where nothing is the toolboxes', what docs/training.md says of its preset."""
+    args, expected = train_ssl.parse([]), dict(PRE_TRAINING)
+    train_ssl.resolve_defaults(args, phantom)
+    if phantom:
+        expected |= dict(arch="resnet18", init="phantom-start", image_size=64, size=192, batch_size=64, epochs=10,
+                         queue=256, ema=0.99, lr=0.01)
+    for key, value in expected.items():
+        found = getattr(args, key)
+        assert (tuple(found) if key == "window" else found) == value, key
+    args, expected = train_seg.parse(["--split", "100"]), dict(SEGMENTATION)
+    train_seg.resolve_defaults(args, phantom)
+    if phantom:
+        expected |= dict(arch="resnet18", crop_size=96)
+    for protocol, iterations, lr, whole in (("linear-frozen", 300, 0.2, True), ("linear-finetune", 100, 0.05, False),
+                                            ("deeplabv3plus", 60, 0.05, False)):
+        own = dict(iterations=iterations, lr=lr, whole_slices=whole) if phantom else {}
+        of_one = train_seg.recipe(args, protocol)
+        for key, value in (expected | own).items():
+            found = getattr(of_one, key)
+            assert (tuple(found) if key == "window" else found) == value, (protocol, key)
+
+
+@pytest.mark.parametrize("batch, lr", [(64, 0.0075), (128, 0.015), (256, 0.03), (512, 0.06)])
+def test_the_learning_rate_follows_the_batch_unless_it_is_given(batch, lr):
+    """0.03 for a batch of 256, in proportion: MoCo's README has 0.015 for 128."""
+    assert narrow.settings(f"--batch-size {batch}").lr == pytest.approx(lr)
+    assert narrow.settings(f"--batch-size {batch} --lr 0.5").lr == 0.5
+
+
+def test_what_the_first_authors_recipe_sets_otherwise():
+    """The published code (e6e1990): weight decay 1e-6, one group of all channels; LinearLR from epoch 5 to 500 of 300,
+    from a third."""
+    for flags, batch in (("--recipe author", 128), ("--recipe author --zca", 64)):
+        args = narrow.settings(flags)
+        assert (args.weight_decay, args.zca_group, args.lr, args.epochs, args.image_size, args.geometric) == (
+            1e-6, 0, 0.03, 300, 336, True)
+        assert (args.batch_size, args.bn_group, *args.window) == (batch, 64, -1024, 3071)
+    share = [recipes.author_schedule(t, 3000) for t in (0, 49, 50, 2999)]
+    assert share == pytest.approx([1, 1, 1 / 3, 1 / 3 + 2 / 3 * 2949 / 4949])
+
+
+@pytest.mark.parametrize("recipe", ["paper", "author"])
+def test_the_whitening_has_the_affine_of_the_norm_that_it_replaces(tmp_path, recipe):
+    """Which has learned in the run that --init names. The first author's published code has a fresh one."""
+    run = Path(__file__).parent / "golden" / "moco-local-zca-aligned"
+    shutil.copytree(run, tmp_path / run.name)
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+    norm = train_ssl.build(narrow.settings(
+        COMMON + f" --arch resnet_basic --zca --zca-group 4 --recipe {recipe} --bn-group 12 --out {tmp_path} --init "
+        f"{run.name}")).encoder_q.backbone.layer4[-1].bn2
+    for name, fresh in (("weight", 1), ("bias", 0)):
+        before = saved[f"encoder_q.backbone.layer4.0.bn2.{name}"]
+        assert (before != fresh).all() and before.std() > 1e-3
+        expected = before if recipe == "paper" else torch.full_like(before, fresh)
+        assert torch.equal(getattr(norm, name).detach(), expected)

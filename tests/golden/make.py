@@ -1,8 +1,11 @@
-"""What commit 31b420e gave, for test_golden.py: the losses of 20 steps of every row, and a run that was stopped.
+"""What older commits gave, for test_golden.py. Of 31b420e the losses of 20 steps of every row, and a run that was
+stopped; of 1051d40 a segmentation, its state half-way, and a prediction by it.
 
     git worktree add ../old 31b420e
     python tests/golden/make.py losses ../old
     OMP_NUM_THREADS=1 python tests/golden/make.py run ../old
+    git worktree add ../later 1051d40
+    OMP_NUM_THREADS=1 python tests/golden/make.py segmentation ../later
 
 Run at 31b420e, in which each group of `--bn-group` images was a forward and backward of its own. Its step in float64:
 where its sources say `.float()` or float32 in moco.py and local_loss.py, they are read as saying double.
@@ -15,10 +18,13 @@ import tempfile
 import types
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
 COMMIT, STEPS = "31b420e", 20
+SEGMENTED = "random-linear-finetune-100-0-labelled"  # the segmentation run
 NAME = "moco-local-zca-aligned"  # of the run
 FLAGS = ("--data . --init random --arch resnet_basic --image-size 64 --size 128 --batch-size 8 --bn-group 4 --queue 32 "
          "--epochs 2 --lr 0.03 --ema 0.9")
@@ -74,6 +80,32 @@ def run() -> None:
         (HERE / "continued.json").write_text(json.dumps(after, indent=0) + "\n")
 
 
+def segmentation() -> None:
+    """Write what a segmentation left, but for its checkpoint that of half-way; and what that one predicts of a volume.
+    """
+    import narrow
+
+    import train_seg
+    from engine import runs
+
+    patch = pytest.MonkeyPatch()
+    narrow.register(patch)
+    narrow.without_dropout(patch)
+    with tempfile.TemporaryDirectory() as folder:
+        train_seg.main([*narrow.labelled_flags(Path(folder)), "--out", f"{folder}/out"])
+        run = Path(folder) / "out/seg" / SEGMENTED
+        weights = narrow.projections(runs.load(run / "checkpoint.pt")["model"])
+        (run / "checkpoint.previous.pt").replace(run / "checkpoint.pt")
+        train_seg.main(["--predict", f"{folder}/labelled/images/a.nii.gz", "--run", SEGMENTED, "--out", f"{folder}/out",
+                        "--predict-out", f"{folder}/predicted"])
+        (HERE / SEGMENTED).mkdir(exist_ok=True)
+        for name in ("config.json", "log.jsonl", "validation.jsonl", "result.json", "checkpoint.pt"):
+            shutil.copy(run / name, HERE / SEGMENTED / name)
+        (HERE / SEGMENTED / "after.json").write_text(json.dumps({"commit": "1051d40", "weights": weights}) + "\n")
+        labels = np.asarray(nib.load(f"{folder}/predicted/a.nii.gz").dataobj)
+        np.savez_compressed(HERE / SEGMENTED / "prediction.npz", labels)
+
+
 if __name__ == "__main__":
     what, folder = sys.argv[1], Path(sys.argv[2]).resolve()
     sys.path[:0] = [str(folder), str(HERE.parent)]
@@ -81,4 +113,4 @@ if __name__ == "__main__":
         in_double(folder)
         losses()
     else:
-        run()
+        segmentation() if what == "segmentation" else run()
