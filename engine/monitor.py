@@ -75,7 +75,7 @@ class CollapseMonitor:
 
     def warning(self, found: dict[str, float], step: int) -> str:
         """What a look found means where it is bad, else ''. Nothing is said before the queue was full for an epoch; but
-        that the model does not tell slices apart is said from `judged_from` on at the latest, and before EARLIEST never.
+        that the model does not tell slices apart is said from `judged_from` on at the latest, never before EARLIEST.
         """
         args, width = self.trainer.args, self.trainer.moco.encoder_q.projector[0].in_features
         settled = self.trainer.batches.steps_per_epoch + args.queue // args.batch_size
