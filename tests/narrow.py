@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from torch import nn
-from torchvision.models import _api
+from torchvision.models import ResNet18_Weights, ResNet50_Weights, _api
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import augment
@@ -38,12 +38,12 @@ class Narrow(ResNet):
         return super()._make_layer(block, planes // SHARE, *rest, **kw)
 
 
-def narrow_basic(weights=None, **_) -> Narrow:
+def narrow_basic(weights: ResNet18_Weights | None = None, **_) -> Narrow:
     """As ResNet-18, with one block a stage."""
     return Narrow(BasicBlock)
 
 
-def narrow_bottleneck(weights=None, **_) -> Narrow:
+def narrow_bottleneck(weights: ResNet50_Weights | None = None, **_) -> Narrow:
     """As ResNet-50, with one block a stage."""
     return Narrow(Bottleneck)
 

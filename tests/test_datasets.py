@@ -495,7 +495,8 @@ def fill(store):
 def test_files_stay_open_for_all_threads_and_go_with_the_store(abdomen, tmp_path, monkeypatch):
     store = datasets.prepare(abdomen, tmp_path / "s", "pretrain", size=20)
     wanted, opened, real = fill(store), [], os.open
-    monkeypatch.setattr(os, "open", lambda path, *more: opened.append(real(path, *more)) or opened[-1])
+    monkeypatch.setattr(os, "open", lambda path, *more, **kw: opened.append(real(path, *more, **kw)) or
+                        opened[-1])
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(15), 40))
     for _, (part, got) in datasets.prefetch(lambda t: (order[t::60], store.batch(order[t::60])), range(60), 8):
         np.testing.assert_array_equal(got, wanted[part])

@@ -309,8 +309,8 @@ def test_a_run_on_another_window_is_left_out_of_all_and_noted_alone(world, ends)
 
 def test_a_file_of_weights_has_the_window_of_the_run_beside_it(world, ends):
     """And another name, place or neighbour tells nothing, which is said."""
-    weights = torchvision.models.resnet18(weights=None).state_dict()  # a file is compared with torchvision's own
-    config = {"data": "phantom", "arch": "resnet18", "init": "random", "window": [-1024, 3071]}
+    weights = narrow.narrow_basic().state_dict()
+    config = {"data": "phantom", "arch": ARCH, "init": "random", "window": [-1024, 3071]}
     for folder, name, told in (("theirs", "backbone.pth", config), ("alone", "backbone.pth", None),
                                ("odd", "backbone.pth", "{"), ("theirs", "other.pth", config)):
         path = world.root / folder / name
@@ -320,14 +320,14 @@ def test_a_file_of_weights_has_the_window_of_the_run_beside_it(world, ends):
             path.with_name("config.json").write_text(told if isinstance(told, str) else json.dumps(told))
         known = folder == "theirs" and name == "backbone.pth"
         row = f"{folder} {name[:5]}"
-        code, lines, out = ends("seg", world.argv("seg", "--backbone", path, "--row", row, "--arch", "resnet18"))
+        code, lines, out = ends("seg", world.argv("seg", "--backbone", path, "--row", row))
         assert code == 0 and not lines and (f"WARNING: {path}: pre-trained with --window -1024 3071" in out) is known
         assert (f"note: {path}: a file, which does not tell the HU window and normalisation" in out) is not known
         table = (world.out / "report.md").read_text()
         marked = next(line for line in table.splitlines() if line.startswith(f"| 25 % | {row}"))
         assert ("**pre-trained at HU -1024 to 3071, measured at" in marked) is known
         assert ("does not tell the HU window" in marked) is not known
-        code, _, out = ends("svd", world.argv("svd", path, "--arch", "resnet18"))
+        code, _, out = ends("svd", world.argv("svd", path))
         assert code == 0 and ("WARNING" in out) is known and ("note:" in out) is not known
     world.run("phantom-mirror", config | {"window": [-175, 250], "normalisation": [[0.5] * 3, [0.5] * 3]},
               runs.load(world.out / "phantom-moco/checkpoint.pt"))

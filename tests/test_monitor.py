@@ -51,6 +51,18 @@ def test_a_look_compares_the_query_encoders_view_with_the_key_encoders(trainer, 
     assert found["queue_filled"] == pytest.approx(3 * 8 / 32)
 
 
+def test_few_directions_are_those_under_a_hundredth_of_what_there_could_be(trainer):
+    """Of 32 features on 12 slices 0.32; of fewer slices a tenth of what these could span: 10 x 2 / 100 on three."""
+    slices = narrow.slices(SimpleNamespace(batch_size=12, size=96), 7)
+    for count, limit in ((12, 0.32), (3, 0.2)):
+        trainer.batches.held_out = trainer.batches.held_out[:count]
+        store = SimpleNamespace(batch=lambda numbers: slices[: len(numbers)].numpy())
+        collapse = monitor.CollapseMonitor(trainer, store)
+        found = {"held_out_gap": 0.3, "instance_accuracy": 0.5, "instance_chance": 0.1}
+        assert "dimensional collapse" in collapse.warning(found | {"effective_rank": limit - 0.01}, 1000)
+        assert collapse.warning(found | {"effective_rank": limit + 0.01}, 1000) == ""
+
+
 def test_what_calls_a_run_untrained_is_a_stated_number():
     """A gap of 0.02: docs/training.md; from a tenth of the steps on, the 50th at the earliest."""
     assert monitor.metrics.LEAST_GAP == 0.02

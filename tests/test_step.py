@@ -311,6 +311,16 @@ def test_slices_are_trained_on_in_another_order_each_epoch():
     assert all((a != b).mean() > 0.9 for a, b in zip(epochs, epochs[1:], strict=False))
 
 
+def test_held_out_are_128_slices_from_anywhere_or_an_eighth_of_few():
+    for count, held_out in ((100, 12), (1023, 127), (1025, 128), (5000, 128), (10, 2)):
+        one, other = (datasets.Batches(narrow.settings(COMMON + f" --seed {seed}"), count, narrow.ALONE)
+                      for seed in (0, 1))
+        assert len(one.held_out) == held_out == len(set(one.held_out))
+        assert sorted([*one.held_out, *one.trained]) == list(range(count))
+        if count > 10:  # of all volumes, not of the first ones; each seed has its own
+            assert 0.3 < np.mean(one.held_out) / count < 0.7 and set(one.held_out) != set(other.held_out)
+
+
 # ---------------------------------------------------------------------------------------- what holds without any flag
 
 # Of mmselfsup (configs/selfsup/_base_/{models/mocov2,schedules/sgd_coslr-200e_in1k,datasets/imagenet_mocov2}.py and

@@ -43,11 +43,11 @@ def pretrained(small_phantom):
 
 
 @pytest.fixture
-def flags(small_phantom, pretrained):
+def flags(small_phantom, pretrained, arch):
     def make(*more, out=pretrained):
         data, store = small_phantom / "BTCV", small_phantom.parent / "seg"
         return [str(a) for a in ("--data", data, "--store", store, "--out", out, "--amp", "off", "--crop-size", 64,
-                                 "--batch-size", 2, *more)]
+                                 "--batch-size", 2, *arch, *more)]
 
     return make
 
@@ -130,6 +130,7 @@ def test_backbones_with_another_stem_or_nothing_useful_are_refused(pretrained, f
     assert "other.pth" in line and why in line and not (pretrained / "seg/other-linear-frozen-25-0").exists()
 
 
+@pytest.mark.narrow
 @pytest.mark.pictures
 def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
     """Stopped by a signal after iteration 2 of 4, dropout and all."""
@@ -157,6 +158,7 @@ def test_stopped_and_continued_is_never_stopped(flags, tmp_path, monkeypatch):
     assert x["organs"] == y["organs"] == curve[-1]["organs"]
 
 
+@pytest.mark.narrow
 def test_a_checkpoint_is_written_before_the_validation_and_a_stop_is_seen_between_volumes(flags, tmp_path, monkeypatch):
     def args(out):
         return [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
@@ -192,6 +194,7 @@ def test_dropout_differs_between_ranks_and_between_iterations():
     assert not torch.equal(mask(3, 0), mask(3, 1)) and not torch.equal(mask(3, 1), mask(4, 1))
 
 
+@pytest.mark.narrow
 def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags, tmp_path, monkeypatch):
     args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
                    "--iterations", 3), "--out", str(tmp_path)]
@@ -206,6 +209,7 @@ def test_a_run_that_stopped_between_training_and_result_is_evaluated_once(flags,
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.narrow
 @pytest.mark.parametrize("name,file", [("append", "results.jsonl"), ("write_text", "result.json")])
 def test_a_run_that_counts_as_done_is_in_the_tables(flags, tmp_path, monkeypatch, name, file):
     """Ended between the two files of a result: the next start leaves both, and they agree."""
@@ -226,6 +230,7 @@ def test_a_run_that_counts_as_done_is_in_the_tables(flags, tmp_path, monkeypatch
     assert json.loads((tmp_path / "seg/random-linear-frozen-25-1/result.json").read_text()) == newest
 
 
+@pytest.mark.narrow
 def test_a_frozen_backbone_that_changes_is_no_result(flags, tmp_path, monkeypatch):
     """As when its BN is left in training mode: its running statistics drift."""
     monkeypatch.setattr(Segmenter, "train", torch.nn.Module.train)
@@ -487,6 +492,7 @@ def test_after_a_command_its_own_rows_are_shown(flags, tmp_path, capsys):
     assert len(re.findall(r"^\| [\d.]+ % \|", capsys.readouterr().out, re.M)) == 3
 
 
+@pytest.mark.narrow
 def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_path, monkeypatch):
     """Features computed once are those of every iteration: the same losses as with the backbone run each time."""
     args = [*flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "random",
@@ -508,13 +514,14 @@ def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_
     assert [r["loss"] for r in once] == pytest.approx([r["loss"] for r in each], abs=1e-5) and len(once) == 4
 
 
-def test_a_backbone_made_anew_is_another_run(flags, small_phantom, tmp_path, refusal, capsys):
+@pytest.mark.narrow
+def test_a_backbone_made_anew_is_another_run(flags, arch, small_phantom, tmp_path, refusal, capsys):
     data, store = small_phantom / "AbdomenCT-1K", small_phantom.parent / "store"
 
     def pretrain(*more):
         train_ssl.main([str(a) for a in ("--data", data, "--store", store, "--out", tmp_path, "--image-size", 64,
                                          "--amp", "off", "--batch-size", 8, "--bn-group", 4, "--queue", 32, "--init",
-                                         "random", "--name", "mine", *more)])
+                                         "random", "--name", "mine", *arch, *more)])
 
     pretrain("--steps", 1)
     args = flags("--split", "25", "--draw", 1, "--protocol", "linear-frozen", "--backbone", "mine", "--iterations", 1,
@@ -530,13 +537,14 @@ def test_a_backbone_made_anew_is_another_run(flags, small_phantom, tmp_path, ref
     train_seg.main([*args, "--overwrite"])
 
 
-def test_a_corrected_label_is_another_run(small_phantom, tmp_path, refusal, capsys):
+@pytest.mark.narrow
+def test_a_corrected_label_is_another_run(small_phantom, arch, tmp_path, refusal, capsys):
     """Of a case that the run has not seen, it is not; and what is refused names the case."""
     data = tmp_path / "BTCV"
     shutil.copytree(small_phantom / "BTCV", data)
     args = [str(a) for a in ("--data", data, "--store", tmp_path / "s", "--out", tmp_path, "--amp", "off",
                              "--crop-size", 64, "--batch-size", 2, "--split", "12.5", "--draw", 0, "--backbone",
-                             "random", "--protocol", "linear-frozen", "--iterations", 1)]
+                             "random", "--protocol", "linear-frozen", "--iterations", 1, *arch)]
 
     def correct(case):
         path = data / f"RawData/Training/label/label{case}.nii.gz"
@@ -754,6 +762,7 @@ def test_an_iterations_loss_compiles_as_one_graph(monkeypatch):
         torch.testing.assert_close(one, found[0], rtol=1e-2, atol=1e-3 * found[0].abs().max().item())
 
 
+@pytest.mark.narrow
 def test_compiling_changes_no_number_and_no_setting(flags, tmp_path, monkeypatch, capsys):
     """A run whose loss goes through the compiler's tracing alone, across a validation and a start that continues it."""
     real, count = torch.nn.Module.compile, CompileCounterWithBackend("eager")

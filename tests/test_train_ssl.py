@@ -26,14 +26,14 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def flags(small_phantom, tmp_path_factory):
+def flags(small_phantom, arch):
     """Flags for a pre-training of seconds; all tests share one store."""
     store = small_phantom.parent / "store"
 
     def make(out, *more):
         return [str(a) for a in ("--data", small_phantom / "AbdomenCT-1K", "--store", store, "--out", out, "--amp",
                                  "off", "--init", "random", "--image-size", 64, "--batch-size", 8, "--bn-group", 4,
-                                 "--queue", 32, "--zca-group", 16, *more)]
+                                 "--queue", 32, "--zca-group", 16, *arch, *more)]
 
     return make
 
@@ -107,6 +107,7 @@ def without_looks(records):
                                                  "grad_norm", "lr")} for r in records]
 
 
+@pytest.mark.narrow
 def test_stopped_and_continued_is_never_stopped(flags, tmp_path, capsys):
     name, common = "phantom-moco-local-zca-aligned", ["--local", "--zca", "--geometric"]
     for more in (["--steps", 2], ["--steps", 3], ["--steps", 4]):
@@ -166,6 +167,7 @@ def test_each_nth_slice_of_every_volume_is_trained_on_or_held_out(flags, tmp_pat
     assert np.array_equal(one.held_out, other.held_out) and np.array_equal(one.trained, other.trained)
 
 
+@pytest.mark.narrow
 def test_a_thinned_run_says_so_and_is_another_than_the_whole(flags, tmp_path, refusal, capsys):
     train_ssl.main(flags(tmp_path, "--every", 2, "--steps", 1))
     assert "on 12 (one in 2) of 24 slices of 6 volumes" in capsys.readouterr().out
@@ -290,6 +292,7 @@ def test_a_run_with_the_first_authors_settings(flags, tmp_path, capsys):
         assert torch.equal(zca.weight, expected)
 
 
+@pytest.mark.narrow
 def test_a_run_of_before_the_recipes_goes_on(flags, tmp_path, refusal):
     """Its config names neither recipe, weight decay nor normalisation."""
     train_ssl.main(flags(tmp_path, "--steps", 1))
@@ -328,11 +331,13 @@ def test_bad_flags_end_in_one_line(flags, tmp_path, refusal):
     assert "r34.pth: not a backbone of architecture resnet18" in line("--init", tmp_path / "r34.pth")
 
 
+@pytest.mark.narrow
 def test_another_config_is_refused_with_the_difference(flags, tmp_path, refusal):
     train_ssl.main(flags(tmp_path, "--steps", 1))
     assert "lr: 0.01 there, 0.02 here" in refusal(train_ssl.main, flags(tmp_path, "--steps", 1, "--lr", 0.02))
 
 
+@pytest.mark.narrow
 def test_other_patients_under_the_same_names_are_another_run(flags, small_phantom, tmp_path, refusal, monkeypatch):
     """Dataset001/imagesTr and Dataset002/imagesTr, of as many slices: two stores, and no run goes on with the other's.
 
@@ -367,6 +372,7 @@ def test_bad_volumes_stop_the_run_before_it_starts(tmp_path, flags, refusal):
     assert "scan.nii.gz: not a NIfTI file" in line and not (tmp_path / "out").exists()
 
 
+@pytest.mark.narrow
 def test_one_group_warns_and_a_long_queue_is_noted(flags, tmp_path, capsys):
     with pytest.warns(UserWarning, match="one group only") as told:
         train_ssl.main(flags(tmp_path, "--bn-group", 8, "--steps", 1, "--queue", 80, "--zca", "--zca-group", 64))
@@ -453,6 +459,7 @@ def test_warnings_look_at_gap_and_rank_together_once_the_queue_was_full_for_an_e
     assert collapse.warning(healthy | {"effective_rank": 0.05}, due - 1) == ""
 
 
+@pytest.mark.narrow
 def test_a_run_that_does_not_tell_slices_apart_says_so_from_a_tenth_of_its_steps_on(flags, tmp_path, capsys,
                                                                                       monkeypatch):
     """Of 20 steps, five an epoch: after the second, within an epoch, and then as often as a run is looked at."""
@@ -468,6 +475,7 @@ def test_a_run_that_does_not_tell_slices_apart_says_so_from_a_tenth_of_its_steps
         assert told.err.count("the model does not tell slices apart") == 3 * (gap < 0.02)
 
 
+@pytest.mark.narrow
 def test_a_start_that_never_learned_is_told_of_before_the_run(flags, tmp_path, capsys):
     """By the gap of its last look, which is also made where --steps ends a run within an epoch."""
     train_ssl.main(flags(tmp_path, "--no-geometric", "--name", "start", "--steps", 1))
@@ -531,6 +539,7 @@ def test_a_model_that_only_drifts_brings_the_warning(flags, tmp_path, small_phan
     assert (told["instance_accuracy"] > 2 * told["instance_chance"]) is apart
 
 
+@pytest.mark.narrow
 def test_every_look_that_is_shown_stands_in_the_log(flags, tmp_path, monkeypatch, capsys):
     """Also the last of --steps within an epoch, and the one from which a run is judged; 2 steps are an epoch."""
     monkeypatch.setattr(monitor, "EARLIEST", 1)
@@ -546,6 +555,7 @@ def test_every_look_that_is_shown_stands_in_the_log(flags, tmp_path, monkeypatch
             assert (gap, rank) == (f"{told['held_out_gap']:.2f}", f"{told['effective_rank']:.1f}")
 
 
+@pytest.mark.narrow
 def test_a_start_that_saw_other_grey_values_is_told_of(flags, tmp_path, monkeypatch, capsys):
     train_ssl.main(flags(tmp_path, "--name", "start", "--steps", 1, "--window", -1000, 1000))
     monkeypatch.setattr(train_ssl, "train", lambda trainer, store, run, *_: run.log([{"step": 1}]))
@@ -705,6 +715,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(flags, tmp_path, request, monkeypatch
     assert fused == [len(trainer.trained)] * 2
 
 
+@pytest.mark.narrow
 def test_checkpoints_come_by_the_clock_and_at_the_end(flags, tmp_path, monkeypatch):
     """A clock that goes seven minutes a step, of which an epoch has two."""
     clock, saved = [0.0], []
@@ -730,6 +741,7 @@ def deterministic():
     torch.backends.cudnn.allow_tf32 = True
 
 
+@pytest.mark.narrow
 def test_deterministic_algorithms_serve_every_step(flags, tmp_path, deterministic):
     """On a CPU they change nothing; an operation without one would raise."""
     for method in (["--local", "--zca", "--geometric"], ["--local", "--zca"]):
