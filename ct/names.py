@@ -247,7 +247,7 @@ def pair(there: Listing, images: Path, labels: Path) -> tuple[list[dict], list[d
     image, label = (by_name(there.volumes(folder)) for folder in (images, labels))
     volumes = {name: label[name] for name in image if name in label}
     rest: dict[str, list[str]] = {}
-    for name in image.keys() - volumes:
+    for name in sorted(image.keys() - volumes):
         rest.setdefault(without(name, EITHER), []).append(name)
     for name in sorted(label.keys() - volumes):
         if like := rest.get(without(name, EITHER)):

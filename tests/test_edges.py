@@ -168,7 +168,7 @@ TABLE = [
     case("ssl", "--init", "{out}/seg/a/checkpoint.pt", says="no checkpoint of a pre-training"),
     case("seg", "--predict", "{w}/file", "--run", "a", says="not a NIfTI name"),
     case("seg", "--predict", "{w}/nowhere", "--run", "a", says="nowhere"),
-    case("seg", "--predict", "{w}/file", "--run", "phantom-moco", says="knows no organs"),
+    case("seg", "--predict", "{w}/file", "--run", "phantom-moco", says="a pre-training run, which cannot label"),
     case("audit", "--verify", says="nothing was prepared there"),
     case("study", says="nothing was measured there yet"),
     case("study", "--rows", "moco-nothing", code=2, says="--rows: invalid choice"),
@@ -301,7 +301,7 @@ def test_a_run_on_another_window_is_left_out_of_all_and_noted_alone(world, ends)
     for name, noted in (("author-moco", True), ("moco-zca", False)):
         code, _, out = ends("seg", world.argv("seg", "--backbone", name))
         assert code == 0 and ("pre-trained with --window -1024 3071; these slices have another" in out) is noted
-        assert ("**pre-trained at HU -1024 to 3071, measured at -175 to 250**" in out) is noted
+        assert ("pre-trained at HU -1024 to 3071, measured at -175 to 250" in out) is noted
         code, _, out = ends("svd", world.argv("svd", name))
         assert code == 0 and ("WARNING: phantom-author-moco: pre-trained with --window" in out) is noted
         assert ("measured at -175 to 250" in (world.out / "spectrum.csv").read_text()) is noted

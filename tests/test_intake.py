@@ -218,7 +218,8 @@ def test_labels_alone_are_no_volumes(tmp_path):
 def test_two_files_of_one_id_stop_every_command_with_both_names(tmp_path, refusal, names):
     for name in names:
         save(tmp_path / "D" / name)
-    for main, argv in ((train_ssl.main, []), (datasets.main, ["prepare"]), (datasets.main, ["audit"])):
+    for main, argv in ((train_ssl.main, ["--init", "random"]), (datasets.main, ["prepare"]),
+                       (datasets.main, ["audit"])):
         line = refusal(main, [*argv, "--data", tmp_path / "D"])
         assert all(str(tmp_path / "D" / name) in line for name in names)
     assert os.listdir(tmp_path) == ["D"]
@@ -275,7 +276,7 @@ def test_what_cannot_be_opened_is_an_error_until_it_is_accepted(tmp_path, monkey
         monkeypatch.setattr(os, "scandir", refuse)
     else:
         bad.symlink_to(bad if what == "loop" else tmp_path / "nowhere")
-    assert str(bad) in refusal(train_ssl.main, ["--data", data])
+    assert str(bad) in refusal(train_ssl.main, ["--data", data, "--init", "random"])
     assert not (tmp_path / "runs").exists()
     assert len(datasets.prepare(data, tmp_path / "s", "pretrain", size=20, skip_bad=True).skipped) == 1
     assert len(datasets.prepare(data, tmp_path / "s", "pretrain", size=20)) == 4  # the choice holds
@@ -347,8 +348,8 @@ def test_values_that_cannot_be_hu_are_unusable_whatever_the_window(tmp_path, kin
 def test_every_command_stops_on_what_is_no_ct(btcv, tmp_path, refusal):
     bad = btcv / "RawData/Training/img/img0035.nii.gz"
     save(bad, not_hu("0 and 255"))
-    for main, more in ((train_ssl.main, []), (train_seg.main, ["--split", "25", "--backbone", "random"]),
-                       (svd_spectrum.main, ["random"]), (datasets.main, ["prepare"])):
+    for main, more in ((train_ssl.main, ["--init", "random"]), (svd_spectrum.main, ["random"]),
+                       (train_seg.main, ["--split", "25", "--backbone", "random"]), (datasets.main, ["prepare"])):
         assert f"{bad}: no CT by its values" in refusal(main, [*more, "--data", btcv])
     assert not (tmp_path / "runs").exists()
 
