@@ -34,7 +34,7 @@ from ct import cgroup, command, phantom, prepare, tasks
 from ct.volumes import BadInput, read_volume
 from engine import backbones, figures, processes, runs
 from segment import Segmenter
-from tools import bench, study
+from tools import bench, paper, study
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"ssl": train_ssl.main, "seg": train_seg.main, "svd": svd_spectrum.main, "prepare": datasets.main,
@@ -786,18 +786,16 @@ def test_torchrun_starts_in_a_folder_with_a_space(tmp_path):
     assert "run.main()" in torchrun.read_text() and compile(torchrun.read_text(), "torchrun", "exec")
 
 
-def test_make_paper_plans_or_says_in_one_line_what_is_wrong(made, tmp_path):
-    def plan(folder):
-        settings = {"PLAN": "1", "SSL": str(folder), "SEG": str(folder),
-                    "OUT": str(made.out)}
-        return subprocess.run([sys.executable, "-m", "tools.paper"], env=os.environ | settings, capture_output=True,
-                              text=True, cwd=ROOT)
-
-    ended = plan(made.data / "AbdomenCT-1K")
+def test_make_paper_plans_or_says_in_one_line_what_is_wrong(made, tmp_path, monkeypatch, refusal):
+    folder = str(made.data / "AbdomenCT-1K")
+    settings = {"PLAN": "1", "SSL": folder, "SEG": folder, "OUT": str(made.out)}
+    ended = subprocess.run([sys.executable, "-m", "tools.paper"], env=os.environ | settings, capture_output=True,
+                           text=True, cwd=ROOT)
     assert ended.returncode == 0 and "pre-train phantom-moco-local-zca: to do" in ended.stdout and not ended.stderr
     for wrong in (tmp_path, tmp_path / "nowhere"):
-        ended = plan(wrong)
-        assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1 and str(wrong) in ended.stderr
+        for name, value in (settings | {"SSL": str(wrong), "SEG": str(wrong)}).items():
+            monkeypatch.setenv(name, value)
+        assert str(wrong) in refusal(paper.main, [])
 
 
 def test_exit_codes_are_those_of_the_docstring(monkeypatch, capsys):

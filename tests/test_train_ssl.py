@@ -375,13 +375,13 @@ def test_bad_volumes_stop_the_run_before_it_starts(tmp_path, flags, refusal):
 @pytest.mark.narrow
 def test_one_group_warns_and_a_long_queue_is_noted(flags, tmp_path, capsys):
     with pytest.warns(UserWarning, match="one group only") as told:
-        train_ssl.main(flags(tmp_path, "--bn-group", 8, "--steps", 1, "--queue", 80, "--zca", "--zca-group", 64))
+        train_ssl.main(flags(tmp_path, "--bn-group", 8, "--steps", 1, "--queue", 80, "--zca", "--zca-group", 32))
     assert "the queue of 80 keys holds" in capsys.readouterr().err
     # in a terminal a line each, without a place in someone's code
     lines = [warnings.formatwarning(w.message, w.category, w.filename, w.lineno) for w in told
              if w.category is UserWarning]
     assert {tuple(line.split(":")[:2]) for line in lines} == {
-        ("warning", " one group only, a single micro-batch"), ("warning", " whitening 64 channels over 32 positions")}
+        ("warning", " one group only, a single micro-batch"), ("warning", " whitening 32 channels over 32 positions")}
     assert all(line.count("\n") == 1 for line in lines)
     assert "elsewhere.py:7: " in warnings.formatwarning("x", UserWarning, "/usr/lib/elsewhere.py", 7)
 
