@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from textwrap import dedent
 
+import narrow
 import numpy as np
 import pytest
 import torch
@@ -645,6 +646,9 @@ def test_a_command_of_the_documents_runs(name, world, tmp_path, monkeypatch):
                  for a in (flag, value) if flag not in arguments]
     if script == "svd_spectrum":
         more += ["--image-size", "64", "--arch", "resnet18"]
+    if script == "train_ssl" and "--init" not in arguments:  # else it names a run of the world, which has a ResNet-18
+        narrow.register(monkeypatch)
+        more += ["--arch", "resnet_basic"]
     if "--seed" in arguments and script == "train_seg":  # of which the world has no run
         more += ["--backbone", "random"]
     started = time.time_ns()
