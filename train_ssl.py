@@ -90,7 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--probe", type=Path, metavar="FOLDER", help="labelled CT, as train_seg.py --data takes it: each epoch, what a "
         "linear fit of its organs on the frozen features is worth; changes nothing, takes seconds")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile a pass (default: on a GPU, where at "
-        f"least {passes.COMPILED_FROM:,} steps are to come; it takes one or two minutes to be ready)")
+        f"least {passes.COMPILED_FROM:,} steps are to come; it takes two to four minutes to be ready)")
     return parser.parse_args(argv)
 
 
