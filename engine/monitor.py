@@ -204,7 +204,7 @@ def introduce(trainer, start, store, ranks: processes.Processes, first: int, las
     print(f"{counted(last, 'step')} of {args.batch_size} slices = {groups} of {args.bn_group}, "
           f"{trainer.moco.groups_per_pass} in one pass, on {alike}, precision {trainer.amp}, {args.image_size} px; "
           f"about {megabytes:,.0f} MB on disk in {args.out / args.name}; the time needed is printed after {soon}"
-          + ", the first of which compiles for a minute or two" * args.compile)
+          + ", the first of which compiles for some minutes" * args.compile)
     origin.announce_input(start.source, args.out, args.window)
     if start.unfinished:
         print(f"note: {start.source}: {start.unfinished}; this run starts from it as it is")
