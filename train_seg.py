@@ -82,8 +82,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "validation curve, by which no model is chosen")
     add("--overwrite", action="store_true", help="start over if a run exists")
     add("--save-predictions", action="store_true", help="write predictions of the validation set as NIfTI")
-    add("--report", action="store_true", help="print Tables 1 and 2 of all results, and write report.{md,csv,png}")
-    add("--predict", type=Path, metavar="VOLUME|FOLDER", help="write a label map of these CT volumes; nothing is trained")
+    add("--report", action="store_true", help="print Tables 1 and 2 of all results; writes report.{md,csv,png}")
+    add("--predict", type=Path, metavar="VOLUME|FOLDER", help="write label maps of these CT volumes; no training")
     add("--run", help="with --predict: the segmentation run of --out, or its folder")
     add("--predict-out", type=Path, metavar="FOLDER", help="with --predict: where to write (default: predictions in "
         "the run's folder); another volume's prediction is never overwritten")
