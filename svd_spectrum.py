@@ -74,10 +74,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.with_defaults(PAPER, PHANTOM)
     parser.add_argument("backbones", nargs="*", help="runs of --out or their folders, files, imagenet or random "
                         "(default: all runs)")
-    add("--backbone", action="append", default=[], help="one more, by the name it has in train_seg.py")
+    add("--backbone", action="append", default=[], help="one more backbone, named as in train_seg.py")
     add("--positions", action="store_true", help="take every position of the last map as a vector, not their mean")
     add("--image-size", type=whole(1), help="pixels of a slice's side")
-    add("--arch", help="of imagenet, random and files")
+    add("--arch", help="architecture of imagenet, random and files")
     return parser.parse_args(argv)
 
 

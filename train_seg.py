@@ -61,30 +61,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.with_defaults(SEGMENTATION | {"whole_slices": "no"}, SEGMENTATION_PHANTOM | by_protocol)
     add("--split", help="percent of the training volumes: 12.5, 25 or 100")
     add("--draw", type=whole(0), help="one of the random subsets of volumes, 0 to 2 (default: all)")
-    add("--protocol", choices=PROTOCOLS, help="default: all three")
+    add("--protocol", choices=PROTOCOLS, help="how a head is trained (default: all three ways)")
     add("--backbone", help="a RUN of --out or its folder, a FILE of weights, imagenet, random or all (default: "
         "moco-local-zca)")
-    add("--row", help="of --backbone FILE: what it is called in the tables (the file's name)")
+    add("--row", help="name of --backbone FILE in the tables (default: the file's name)")
     add("--whitening", choices=("bn", "fold"), default="bn",
-        help="a whitened run, fine-tuned: plain BN as in the paper, or folded; frozen is always folded")
-    add("--arch", help="of --backbone imagenet, random or FILE")
-    add("--iterations", type=whole(1), help="of training")
+        help="how to fine-tune a whitened run: a plain BN, as in the paper, or folded; frozen, it is always folded")
+    add("--arch", help="architecture of --backbone imagenet, random or FILE")
+    add("--iterations", type=whole(1), help="training iterations")
     add("--crop-size", type=whole(32), help="pixels of a training crop's side, and of a slice's when evaluated")
     add("--batch-size", type=whole(2), help="crops an iteration, over all processes")
     add("--lr", type=number(above=0), help="learning rate of the first iteration")
     add("--whole-slices", action=argparse.BooleanOptionalAction, help="linear-frozen trains on whole slices instead "
-        "of random crops: their features are computed once, which is fast and not the paper's")
-    add("--no-flip", dest="flip", action="store_false", help="mirror no training crop: mirrored, with labels as they "
-        "are, left and right kidney look alike (mmseg does it by default; whole slices are never mirrored)")
-    add("--compile", action="store_true", help="torch.compile a training iteration: faster on a GPU after one or two "
-        "minutes; dropout and the last digits differ")
+        "of random crops: features are computed once, which is fast, but the paper takes crops")
+    add("--no-flip", dest="flip", action="store_false", help="do not mirror training crops: a mirrored left kidney "
+        "looks like a right one but keeps its label (mmseg mirrors by default; whole slices are never mirrored)")
+    add("--compile", action="store_true", help="compile a training iteration with torch.compile; dropout and the "
+        "last digits differ (tried on a CPU only)")
     add("--eval-every", type=whole(1), default=EVAL_INTERVAL, metavar="N", help="iterations between two points of the "
-        "validation curve, which decides nothing")
-    add("--overwrite", action="store_true", help="start over what has been run")
-    add("--save-predictions", action="store_true", help="keep those of the validation set as NIfTI, on its own grid")
-    add("--report", action="store_true", help="print Tables 1 and 2 of what has been run; report.{md,csv,png} of --out")
-    add("--predict", type=Path, metavar="VOLUME|FOLDER", help="write the organs of these CT volumes; no training")
-    add("--run", help="with --predict: a run of --out, or its folder")
+        "validation curve, by which no model is chosen")
+    add("--overwrite", action="store_true", help="start over if a run exists")
+    add("--save-predictions", action="store_true", help="write predictions of the validation set as NIfTI")
+    add("--report", action="store_true", help="print Tables 1 and 2 of all results; writes report.{md,csv,png}")
+    add("--predict", type=Path, metavar="VOLUME|FOLDER", help="write label maps of these CT volumes; no training")
+    add("--run", help="with --predict: the segmentation run of --out, or its folder")
     add("--predict-out", type=Path, metavar="FOLDER", help="with --predict: where to write (default: predictions in "
         "the run's folder); another volume's prediction is never overwritten")
     return parser.parse_args(argv)

@@ -58,14 +58,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--local", action="store_true", help="local loss on the first stage's feature map, Eq. 2")
     add("--zca", action="store_true", help="ZCA whitening in place of the backbone's last BN, Eq. 5")
     add("--geometric", action=argparse.BooleanOptionalAction,
-        help="crop and flip augmentation (default: unless --local; with it, Eq. 2 takes what both crops show, which is "
-        "not the paper's)")
-    add("--recipe", choices=("paper", "author"), default="paper", help="whose settings fill what no flag gives: the "
-        "paper's, or those of the first author's published code, as far as flags reach (docs/decisions.md)")
+        help="crop and flip augmentation (default: on without --local, off with it; if you give both, Eq. 2 compares "
+        "what both crops show, which goes beyond the paper)")
+    add("--recipe", choices=("paper", "author"), default="paper", help="whose settings to take where you give no "
+        "flag: the paper's, or those of the first author's published code (docs/decisions.md)")
     add("--arch", help="any torchvision resnet")
     add("--init", help="initial checkpoint: imagenet, random, a RUN of --out or a FILE")
-    add("--name", help="of the run (default [author-]moco[-local][-zca][-nogeo|-aligned][-everyN][-seedN])")
-    add("--overwrite", action="store_true", help="start over where a run of this name exists")
+    add("--name", help="name of the run (default [author-]moco[-local][-zca][-nogeo|-aligned][-everyN][-seedN])")
+    add("--overwrite", action="store_true", help="start over if a run of this name exists")
     add("--size", type=whole(1), help="pixels of a stored slice's side")
     add("--image-size", type=whole(1), help="pixels of a view's side")
     add("--batch-size", type=whole(1), help="slices a step, over all processes")
@@ -73,24 +73,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "batch statistics, as those on one GPU do")
     add("--every", type=whole(1), default=1, metavar="N", help="train on each N-th slice of a volume")
     add("--epochs", type=whole(1), help="epochs in all, over which the learning rate falls to 0")
-    add("--steps", type=whole(0), help="stop after so many optimizer steps in all (default: all epochs)")
-    add("--lr", type=number(above=0), help="learning rate of the first step; what you give is not scaled by "
-        f"the batch ({LR} x batch / 256)")
-    add("--weight-decay", type=number(0), help="of SGD, on all parameters")
-    add("--queue", type=whole(1), help="keys kept, a multiple of the batch")
+    add("--steps", type=whole(0), help="total steps after which to stop (default: all epochs)")
+    add("--lr", type=number(above=0), help="learning rate of the first step; a value of yours is not scaled "
+        f"by the batch ({LR} x batch / 256)")
+    add("--weight-decay", type=number(0), help="weight decay of SGD, on all parameters")
+    add("--queue", type=whole(1), help="keys in the queue, a multiple of the batch")
     add("--ema", type=number(0, 1), help="momentum of the key encoder")
-    add("--temperature", type=number(above=0), default=PAPER["temperature"], help="of Eq. 1")
-    add("--temperature-local", type=number(above=0), default=PAPER["temperature_local"], help="of Eq. 2")
+    add("--temperature", type=number(above=0), default=PAPER["temperature"], help="temperature of Eq. 1")
+    add("--temperature-local", type=number(above=0), default=PAPER["temperature_local"], help="temperature of Eq. 2")
     add("--lambda-local", type=number(0), default=PAPER["lambda_local"], help="weight of the local loss, Eq. 3")
-    add("--patches", type=whole(1), default=PAPER["patches"], help="K of Eq. 2")
-    add("--zca-group", type=whole(0), help="channels whitened together; 0: all")
-    add("--zca-iterations", type=whole(1), default=PAPER["zca_iterations"], help="T of Newton's iteration")
-    add("--groups-per-pass", type=whole(1), metavar="N", help="micro-batches that run at once; more need memory and "
-        "change results by rounding only (default: on a GPU as many as fit)")
-    add("--probe", type=Path, metavar="FOLDER", help="labelled CT, as train_seg.py --data takes it: each epoch, what a "
-        "linear fit of its organs on the frozen features is worth; changes nothing, takes seconds")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile a pass (default: on a GPU, where at "
-        f"least {passes.COMPILED_FROM:,} steps are to come; it takes two to four minutes to be ready)")
+    add("--patches", type=whole(1), default=PAPER["patches"], help="patches per image, K of Eq. 2")
+    add("--zca-group", type=whole(0), help="channels that are whitened together; 0: all")
+    add("--zca-iterations", type=whole(1), default=PAPER["zca_iterations"], help="steps T of Newton's iteration")
+    add("--groups-per-pass", type=whole(1), metavar="N", help="micro-batches in one pass; more need more memory, "
+        "and results differ by rounding only (default: on a GPU as many as fit)")
+    add("--probe", type=Path, metavar="FOLDER", help="labelled CT, in any layout that train_seg.py reads: once an "
+        "epoch, the Dice of a linear map from frozen features to its organs; takes seconds, does not change the run")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile a pass with torch.compile (default: on a "
+        f"GPU, if at least {passes.COMPILED_FROM:,} steps are to come; compiling took two to four minutes)")
     return parser.parse_args(argv)
 
 

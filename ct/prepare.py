@@ -240,7 +240,7 @@ def _without_air(records: dict[str, dict], left_out: list[dict], found: list[dic
 def task_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what is segmented, and on which volumes, in data that does not say so itself."""
     add = parser.add_argument
-    add("--labels", type=Path, metavar="FILE", help="text file that names the label ids where the data does not: one "
+    add("--labels", type=Path, metavar="FILE", help="text file that names the label ids if the data does not: one "
         "a line, such as `1 liver`")
     add("--organs", type=listed, metavar="A,B", help="which of TotalSegmentator's masks to use (default: all, sorted); "
         "where two overlap, the later in your list keeps the voxel")
@@ -254,7 +254,7 @@ def task_flags(parser: argparse.ArgumentParser) -> None:
 def images_flag(parser: argparse.ArgumentParser) -> None:
     """The flag that says which files are CT volumes, where their names or voxels say something else."""
     parser.add_argument("--images", type=listed, metavar="A,B", help="which files of a folder of CT without labels to "
-                        "read, whatever their names say: patterns such as 'GT*,*/ct.nii.gz' (default: all but label "
+                        "read, in spite of their names: patterns such as 'GT*,*/ct.nii.gz' (default: all but label "
                         "maps, distances and doses, known by their names or, where a name is unclear, their voxels)")
 
 
@@ -262,8 +262,8 @@ def images_flag(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     """The commands. draw(path, slices, titles, labels, names) -> bool: what draws a contact sheet, if anything."""
     parser = Parser(description="Prepare or audit a folder of CT volumes.")
-    parser.add_argument("command", choices=("prepare", "audit"), help="prepare: volumes to slices; audit: list what "
-                        "the folder holds")
+    parser.add_argument("command", choices=("prepare", "audit"), help="prepare: turn volumes into slices; audit: list "
+                        "what the folder holds and what is wrong with it")
     parser.add_argument("--data", type=Path, required=True, help="folder of the CT volumes")
     parser.add_argument("--kind", choices=("pretrain", "segment"), help="what the slices are for (default: segment for "
                         "BTCV's layout, a dataset.json, --labels or --organs; pretrain otherwise)")
@@ -275,8 +275,8 @@ def main(argv: list[str] | None = None, draw: Callable | None = None) -> None:
     parser.add_argument("--workers", type=whole(0), help="number of processes (default: one a core)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out volumes that cannot be used, now and in "
                         "later commands: they are listed, and the exit code is 0")
-    parser.add_argument("--verify", action="store_true", help="audit: compare the prepared slices with their checksums "
-                        "instead")
+    parser.add_argument("--verify", action="store_true", help="audit: only compare the prepared slices with their "
+                        "checksums")
     task_flags(parser)
     images_flag(parser)
     args = parser.parse_args(argv)

@@ -60,14 +60,14 @@ class Parser(ct_command.Parser):
         add("--out", type=folder, default=Path("runs"), help="folder of all runs and results (default runs)")
         add("--seed", type=whole(0), default=0, help="seed of all random numbers (%(default)s)")
         add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto" if trains else "off",
-            help="mixed precision; auto: bf16 where the hardware computes in it (default %(default)s)")
-        add("--deterministic", action="store_true", help="on a GPU: the same numbers from every run, a continued one "
-            "too, at a lower speed (deterministic algorithms, no TF32); a CPU needs no flag for that")
+            help="mixed precision; auto: bf16 if the hardware computes in it (default %(default)s)")
+        add("--deterministic", action="store_true", help="on a GPU: the same numbers from every run, also a continued "
+            "one, at a lower speed (deterministic algorithms, no TF32); on a CPU that is always so")
         if trains:
             add("--checkpoint-minutes", type=number(0), default=10.0, help="minutes between two checkpoints, rounded "
-                "up to a tenth step (default %(default)g); one is always written at the end and when asked to stop")
-        add("--workers", type=whole(0), help="threads that read slices, and processes that prepare them (default: the "
-            f"cores there are, to read divided by the processes on this machine and at most {READERS})")
+                "up to a tenth step (default %(default)g); one is always written at the end and when you stop a run")
+        add("--workers", type=whole(0), help="threads that read slices, and processes that prepare them (default: all "
+            f"cores; for reading, divided by the processes on this machine and at most {READERS})")
         add("--window", type=number(), nargs=2, default=WINDOW, metavar=("LOW", "HIGH"),
             help=f"range of HU that becomes 0 to 255 ({WINDOW[0]:g} {WINDOW[1]:g})")
 
