@@ -83,11 +83,20 @@ def small_phantom(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def drawing():
+    """What draws, which takes a second or two of every run, those of fixtures too: no test has it but by its mark."""
+    with pytest.MonkeyPatch.context() as patch:
+        attempt = figures.attempt
+        patch.setattr(figures, "attempt", lambda *_: False)
+        yield attempt
+
+
 @pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """They take a second or two of every run: drawn where a test is marked `pictures`."""
-    if request.node.get_closest_marker("pictures") is None:
-        monkeypatch.setattr(figures, "attempt", lambda *_: False)
+def no_pictures(request, monkeypatch, drawing):
+    """Drawn where a test is marked `pictures`."""
+    if request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(figures, "attempt", drawing)
 
 
 @pytest.fixture(scope="module")
