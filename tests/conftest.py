@@ -16,7 +16,8 @@ import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from ct import phantom  # noqa: E402
+from ct import phantom, pool  # noqa: E402
+from ct.volumes import BadInput  # noqa: E402
 from engine import figures  # noqa: E402
 
 STRESS = pytest.StashKey()
@@ -90,6 +91,31 @@ def drawing():
         attempt = figures.attempt
         patch.setattr(figures, "attempt", lambda *_: False)
         yield attempt
+
+
+def in_this_process(work, items, workers, title, unit="volume"):
+    """As `pool.in_processes`, without its processes."""
+    for item in items:
+        try:
+            yield item, work(item)
+        except BadInput as e:
+            yield item, e
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_of_a_pool():
+    """What works in processes of its own: each is a fork of one that holds torch, at a tenth of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        several = pool.in_processes
+        patch.setattr(pool, "in_processes", in_this_process)
+        yield several
+
+
+@pytest.fixture(autouse=True)
+def processes_where_marked(request, monkeypatch, processes_of_a_pool):
+    """Forked where a test is marked `pool`, and in each command that a test starts as a process."""
+    if request.node.get_closest_marker("pool"):
+        monkeypatch.setattr(pool, "in_processes", processes_of_a_pool)
 
 
 @pytest.fixture(autouse=True)

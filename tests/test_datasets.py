@@ -27,6 +27,7 @@ from ct.command import counted
 from ct.volumes import BadInput, read_volume
 from engine import probe, processes
 
+pytestmark = pytest.mark.pool
 AFFINE = np.diag([-1.5, -1.5, 5.0, 1.0])  # LPS
 
 

@@ -392,7 +392,8 @@ CLUSTER, GPU, TOOL = "needs a cluster", "was measured on a GPU", "a tool of othe
 CANNOT = {
     "make setup": DOWNLOADS, "make test-lowest": DOWNLOADS, "pip": DOWNLOADS, "curl": DOWNLOADS, "git": DOWNLOADS,
     "make demo": MINUTES, "make stress": MINUTES, "tests/stress --files --kills --minutes": MINUTES,
-    "tools/against --pairs": MINUTES, "tools/mutants": MINUTES, "tools/bench": MINUTES, "tools/bench --peers": MINUTES,
+    "tools/against --pairs": MINUTES, "tools/mutants": MINUTES, "tools/mutants --jobs": MINUTES,
+    "tools/bench": MINUTES, "tools/bench --peers": MINUTES,
     "tools/study --jobs --rows --seg --ssl --steps": MINUTES, "tools/study --seg --ssl --steps": MINUTES,
     "tools/study --jobs --phantom --rows --steps": MINUTES,
     "train_ssl --arch --epochs --init --no-geometric --zca-group": MINUTES,
