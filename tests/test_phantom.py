@@ -12,6 +12,7 @@ import datasets
 from ct import intake, phantom, phantom_anatomy, phantom_layouts, phantom_scene, pool, tasks
 from ct.volumes import BadInput, read_volume
 
+pytestmark = pytest.mark.pool
 SMALL = (12, 48, 48)
 SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, GALLBLADDER, ESOPHAGUS, LIVER, STOMACH = range(1, 8)
 AORTA, IVC, VEINS, PANCREAS, RIGHT_ADRENAL, LEFT_ADRENAL = range(8, 14)
