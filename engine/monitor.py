@@ -85,7 +85,7 @@ class CollapseMonitor:
             mends = ["an initial checkpoint that is not random (--init)"] * (args.init == "random")
             mends += ["a shorter --queue"] * (args.queue > args.batch_size) + ["a lower --lr"]
             return (f"warning: after {step:,} of {self.trainer.horizon:,} steps the model does not tell slices apart "
-                    "(similarity margin, the cosine of two views of a slice less that of two slices: "
+                    "(similarity margin, the mean cosine of two views of one slice minus that of two slices: "
                     f"{found['held_out_gap']:.3f}; instance accuracy {found['instance_accuracy']:.3f}, chance "
                     f"{found['instance_chance']:.3f}). Its loss and the queue's accuracy come from stale keys, and its "
                     f"effective rank means nothing. Try {', '.join(mends)}")
@@ -216,7 +216,7 @@ def introduce(trainer, start, store, ranks: processes.Processes, first: int, las
     for line in recipes.remarks(args):
         print(f"note: {line}")
     for line in recipes.advice(args, trained, trainer.horizon):
-        print(f"note: {trained:,} slices are few: {line}", file=sys.stderr)
+        print(f"note: with {trained:,} slices to train on, {line}", file=sys.stderr)
     if first >= trainer.horizon:
         print(f"finished before: all {first:,} steps are done")
     elif first >= last:
