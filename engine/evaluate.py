@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 import metrics
 from ct import coverage, volumes
+from ct.command import counted
 from engine import backbones, distances, figures, methods, predict, processes, report, runs
 
 CASE_COLUMNS = ("case", "organ id", "organ", "intersection", "prediction", "truth", "dice", *distances.HD95)
@@ -86,8 +87,8 @@ def finish(trainer, run: runs.Run, config: dict) -> None:
     runs.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
     runs.write_text(folder / "result.json", json.dumps(result) + "\n")
     occur = sum(dice is not None for dice in result["organs"])
-    counted = f"{occur} {'class' if occur == 1 else 'classes'}, pooled over the validation set"
-    print(f"{title}: mDS {100 * result['mDS']:.2f} % ({counted}), with background "
+    over = f"{counted(occur, 'class')}, pooled over the validation set"
+    print(f"{title}: mDS {100 * result['mDS']:.2f} % ({over}), with background "
           f"{100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
     if args.save_predictions:
         for case, (name, path) in validation_files(trainer.store).items():
@@ -140,11 +141,11 @@ def per_case(table: np.ndarray, volumes: Sequence, hd95: dict[object, np.ndarray
     0) is listed for its counts; undefined values are "".
     """
     rows, ids = [], np.unique(np.asarray(volumes)).tolist()
-    for volume, counted in zip(ids, metrics.volume_counts(table, volumes), strict=True):
-        scores, surface = metrics.dice(*counted.T), [[math.nan] * len(distances.HD95), *hd95[volume]]
+    for volume, voxels in zip(ids, metrics.volume_counts(table, volumes), strict=True):
+        scores, surface = metrics.dice(*voxels.T), [[math.nan] * len(distances.HD95), *hd95[volume]]
         for c, (label, name) in enumerate(labels.items()):
             shown = ((scores[c], 6), *((x, 3) for x in surface[c]))
-            rows.append([volume, label, name, *counted[c].tolist(),
+            rows.append([volume, label, name, *voxels[c].tolist(),
                          *("" if math.isnan(x) else f"{x:.{digits}f}" for x, digits in shown)])
     return rows
 
