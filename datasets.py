@@ -27,7 +27,7 @@ from ct import audit, coverage, stores, tasks
 from ct import prepare as preparation
 from ct.stores import HEADER, array, name_of, sizes_agree, task_of
 from ct.volumes import BadInput
-from engine import figures, processes
+from engine import figures, launch, processes, seeds
 from local_loss import CELLS
 from views import resize
 
@@ -42,7 +42,7 @@ def prepare(*args, **kw) -> "Store":
 def open_labelled(args, data: Path) -> tuple["Store", processes.Processes, list[str]]:
     """A store of labelled volumes with its splits drawn, this process among the others, and what is to be said of it.
 
-    args: the flags of `processes.Parser.common` and `task_flags`. Raises BadInput.
+    args: the flags of `launch.Parser.common` and `task_flags`. Raises BadInput.
     """
     store = prepare(data, args.store or stores.default_store(data), "segment", tuple(args.window),
                     workers=args.workers, names=args.labels, organs=args.organs)
@@ -169,8 +169,8 @@ class Store:
 
 
 def prefetch(fetch: Callable, steps: range, workers: int | None = None) -> Iterator[tuple]:
-    """(step, fetch(step)) for every step, in order, computed ahead in `workers` threads (`processes.readers`)."""
-    workers = max(1, processes.readers() if workers is None else workers)
+    """(step, fetch(step)) for every step, in order, computed ahead in `workers` threads (`launch.readers`)."""
+    workers = max(1, launch.readers() if workers is None else workers)
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque = deque()
         try:
@@ -214,7 +214,7 @@ def _received(step: int, copy: torch.Tensor, ready: torch.cuda.Event) -> tuple[i
 
 def shuffled(slices: np.ndarray, seed: int) -> Callable[[int], np.ndarray]:
     """Epoch -> these slice numbers in the epoch's order; those of the last two are kept."""
-    return functools.lru_cache(2)(lambda epoch: processes.rng(seed, processes.SLICES, epoch).permutation(slices))
+    return functools.lru_cache(2)(lambda epoch: seeds.rng(seed, seeds.SLICES, epoch).permutation(slices))
 
 
 class Batches:
@@ -225,23 +225,25 @@ class Batches:
     """
 
     def __init__(self, args, slices: int | np.ndarray, ranks: processes.Processes):
-        drawn = processes.rng(args.seed, processes.LOOKS).permutation(slices)
+        self.seed, self.batch_size, self.slice_px, self.view_px = args.seed, args.batch_size, args.size, args.image_size
+        self.geometric, self.recipe = args.geometric, args.recipe
+        self.patches, self.aligned = args.patches, args.local and args.geometric
+        drawn = seeds.rng(self.seed, seeds.LOOKS).permutation(slices)
         self.held_out, self.trained = np.split(drawn, [min(HELD_OUT, max(2, len(drawn) // 8))])
-        self.args, self.device, self.steps_per_epoch = args, ranks.device, len(self.trained) // args.batch_size
-        self.rank_slice, self.order = ranks.share(args.batch_size), shuffled(self.trained, args.seed)
+        self.device, self.steps_per_epoch = ranks.device, len(self.trained) // self.batch_size
+        self.rank_slice, self.order = ranks.share(self.batch_size), shuffled(self.trained, self.seed)
 
     def indices(self, t: int) -> np.ndarray:
         """Slice numbers of step t's global batch: an epoch is a shuffled pass without its last partial batch."""
         epoch, position = divmod(t, self.steps_per_epoch)
-        return self.order(epoch)[position * self.args.batch_size :][: self.args.batch_size]
+        return self.order(epoch)[position * self.batch_size :][: self.batch_size]
 
     def views(self, t: int, purpose: int) -> augment.Params:
         """What was drawn for this process's views: `purpose` says of which encoder."""
         return {k: v[self.rank_slice] for k, v in self._drawn(t, purpose).items()}
 
     def _drawn(self, t: int, purpose: int) -> augment.Params:
-        return augment.draw(processes.rng(self.args.seed, purpose, t), self.args.batch_size, self.args.geometric,
-                            self.args.recipe)
+        return augment.draw(seeds.rng(self.seed, purpose, t), self.batch_size, self.geometric, self.recipe)
 
     def common_parts(self, t: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """What both views of each pair show, for Eq. 2 with crops and flips, on the device.
@@ -249,19 +251,19 @@ class Batches:
         Of the global batch's keys boxes (N, 4) and flips (N,), for `MoCo.keys`; of this process's queries boxes (B, 4),
         flips (B,) and which pairs share enough (B,), for `MoCo.forward`.
         """
-        query, key = (self._drawn(t, purpose) for purpose in (processes.VIEW_Q, processes.VIEW_K))
-        boxes_q, boxes_k, usable = augment.common_parts(query, key, self.args.size)
+        query, key = (self._drawn(t, purpose) for purpose in (seeds.VIEW_Q, seeds.VIEW_K))
+        boxes_q, boxes_k, usable = augment.common_parts(query, key, self.slice_px)
         own = (x[self.rank_slice] for x in (boxes_q, query["flip"], usable))
         return tuple(tuple(resize.to_device(x, self.device) for x in part) for part in ((boxes_k, key["flip"]), own))
 
     def permutation(self, t: int) -> torch.Tensor:
         """The order (N,) in which the global batch's keys are encoded: Shuffling BN."""
-        return torch.from_numpy(processes.rng(self.args.seed, processes.SHUFFLE, t).permutation(self.args.batch_size))
+        return torch.from_numpy(seeds.rng(self.seed, seeds.SHUFFLE, t).permutation(self.batch_size))
 
     def patch_idx(self, t: int) -> torch.Tensor:
         """(B, K) int64: K of the 49 cells per image, without replacement."""
-        draw = processes.rng(self.args.seed, processes.PATCHES, t).random((self.args.batch_size, CELLS**2))
-        return torch.from_numpy(draw.argsort(1)[self.rank_slice, : self.args.patches].copy())
+        draw = seeds.rng(self.seed, seeds.PATCHES, t).random((self.batch_size, CELLS**2))
+        return torch.from_numpy(draw.argsort(1)[self.rank_slice, : self.patches].copy())
 
 
 def draw_crops(rng: np.random.Generator, batch_size: int, flip: bool = True) -> augment.Params:
@@ -326,18 +328,20 @@ class Crops:
     """
 
     def __init__(self, args, store: Store, slices: np.ndarray, ranks: processes.Processes):
-        self.args, self.store, self.slices, self.device = args, store, slices, ranks.device
-        self.rank_slice, self.order = ranks.share(args.batch_size), shuffled(slices, args.seed)
+        self.store, self.slices, self.device = store, slices, ranks.device
+        self.seed, self.batch_size, self.crop_size, self.flip = args.seed, args.batch_size, args.crop_size, args.flip
+        self.whole_slices = args.whole_slices
+        self.rank_slice, self.order = ranks.share(self.batch_size), shuffled(slices, self.seed)
 
     def indices(self, t: int) -> list[int]:
         """Slice numbers of the global batch: one shuffled pass over the split after the other."""
-        places = range(t * self.args.batch_size, (t + 1) * self.args.batch_size)
+        places = range(t * self.batch_size, (t + 1) * self.batch_size)
         return [int(self.order(p // len(self.slices))[p % len(self.slices)]) for p in places]
 
     def fetch(self, t: int) -> list[int] | tuple[torch.Tensor, np.ndarray]:
         """What iteration t reads for this process, see `read`; slice numbers where features are kept."""
         indices = self.indices(t)[self.rank_slice]
-        return indices if self.args.whole_slices else self.read(indices)
+        return indices if self.whole_slices else self.read(indices)
 
     def read(self, indices: list[int]) -> tuple[torch.Tensor, np.ndarray]:
         """Slices by their numbers and their labels: (2, B, H, W) uint8 on the CPU, and the shape (B, 2) of each.
@@ -354,7 +358,7 @@ class Crops:
 
     def apply(self, t: int, read: tuple[torch.Tensor, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """The crops of iteration t of what `fetch` read: images (B, 3, S, S) and labels (B, S, S) on the device."""
-        drawn = draw_crops(processes.rng(self.args.seed, processes.CROPS, t), self.args.batch_size, self.args.flip)
+        drawn = draw_crops(seeds.rng(self.seed, seeds.CROPS, t), self.batch_size, self.flip)
         return self._crop({k: v[self.rank_slice] for k, v in drawn.items()}, *read)
 
     def whole(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -363,7 +367,7 @@ class Crops:
 
     def _crop(self, drawn: augment.Params, stacked: torch.Tensor, shapes: np.ndarray
               ) -> tuple[torch.Tensor, torch.Tensor]:
-        return apply_crops(*stacked.to(self.device, non_blocking=True), shapes, drawn, self.args.crop_size)
+        return apply_crops(*stacked.to(self.device, non_blocking=True), shapes, drawn, self.crop_size)
 
 
 def main(argv: list[str] | None = None) -> None:

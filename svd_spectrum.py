@@ -33,7 +33,7 @@ import metrics
 from ct import intake, prepare
 from ct.command import whole
 from ct.volumes import BadInput
-from engine import backbones, figures, methods, origin, processes, report
+from engine import backbones, figures, launch, methods, origin, processes, report
 from views import resize
 
 PAPER, PHANTOM = dict(arch="resnet50", image_size=224), dict(arch="resnet18", image_size=64)
@@ -67,8 +67,8 @@ def features(backbone: nn.Module, slices: torch.Tensor, size: int, positions: bo
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; what it leaves to the data is None."""
-    parser = processes.Parser(prog="svd_spectrum.py", description=__doc__.split("\n\n")[0],
-                              epilog="Defaults are the paper's; in brackets those of the built-in phantom.")
+    parser = launch.Parser(prog="svd_spectrum.py", description=__doc__.split("\n\n")[0],
+                           epilog="Defaults are the paper's; in brackets those of the built-in phantom.")
     parser.common("BTCV", trains=False)
     prepare.task_flags(parser)
     add = parser.with_defaults(PAPER, PHANTOM)
@@ -110,12 +110,12 @@ def write(path: Path, data: str, title: str, rows: list[Row]) -> list[Path]:
     return [path.with_suffix(".csv")]
 
 
-@processes.command
+@launch.command
 def main(argv: list[str] | None = None) -> None:
     """The spectrum and the ranks of each backbone's features of the validation slices."""
     args = parse(argv)
     data, phantom = intake.locate(args.data, "BTCV")
-    processes.fill(args, PHANTOM if phantom else PAPER)
+    launch.fill(args, PHANTOM if phantom else PAPER)
     backbones.architecture(args.arch)
     names = [backbones.resolve(n, args.out, phantom) for n in
              args.backbones + args.backbone or runs_in(args.out, phantom, args.window)]
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     if not ranks.is_main:  # the work of one process, which alone writes
         return
     if phantom:
-        processes.announce_phantom(store)
+        origin.announce_phantom(store)
     for line in remarks:
         print(line)
     for name in names:

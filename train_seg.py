@@ -32,11 +32,12 @@ from tqdm import tqdm
 
 import datasets
 from ct import intake, prepare
-from ct.command import counted, number, whole
+from ct.command import counted, duration, number, whole
 from ct.volumes import BadInput
-from engine import backbones, evaluate, leaks, origin, predict, processes, report, runs
+from engine import backbones, evaluate, launch, leaks, origin, predict, processes, report, runs, seeds
 from engine.recipes import PHANTOM_RECIPES, SEGMENTATION, SEGMENTATION_PHANTOM
 from engine.report import DRAWS
+from engine.signals import StopRequest
 from segment import PROTOCOLS, Segmenter, loss_bytes
 
 BACKBONE = "moco-local-zca"  # the run that is measured where no other is named
@@ -50,9 +51,9 @@ MOMENTUM, WEIGHT_DECAY, LR_END, POWER = 0.9, 5e-4, 1e-4, 0.9  # mmsegmentation's
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; what it leaves to the data or the protocol is None until `resolve_defaults` and `recipe`."""
-    parser = processes.Parser(prog="train_seg.py", description=__doc__.split("\n\n")[0],
-                              epilog="Defaults are the paper's; in brackets the preset of the built-in phantom "
-                              f"({'/'.join(PROTOCOLS)}).")
+    parser = launch.Parser(prog="train_seg.py", description=__doc__.split("\n\n")[0],
+                           epilog="Defaults are the paper's; in brackets the preset of the built-in phantom "
+                           f"({'/'.join(PROTOCOLS)}).")
     parser.common("BTCV")
     prepare.task_flags(parser)
     prepare.images_flag(parser)
@@ -92,7 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
     """Fill the defaults that all runs share, and refuse what cannot work (BadInput); see `recipe` for the rest."""
-    processes.fill(args, SEGMENTATION_PHANTOM if phantom else SEGMENTATION)
+    launch.fill(args, SEGMENTATION_PHANTOM if phantom else SEGMENTATION)
     args.phantom = phantom
     if args.split is None:
         raise BadInput("--split is missing: give --split 12.5, 25 or 100 (or --report)")
@@ -124,7 +125,7 @@ def lr(t: int, args: argparse.Namespace) -> float:
 
 def choose_backbones(args: argparse.Namespace, phantom: bool) -> list[str]:
     """The names behind --backbone: runs of --out, files, imagenet or random. Raises BadInput for none."""
-    prefix, seed = "phantom-" if phantom else "", processes.seed_suffix(args.seed)
+    prefix, seed = "phantom-" if phantom else "", seeds.seed_suffix(args.seed)
     if args.backbone != "all":
         return [backbones.resolve(args.backbone or BACKBONE + seed, args.out, phantom)]
     rows = [r for r in report.ROWS | report.BEYOND if r not in ("imagenet", "random")]
@@ -173,7 +174,7 @@ class Trainer:
 
     def step(self, t: int, pairs: list) -> torch.Tensor:
         """One optimizer step on this process's slices and labels -> its loss, a scalar on the device."""
-        processes.seed_torch(self.args.seed, processes.DROPOUT, t, self.ranks.rank)
+        seeds.seed_torch(self.args.seed, seeds.DROPOUT, t, self.ranks.rank)
 
         # images (B, 3, S, S), or of whole slices the `features` that were computed once, of which the linear head needs
         # the last, layer4's (B, C, S/8, S/8); labels (B, S, S)
@@ -219,7 +220,7 @@ class Trainer:
 
     def load(self, state: dict) -> int:
         """Go on from a checkpoint; returns its step."""
-        runs.load_weights(self.model, state["model"])
+        self.model.load_state_dict(state["model"])
         runs.load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.backbone, self.started = state["backbone"], time.time() - state["wall_s"]
@@ -234,14 +235,14 @@ def train(trainer: Trainer, run: runs.Run, first: int) -> None:
     args, crops, ranks, title = trainer.args, trainer.crops, trainer.ranks, run.folder.name
     bar = tqdm(desc=title, total=args.iterations, initial=first, unit="it", disable=None if ranks.is_main else True)
     pending, started = [], time.perf_counter()
-    with processes.StopRequest() as stop:
+    with StopRequest() as stop:
         if 0 < first < args.iterations and first % args.eval_every == 0:  # stopped between checkpoint and validation?
             processes.on_main(ranks.is_main, functools.partial(evaluate.validate, trainer, run, first, stop))
         for t, pairs in datasets.prefetch(crops.fetch, range(first, args.iterations), args.workers):
             pending.append(trainer.step(t, pairs))
             if t == first:  # it compiles, and on a GPU tries the convolutions: no measure of those to come
                 if args.compile and ranks.is_main:
-                    tqdm.write(f"{title}: compiled in {processes.duration(time.perf_counter() - started)}")
+                    tqdm.write(f"{title}: compiled in {duration(time.perf_counter() - started)}")
                 started = time.perf_counter()
             stopping, done = ranks.any(stop.signal != 0), t + 1
             due = done % args.eval_every == 0 or done == args.iterations
@@ -257,7 +258,7 @@ def train(trainer: Trainer, run: runs.Run, first: int) -> None:
                 pending = []
             if ranks.is_main and done == first + LOG_INTERVAL < args.iterations:
                 left = (time.perf_counter() - started) / (LOG_INTERVAL - 1) * (args.iterations - done)
-                tqdm.write(f"{title}: about {processes.duration(left)} to go")
+                tqdm.write(f"{title}: about {duration(left)} to go")
             # before the validation, which may take longer than a scheduler waits
             if due or stopping or (log_due and ranks.any(run.overdue(args.checkpoint_minutes))):
                 run.checkpoint(trainer.state(done))
@@ -280,7 +281,7 @@ def measure(args: argparse.Namespace, name: str, protocol: str, draw: int, store
     # before the run folder: a backbone that does not fit leaves nothing behind
     backbone = backbones.open_backbone(name, args.out, args.arch, args.seed, whitening, store.is_phantom,
                                        args.row)
-    seed = processes.seed_suffix(args.seed)  # a run of this seed has it in its name already
+    seed = seeds.seed_suffix(args.seed)  # a run of this seed has it in its name already
     title = f"{backbone.name.removesuffix(seed)}{seed}-{protocol}-{args.split}-{draw}"
     if store.task.recorded:  # not BTCV's organs
         title += f"-{store.task.prefix}"
@@ -331,7 +332,7 @@ def configure(args: argparse.Namespace, backbone: backbones.Backbone, protocol: 
 def introduce(args: argparse.Namespace, titles: list[str], store: datasets.Store, ranks: processes.Processes) -> None:
     """Say what will be run, on what, and the memory that its classes take."""
     if store.is_phantom:
-        processes.announce_phantom(store)
+        origin.announce_phantom(store)
     recipes = [recipe(args, protocol) for protocol in args.protocols]
     iterations = dict.fromkeys(f"{r.iterations:,}" for r in recipes)
     crops = "crops" if args.flip else "unmirrored crops"
@@ -347,7 +348,7 @@ def introduce(args: argparse.Namespace, titles: list[str], store: datasets.Store
           f"{needed / 1e6:,.0f} MB of the device's memory")
 
 
-@processes.command
+@launch.command
 def main(argv: list[str] | None = None) -> None:
     """The report, predictions, or all runs that the flags name and their table."""
     args = parse(argv)

@@ -32,8 +32,9 @@ import datasets
 from ct import audit, intake, prepare, stores
 from ct.command import number, whole
 from ct.volumes import BadInput
-from engine import backbones, figures, leaks, monitor, origin, passes, probe, processes, recipes, runs
+from engine import backbones, figures, launch, leaks, monitor, origin, passes, probe, processes, recipes, runs, seeds
 from engine.recipes import LR, PAPER, PHANTOM, START
+from engine.signals import StopRequest
 from local_loss import CELLS
 from moco import MoCo
 from views import resize
@@ -49,8 +50,8 @@ NOT_IN_CONFIG = ("steps", "out", "name", "overwrite", "workers", "store", "data"
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; what it leaves to the data is None until `resolve_defaults`."""
-    parser = processes.Parser(prog="train_ssl.py", description=__doc__.split("\n\n")[0],
-                              epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
+    parser = launch.Parser(prog="train_ssl.py", description=__doc__.split("\n\n")[0],
+                           epilog="Defaults are the paper's; in brackets the preset of the built-in phantom.")
     parser.common("AbdomenCT-1K")
     prepare.images_flag(parser)
     parser.set_defaults(window=None)  # a recipe has its own
@@ -97,7 +98,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def resolve_defaults(args: argparse.Namespace, phantom: bool) -> None:
     """Fill the defaults of the paper or of the phantom, and refuse what cannot work. Raises BadInput."""
     defaults, author = PHANTOM if phantom else PAPER, args.recipe == "author"
-    processes.fill(args, recipes.author(args, defaults, phantom) if author else defaults)
+    launch.fill(args, recipes.author(args, defaults, phantom) if author else defaults)
     if args.geometric is None:
         args.geometric = author or not args.local
     args.lr = LR * args.batch_size / 256 if args.lr is None else args.lr
@@ -155,7 +156,7 @@ class Trainer:
                  amp: str):
         self.args, self.batches, self.device, self.amp = args, batches, ranks.device, amp
         self.moco = moco.to(self.device, memory_format=torch.channels_last)
-        self.moco.groups_per_pass = args.groups_per_pass or passes.choose(self.moco, args, amp, ranks)
+        self.moco.groups_per_pass = args.groups_per_pass or passes.choose(self.moco, batches, amp, ranks)
         if args.compile:  # a pass is one graph; looks at held-out slices, one an epoch, are not worth their own
             self.moco.compile(dynamic=False)
             self.moco.encode_keys = torch.compile(self.moco.encode_keys, dynamic=False)
@@ -180,15 +181,15 @@ class Trainer:
 
     def step(self, t: int, slices: Tensor) -> Tensor:
         """One optimizer step on this process's slices (B, H, W) uint8 -> its mean stats, (7,): monitor.STATS."""
-        args, moco, batches = self.args, self.moco, self.batches
+        moco, batches = self.moco, self.batches
 
         # views: two of each slice, one grey channel (B, 1, S, S), and which of the 49 cells are its patches (B, K)
         slices = slices.to(self.device, non_blocking=True)
-        view_q, view_k = augment.pair(slices, batches.views(t, processes.VIEW_Q), batches.views(t, processes.VIEW_K),
-                                      args.image_size)
+        view_q, view_k = augment.pair(slices, batches.views(t, seeds.VIEW_Q), batches.views(t, seeds.VIEW_K),
+                                      batches.view_px)
         permutation = resize.to_device(batches.permutation(t), self.device)  # (N,), of the global batch
-        patch_idx = resize.to_device(batches.patch_idx(t), self.device) if args.local else None
-        parts_k, parts_q = batches.common_parts(t) if args.local and args.geometric else (None, None)
+        patch_idx = resize.to_device(batches.patch_idx(t), self.device) if moco.local else None
+        parts_k, parts_q = batches.common_parts(t) if batches.aligned else (None, None)
 
         # keys (B, dim) and their first-stage cells (B, 49, C), by the key encoder after its own small step
         moco.update_key_encoder()
@@ -203,8 +204,8 @@ class Trainer:
             with exchange_later():
                 with processes.autocast(self.amp, self.device):
                     loss_global, loss_local = self.model(
-                        view_q[part], keys[part], cells[part] if args.local else None,
-                        patch_idx[part] if args.local else None, parts_q and tuple(x[part] for x in parts_q))
+                        view_q[part], keys[part], cells[part] if moco.local else None,
+                        patch_idx[part] if moco.local else None, parts_q and tuple(x[part] for x in parts_q))
                 loss = moco.total(loss_global, loss_local)  # Eq. 3
                 self.scaler.scale(loss * share).backward()
             stats += share * torch.stack([loss, loss_global, loss_local, *moco.query_stats]).detach()
@@ -228,12 +229,12 @@ class Trainer:
                 "scaler": self.scaler.state_dict(), "skipped": self.skipped, "gap": self.gap, "amp": self.amp,
                 "threads": torch.get_num_threads(), "groups_per_pass": self.moco.groups_per_pass,
                 "arch": self.args.arch, "horizon": self.horizon,
-                "view_px": self.args.image_size, "slice_px": self.args.size,
+                "view_px": self.batches.view_px, "slice_px": self.batches.slice_px,
                 "zca": [self.args.zca_group, self.args.zca_iterations] if self.args.zca else []}
 
     def load(self, state: dict) -> None:
         """Go on from a checkpoint."""
-        runs.load_weights(self.moco, state["model"])
+        self.moco.load_state_dict(state["model"])
         runs.load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped, self.gap = state["skipped"], state["gap"]
@@ -253,7 +254,7 @@ def train(trainer: Trainer, store: datasets.Store, run: runs.Run, ranks: process
         return resize.pinned(torch.from_numpy(store.batch(batches.indices(t)[batches.rank_slice])), ranks.device)
 
     asked = time.perf_counter()
-    with processes.StopRequest() as stop:
+    with StopRequest() as stop:
         ahead = datasets.prefetch(fetch, range(first, last), args.workers)
         for t, slices in datasets.on_device(ahead, ranks.device):
             waited = time.perf_counter() - asked
@@ -289,12 +290,12 @@ def pretrain(args: argparse.Namespace, start: backbones.Backbone, moco: MoCo, st
     horizon, first = args.epochs * batches.steps_per_epoch, saved["step"] if saved else 0
     last = horizon if args.steps is None else min(horizon, args.steps)
     if args.compile is None:
-        args.compile = passes.worth_compiling(args, last - first, ranks.device)
+        args.compile = passes.worth_compiling(last - first, ranks.device, args.deterministic)
     trainer = Trainer(args, moco, batches, ranks, amp)
     trainer.probe = probe.begin(trainer, store, labelled, ranks)  # before a checkpoint: of the weights at the start
     if saved:
         trainer.load(saved)
-        passes.keep(moco, args, saved, ranks)
+        passes.keep(moco, batches, args.groups_per_pass, saved, ranks)
     if ranks.is_main:
         monitor.introduce(trainer, start, store, ranks, first, last)
     if first < last:
@@ -311,7 +312,7 @@ def pretrain(args: argparse.Namespace, start: backbones.Backbone, moco: MoCo, st
 
 def batches_of(args: argparse.Namespace, store: datasets.Store, ranks: processes.Processes) -> datasets.Batches:
     """What a run's steps are made of. Raises BadInput where the slices or the groups are not enough for one."""
-    passes.check_groups(args, ranks.world_size)
+    passes.check_groups(args.batch_size, args.bn_group, ranks.world_size)
     slices = store.of(every=args.every)
     batches = datasets.Batches(args, slices, ranks)
     if not batches.steps_per_epoch:
@@ -362,7 +363,7 @@ def begin(args: argparse.Namespace, store: datasets.Store, data: Path, ranks: pr
         processes.on_main(ranks.is_main, compare)
 
 
-@processes.command
+@launch.command
 def main(argv: list[str] | None = None) -> None:
     """Slices, then the run; on the phantom its start first, where that is missing."""
     args = parse(argv)

@@ -90,6 +90,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{ending}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if seconds >= 100 else f"{seconds:.0f} s"
+
+
+def announce(text: str, file: TextIO | None = None) -> None:
+    """Print something, by default on stdout, so that it is not overlooked."""
+    print("=" * 100, text, "=" * 100, sep="\n", file=file)
+
+
 def cause(error: OSError) -> str:
     """What an OSError says in a message: the file, and what the system says of it."""
     file = error.filename2 or error.filename

@@ -15,7 +15,7 @@ from ct import dataset_json
 from ct.dataset_json import UNLISTED, Found
 from ct.intake import btcv_root, find_volumes
 from ct.label_maps import check_labels
-from ct.names import BY_NAME, Listing, by_name, composed, named, pair, partner, refuse_second, skip, survey
+from ct.names import BY_NAME, Listing, by_name, composed, files, named, pair, partner, refuse_second, skip, survey
 from ct.tasks import BTCV
 from ct.volumes import BadInput, is_nifti, stem
 
@@ -67,12 +67,6 @@ def _refuse_flags(data: Path, found: Found, names: Path | None, organs: Sequence
         raise BadInput(f"--organs: picks among TotalSegmentator's masks; {data} has label maps ({found.layout}); "
                        "leave the flag out")
     return found
-
-
-def files(volume: dict) -> list[Path]:
-    """The files that a labelled volume is made of."""
-    label = volume["label"]
-    return [volume["image"], *(label if isinstance(label, list) else [label])]
 
 
 def _with_others(there: Listing, found: Found) -> Found:

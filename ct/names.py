@@ -284,3 +284,9 @@ def refuse_second(name: str, path: Path, first: Path | None) -> None:
         why = " (they look the same: é is one letter in one of them, e and an accent in the other)" * alike
         raise BadInput(f"{first} and {path}: two files of one id, {name}{why}; rename one, or take out the one that is "
                        "no image or not wanted")
+
+
+def files(volume: dict) -> list[Path]:
+    """The files that a volume is made of: its image, and its label's, of which there may be none or a mask an organ."""
+    label = volume["label"] or []
+    return [volume["image"], *(label if isinstance(label, list) else [label])]

@@ -57,7 +57,7 @@ def square(slices: np.ndarray, size: int) -> np.ndarray:
 def _prepare_volume(volume: dict, store: Path, task: Task | None, window: tuple[float, float], size: int) -> dict:
     """One volume into the store. Returns its record; raises BadInput. The .json is written last: no half volume."""
     # before it is read: a file that changes meanwhile is read again
-    source = {part: stores.source_of(volume[part]) for part in ("image", "label")}
+    source = stores.source_of(volume)
     record, slices, labels = describe(volume, task, window)
     arrays = {False: slices, True: labels} if task else {False: square(slices, size)}
     record["slices"], record["height"], record["width"] = arrays[False].shape

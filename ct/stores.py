@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ct import tasks
 from ct.files import checksum, write_json
+from ct.names import files
 from ct.tasks import BTCV, Task
 from ct.volumes import BadInput
 
@@ -55,12 +56,8 @@ def record_file(store: Path, volume: str) -> Path:
     return store / f"{_base(volume)}.json"
 
 
-def stamp(path: Path | list[Path] | None) -> dict | list[dict] | None:
-    """{file, bytes, mtime} of a file, of each of several; None of none."""
-    if path is None:
-        return None
-    if isinstance(path, list):
-        return [stamp(p) for p in path]
+def stamp(path: Path) -> dict:
+    """{file, bytes, mtime} of a file."""
     file = os.path.abspath(path)
     try:
         found = path.stat()
@@ -69,14 +66,22 @@ def stamp(path: Path | list[Path] | None) -> dict | list[dict] | None:
     return {"file": file, "bytes": found.st_size, "mtime": found.st_mtime_ns}
 
 
-def source_of(path: Path | list[Path] | None) -> dict | list[dict] | None:
-    """A file's stamp and checksum. Raises BadInput: one file that cannot be read must not stop the others."""
-    if isinstance(path, list):
-        return [source_of(p) for p in path]
-    try:
-        return stamp(path) and stamp(path) | {"checksum": checksum(path)}
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
+def stamps(volume: dict) -> list[dict]:
+    """Those of a volume's image and of the files of its label."""
+    return [stamp(path) for path in files(volume)]
+
+
+def source_of(volume: dict) -> dict:
+    """{image: stamp with its checksum, label: [of each of its files]}. Raises BadInput where one cannot be read: that
+    must not stop the other volumes.
+    """
+    found = []
+    for path in files(volume):
+        try:
+            found.append(stamp(path) | {"checksum": checksum(path)})
+        except OSError as e:
+            raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
+    return {"image": found[0], "label": found[1:]}
 
 
 def _unchanged(source: dict, volume: dict) -> dict | None:
@@ -84,21 +89,11 @@ def _unchanged(source: dict, volume: dict) -> dict | None:
 
     Place, size and time decide; where the place or the time differs, the checksum.
     """
-    now = {}
-    for part in ("image", "label"):
-        old, new = source[part], stamp(volume[part])
-        if old is None or new is None:
-            if old is not new:
-                return None
-            now[part] = None
-            continue
-        several = isinstance(new, list)
-        olds, news, paths = ((old, new, volume[part]) if several else ([old], [new], [volume[part]]))
-        if len(olds) != len(news) or not all(map(_same_file, olds, news, paths)):
-            return None
-        files = [new | {"checksum": old["checksum"]} for old, new in zip(olds, news, strict=True)]
-        now[part] = files if several else files[0]
-    return now
+    olds, news = [source["image"], *(source["label"] or ())], stamps(volume)
+    if len(olds) != len(news) or not all(map(_same_file, olds, news, files(volume))):
+        return None
+    image, *labels = (new | {"checksum": old["checksum"]} for old, new in zip(olds, news, strict=True))
+    return {"image": image, "label": labels}
 
 
 def _same_file(old: dict, new: dict, path: Path) -> bool:
@@ -110,11 +105,6 @@ def _same_file(old: dict, new: dict, path: Path) -> bool:
 def _checksum_of(path: Path, size: int, mtime: int) -> str:
     """`checksum`, once in a process for a file of this size and time."""
     return checksum(path)
-
-
-def stamps(volume: dict) -> list:
-    """Those of a volume's image and label."""
-    return [stamp(volume["image"]), stamp(volume["label"])]
 
 
 def valid_record(volume: dict, store: Path, task: Task | None, window: tuple[float, float], size: int,

@@ -1,9 +1,10 @@
 """From a name to a network, and back to a file under torchvision's names."""
 
+import functools
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from ct.command import printable
 from ct.volumes import BadInput
 from engine.origin import BUILT_IN, CHECKPOINT, made_with, window_of
-from engine.processes import INIT, seed_torch
-from engine.runs import load, read_config
+from engine.runs import load, read_config, tensors_in
+from engine.seeds import INIT, seed_torch
 from metrics import LEAST_GAP
 from whitening import fold, to_batch_norm, whiten_last_norm
 
@@ -147,7 +148,7 @@ def load_backbone(backbone: nn.Module, path: Path, arch: str) -> nn.Module:
     if isinstance(held, dict) and {"model", "arch", "zca"} <= held.keys():
         raise BadInput(f"{path}: the checkpoint of a run; name that run's folder (its config.json must be in it), or "
                        "give its backbone.pth")
-    tensors, own = dict(_tensors(held)), _without_fc(backbone)
+    tensors, own = dict(tensors_in(held) if isinstance(held, dict) else ()), _without_fc(backbone)
     names = _resnets(tensors)
     found = {prefix: {k: tensors[name] for k, name in named.items()} for prefix, named in names.items()}
     fitting = [prefix for prefix, weights in found.items() if not _misfit(weights, own)]
@@ -170,17 +171,15 @@ def load_backbone(backbone: nn.Module, path: Path, arch: str) -> nn.Module:
     return backbone
 
 
-def _tensors(held: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors in nested dicts under their full names."""
-    for key, value in held.items() if isinstance(held, dict) else ():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
-        else:
-            yield from _tensors(value, f"{prefix}{key}.")
-
-
 def _without_fc(resnet: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in resnet.state_dict().items() if not k.startswith("fc.")}
+
+
+@functools.cache
+def _shapes(arch: str) -> dict[str, Tensor]:
+    """The weights of a ResNet without content."""
+    with torch.device("meta"):
+        return _without_fc(architecture(arch))
 
 
 def _resnets(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -211,9 +210,7 @@ def _misfit(weights: dict[str, Tensor], own: dict[str, Tensor]) -> str:
 def _remedy(tensors: dict[str, Tensor], found: dict[str, dict[str, Tensor]], nearest: dict[str, Tensor]) -> str:
     """What to do about a file without a fitting ResNet: another --arch, a prefix that is none of WORDS, no ResNet."""
     for arch in ARCHITECTURES:
-        with torch.device("meta"):
-            own = _without_fc(architecture(arch))
-        if any(not _misfit(weights, own) for weights in found.values()):
+        if any(not _misfit(weights, _shapes(arch)) for weights in found.values()):
             return f"it is a {arch}: give --arch {arch}"
     marks = ("layer4.0.conv1.weight", "7.0.conv1.weight")  # every ResNet has it
     begins = {name.removesuffix(mark) for name in tensors for mark in marks if name.endswith(f".{mark}")} - found.keys()

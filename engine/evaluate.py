@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 import metrics
 from ct import coverage, volumes
-from ct.command import counted
-from engine import backbones, distances, figures, methods, predict, processes, report, runs
+from ct.command import counted, duration
+from engine import backbones, distances, figures, methods, origin, predict, processes, report, runs
+from engine.signals import StopRequest
 
 CASE_COLUMNS = ("case", "organ id", "organ", "intersection", "prediction", "truth", "dice", *distances.HD95)
 SHOWN = 6  # slices in overlays.png
@@ -28,7 +29,7 @@ def predictions(trainer) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
         yield records[case], truth, labels
 
 
-def validate(trainer, run: runs.Run, done: int, stop: processes.StopRequest) -> None:
+def validate(trainer, run: runs.Run, done: int, stop: StopRequest) -> None:
     """A point of the validation curve after `done` iterations, where it is not there yet. It chooses nothing.
 
     A stop request ends it between two volumes, without a point; the next start makes it.
@@ -81,7 +82,7 @@ def finish(trainer, run: runs.Run, config: dict) -> None:
               "uncounted": {task.organs[c]: why for c, why in left.items()},
               "backbone_before": trainer.backbone, "backbone_after": after,
               "wall_s": round(time.time() - trainer.started, 1), "amp": trainer.amp,
-              "processes": trainer.ranks.world_size, "hardware": processes.hardware(), "commit": processes.commit(),
+              "processes": trainer.ranks.world_size, "hardware": processes.hardware(), "commit": origin.commit(),
               "date": time.strftime("%Y-%m-%d")}
     report.write_csv(folder / "dice.csv", [CASE_COLUMNS, *per_case(table, ids, hd95, task.labels)])
     runs.append(args.out / "results.jsonl", [result])  # first: with result.json the run counts as done
@@ -89,7 +90,7 @@ def finish(trainer, run: runs.Run, config: dict) -> None:
     occur = sum(dice is not None for dice in result["organs"])
     over = f"{counted(occur, 'class')}, pooled over the validation set"
     print(f"{title}: mDS {100 * result['mDS']:.2f} % ({over}), with background "
-          f"{100 * result['mDice_with_background']:.2f} %, {processes.duration(result['wall_s'])}")
+          f"{100 * result['mDice_with_background']:.2f} %, {duration(result['wall_s'])}")
     if args.save_predictions:
         for case, (name, path) in validation_files(trainer.store).items():
             predict.write(folder / "predictions", name, predicted[case], volumes.read_volume(path), task)

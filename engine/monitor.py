@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 import augment
 import metrics
-from ct.command import counted
-from engine import origin, passes, processes, recipes, runs
+from ct.command import announce, counted, duration
+from engine import origin, passes, processes, recipes, runs, seeds
 from views import resize
 
 LOG_INTERVAL = 10  # steps between two looks at the losses; each look waits for the device
@@ -31,10 +31,10 @@ class CollapseMonitor:
     """Is it collapsing? Looked at each epoch on the held-out slices; the training is not touched by it."""
 
     def __init__(self, trainer, store):
-        self.trainer, args = trainer, trainer.args
-        self.slices = torch.from_numpy(store.batch(trainer.batches.held_out))
-        self.views = [augment.draw(processes.rng(args.seed, processes.LOOKS, i), len(self.slices), args.geometric,
-                                   args.recipe) for i in (1, 2)]
+        self.trainer, batches = trainer, trainer.batches
+        self.slices = torch.from_numpy(store.batch(batches.held_out))
+        self.views = [augment.draw(seeds.rng(batches.seed, seeds.LOOKS, i), len(self.slices), batches.geometric,
+                                   batches.recipe) for i in (1, 2)]
 
     @torch.no_grad()
     def look(self, step: int) -> dict[str, float]:
@@ -45,14 +45,14 @@ class CollapseMonitor:
         the second (the similarity margin, `held_out_gap`), and the share of queries to which their own key is the
         nearest of all (`instance_accuracy`, by chance 1 / number of slices).
         """
-        moco, args, device = self.trainer.moco.eval(), self.trainer.args, self.trainer.device
+        moco, batches, device = self.trainer.moco.eval(), self.trainer.batches, self.trainer.device
         outputs: list[tuple] = []
-        for start in range(0, len(self.slices), args.bn_group):
-            part = slice(start, start + args.bn_group)
+        for start in range(0, len(self.slices), moco.group):
+            part = slice(start, start + moco.group)
             slices = self.slices[part].to(device)
             with processes.autocast(self.trainer.amp, device):
-                pooled = moco.encoder_q.features(resize.whole(slices, args.image_size))[1]
-                views = [augment.apply(slices, {k: v[part] for k, v in drawn.items()}, args.image_size)
+                pooled = moco.encoder_q.features(resize.whole(slices, batches.view_px))[1]
+                views = [augment.apply(slices, {k: v[part] for k, v in drawn.items()}, batches.view_px)
                          for drawn in self.views]
                 # `forward`, not the call that --compile replaces: a look an epoch is not worth graphs of its own, whose
                 # outputs the next replay would overwrite
@@ -71,7 +71,7 @@ class CollapseMonitor:
         return {"effective_rank": ranks[0], "effective_rank_embedding": ranks[1], "held_out_positive": positive,
                 "held_out_negative": negative, "held_out_gap": positive - negative,
                 "instance_accuracy": nearest.float().mean().item(), "instance_chance": 1 / count,
-                "queue_filled": min(1.0, step * args.batch_size / args.queue)}
+                "queue_filled": min(1.0, step * batches.batch_size / len(moco.queue))}
 
     def warning(self, found: dict[str, float], step: int) -> str:
         """What a look found means where it is bad, else ''. Nothing is said before the queue was full for an epoch; but
@@ -132,7 +132,7 @@ class MetricLogger:
         """After the first step, in which the compiler ran: say how long it took, and leave it out of all rates."""
         self.pending[-1].tolist()  # waits for the device
         if self.ranks.is_main:
-            tqdm.write(f"compiled; the first step took {processes.duration(time.perf_counter() - self.since)}")
+            tqdm.write(f"compiled; the first step took {duration(time.perf_counter() - self.since)}")
         self.since = self.began = time.perf_counter()
         self.before += 1
 
@@ -178,7 +178,7 @@ class MetricLogger:
             text += f", {trainer.skipped} steps skipped"
         self.bar.set_postfix_str(text)
         self.bar.update(len(steps))
-        to_go = f"about {processes.duration(left)} to go"
+        to_go = f"about {duration(left)} to go"
         if self.ranks.is_main and steps.start == self.first and done < self.last:
             tqdm.write(to_go)
         if self.ranks.is_main and self.bar.disable and say:
@@ -192,7 +192,7 @@ def introduce(trainer, start, store, ranks: processes.Processes, first: int, las
     """Say what will be done, on what, and what it takes."""
     args, trained = trainer.args, len(trainer.batches.trained)
     if store.is_phantom:
-        processes.announce_phantom(store)
+        origin.announce_phantom(store)
     weights = sum(p.numel() for p in trainer.moco.encoder_q.parameters())
     megabytes = 2 * 4 * (3 * weights + trainer.moco.queue.numel()) / 1e6  # two checkpoints
     thinned = f"{trained + len(trainer.batches.held_out):,} (one in {args.every}) of " * (args.every > 1)
@@ -209,10 +209,9 @@ def introduce(trainer, start, store, ranks: processes.Processes, first: int, las
     if start.unfinished:
         print(f"note: {start.source}: {start.unfinished}; this run starts from it as it is")
     if start.untrained:
-        processes.announce(f"WARNING: this run starts from {start.source}, and {start.untrained}.\nRuns from such "
-                           "an initial checkpoint stayed at chance. Train another one first, with a lower --lr, a\n"
-                           "shorter --queue, more steps or --no-geometric (docs/training.md, Few slices); or give "
-                           "--init imagenet.", sys.stderr)
+        announce(f"WARNING: this run starts from {start.source}, and {start.untrained}.\nRuns from such an initial "
+                 "checkpoint stayed at chance. Train another one first, with a lower --lr, a\nshorter --queue, more "
+                 "steps or --no-geometric (docs/training.md, Few slices); or give --init imagenet.", sys.stderr)
     for line in recipes.remarks(args):
         print(f"note: {line}")
     for line in recipes.advice(args, trained, trainer.horizon):

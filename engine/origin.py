@@ -3,17 +3,18 @@
 import hashlib
 import json
 import re
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from ct.command import printable
+from ct.command import announce, printable
 from ct.phantom import UNLABELLED_PATIENTS
 from ct.prepare import WINDOW
 from ct.volumes import BadInput
 from engine import recipes, runs
-from engine.processes import announce, seed_suffix
+from engine.seeds import seed_suffix
 from views.resize import IMAGENET_MEAN, IMAGENET_STD
 
 CHECKPOINT, EXPORTED = "checkpoint.pt", "backbone.pth"  # what makes a folder a run; what a run leaves for others
@@ -86,6 +87,24 @@ def other_input(name: str, out: Path, window: Sequence[float]) -> str:
     if config.get("normalisation", NORMALISATION) != NORMALISATION:
         found.append(f"pre-trained with another normalisation, {config['normalisation']}")
     return "; ".join(found)
+
+
+def commit() -> str:
+    """The commit of the code that runs, with + where the tree has changes; 'unknown' outside a clone."""
+    run = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*run, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.strip() else "")
+
+
+def announce_phantom(store) -> None:
+    """Loudly, before anything is run on generated volumes; where they, and their slices in a datasets.Store, lie."""
+    announce(f"THE PHANTOM: the volumes in {store.data} are generated, and the settings are small.\nNumbers on it say "
+             "nothing about patients and are no AbdomenCT-1K or BTCV results; --data takes your own CT.\nThe prepared "
+             f"slices are kept in {store.folder}.")
 
 
 def announce_input(name: str, out: Path, window: Sequence[float]) -> None:

@@ -1,6 +1,5 @@
 """What a step takes: its memory, and so how many groups run in one pass; its operations, and the device's peak."""
 
-import argparse
 import copy
 import math
 import sys
@@ -24,13 +23,13 @@ COMPILED_FROM = 5000  # steps: at 50 ms saved in each, compiling for 100 s pays 
 CPU_SIDE = 96  # pixels of a view's side: up to here one pass over all groups was the faster one on a CPU
 
 
-def check_groups(args: argparse.Namespace, world_size: int) -> None:
+def check_groups(batch: int, group: int, world_size: int) -> None:
     """Raise BadInput where the batch does not divide into groups on `world_size` processes; warn of a single group."""
-    if args.batch_size % (world_size * args.bn_group):
+    if batch % (world_size * group):
         every = counted(world_size, "process")
-        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {every} x --bn-group {args.bn_group} = "
-                       f"{world_size * args.bn_group}")
-    if args.batch_size == args.bn_group:
+        raise BadInput(f"--batch-size {batch}: must be a multiple of {every} x --bn-group {group} = "
+                       f"{world_size * group}")
+    if batch == group:
         warnings.warn("one group only, a single micro-batch: Shuffling BN then does nothing, and the model can cheat "
                       "through its batch statistics; lower --bn-group or raise --batch-size", stacklevel=2)
 
@@ -98,34 +97,34 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def needed(moco: MoCo, args, amp: str) -> tuple[float, float]:
-    """Bytes of a step, by arithmetic: those that it takes whatever the pass, and those of each group of a pass."""
+def needed(moco: MoCo, batches, amp: str) -> tuple[float, float]:
+    """Bytes of a step on datasets.Batches: those that it takes whatever the pass, and those of each group of a pass."""
     weights = sum(p.numel() for p in moco.encoder_q.parameters())
     fixed = (4 * 4 * weights  # query, key, gradient, momentum
-             + 4 * moco.queue.numel() + batch_bytes(args) + WORKSPACE)
+             + 4 * moco.queue.numel() + batch_bytes(batches) + WORKSPACE)
     logits = 3 * 4 * (1 + len(moco.queue))  # of an image: themselves, their softmax, their gradient
-    image = PASSING * kept_bytes(moco.encoder_q, args.image_size, amp) + logits
-    return fixed, image * args.bn_group
+    image = PASSING * kept_bytes(moco.encoder_q, batches.view_px, amp) + logits
+    return fixed, image * moco.group
 
 
-def groups_that_fit(moco: MoCo, args, amp: str, free: int) -> int:
+def groups_that_fit(moco: MoCo, batches, amp: str, free: int) -> int:
     """The largest number of groups for a pass in `free` bytes, by `needed`; 1 where not even that fits."""
-    fixed, group = needed(moco, args, amp)
+    fixed, group = needed(moco, batches, amp)
     return max(1, int((USABLE * free - fixed) / group))
 
 
-def choose(moco: MoCo, args, amp: str, ranks: processes.Processes) -> int:
+def choose(moco: MoCo, batches, amp: str, ranks: processes.Processes) -> int:
     """The groups that run in one pass where none are asked for: on a GPU the most that fit, tried before training.
 
     Passes are evened out: of 8 groups not 7 and 1, but 4 and 4, which takes less memory and one compiled program.
     On a CPU all groups of small images, where launches count; one of larger ones, whose maps leave its caches.
     """
-    most = args.batch_size // ranks.world_size // args.bn_group
+    most = batches.batch_size // ranks.world_size // moco.group
     if ranks.device.type != "cuda":
-        return most if args.image_size <= CPU_SIDE else 1
+        return most if batches.view_px <= CPU_SIDE else 1
     torch.cuda.empty_cache()  # of a run before this one in the same process
-    groups = even(most, groups_that_fit(moco, args, amp, torch.cuda.mem_get_info(ranks.device)[0]))
-    while groups > 1 and not fits(moco, args, amp, ranks.device, groups):
+    groups = even(most, groups_that_fit(moco, batches, amp, torch.cuda.mem_get_info(ranks.device)[0]))
+    while groups > 1 and not fits(moco, batches, amp, ranks.device, groups):
         torch.cuda.empty_cache()
         fewer = even(most, groups // 2)
         print(f"note: {groups} groups in one pass do not fit into this GPU's memory; trying {fewer}", file=sys.stderr)
@@ -142,27 +141,27 @@ def even(total: int, most: int) -> int:
     return math.ceil(total / math.ceil(total / most))
 
 
-def keep(moco: MoCo, args, saved: dict, ranks: processes.Processes) -> None:
-    """Go on with the groups per pass of a checkpoint where none are asked for and as many fit; say where they differ.
+def keep(moco: MoCo, batches, asked: int | None, saved: dict, ranks: processes.Processes) -> None:
+    """Go on with the groups per pass of a checkpoint where none are `asked` for and as many fit; say where they differ.
 
     They move the last digits, as the precision does. Checkpoints without the number are of a step that ran group by
     group: on a CPU they go on so, which is exact; on a GPU, where nothing is, they get the faster step.
     """
-    before, most = saved.get("groups_per_pass", 1), args.batch_size // ranks.world_size // args.bn_group
-    if args.groups_per_pass is None and ("groups_per_pass" in saved or ranks.device.type != "cuda"):
+    before, most = saved.get("groups_per_pass", 1), batches.batch_size // ranks.world_size // moco.group
+    if asked is None and ("groups_per_pass" in saved or ranks.device.type != "cuda"):
         moco.groups_per_pass = min(before, moco.groups_per_pass)
     if min(moco.groups_per_pass, most) != min(before, most) and ranks.is_main:
         print(f"note: {before} groups ran in one pass and {moco.groups_per_pass} do from here on; the last digits will "
               "move", file=sys.stderr)
 
 
-def worth_compiling(args, steps: int, device: torch.device) -> bool:
+def worth_compiling(steps: int, device: torch.device, deterministic: bool) -> bool:
     """Whether to compile where --compile is left open: on a GPU that can, for so many steps to come.
 
     Not with --deterministic, which a compiler does not promise. Triton needs a GPU since Volta, and a C compiler and
     Python's headers at run time, which clusters lack: so something small is compiled first.
     """
-    if steps < COMPILED_FROM or args.deterministic or device.type != "cuda":
+    if steps < COMPILED_FROM or deterministic or device.type != "cuda":
         return False
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
@@ -172,26 +171,26 @@ def worth_compiling(args, steps: int, device: torch.device) -> bool:
         return False
 
 
-def fits(moco: MoCo, args, amp: str, device: torch.device, groups: int) -> bool:
+def fits(moco: MoCo, batches, amp: str, device: torch.device, groups: int) -> bool:
     """Whether `attempt` has room: on return nothing of it is held any more."""
     try:
-        attempt(moco, args, amp, device, groups)
+        attempt(moco, batches, amp, device, groups)
         return True
     except torch.OutOfMemoryError:
         return False
 
 
-def attempt(moco: MoCo, args, amp: str, device: torch.device, groups: int) -> None:
+def attempt(moco: MoCo, batches, amp: str, device: torch.device, groups: int) -> None:
     """One pass forward and backward on blank views, after which the model is as it was. Raises OutOfMemoryError."""
-    before, images = [b.clone() for b in moco.buffers()], groups * args.bn_group
-    views = torch.zeros(images, 1, args.image_size, args.image_size, device=device)
-    patch_idx = torch.arange(min(args.patches, CELLS**2), device=device).expand(images, -1)
+    before, images = [b.clone() for b in moco.buffers()], groups * moco.group
+    views = torch.zeros(images, 1, batches.view_px, batches.view_px, device=device)
+    patch_idx = torch.arange(min(batches.patches, CELLS**2), device=device).expand(images, -1)
     parts = None
-    if args.local and args.geometric:  # whole boxes, none flipped, all usable
+    if batches.aligned:  # whole boxes, none flipped, all usable
         boxes, still = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(images, 1), torch.zeros(images, dtype=torch.bool)
         parts = tuple(x.to(device) for x in (boxes, still, ~still))
     # what a step holds besides: momentum, the batch and its views
-    held = 4 * sum(p.numel() for p in moco.encoder_q.parameters()) + batch_bytes(args)
+    held = 4 * sum(p.numel() for p in moco.encoder_q.parameters()) + batch_bytes(batches)
     rest = torch.empty(held, dtype=torch.uint8, device=device)
     try:
         with processes.autocast(amp, device):
@@ -207,6 +206,6 @@ def attempt(moco: MoCo, args, amp: str, device: torch.device, groups: int) -> No
         moco.zero_grad(set_to_none=True)
 
 
-def batch_bytes(args) -> int:
+def batch_bytes(batches) -> int:
     """A batch of slices and its two grey views in float32."""
-    return args.batch_size * (args.size**2 + 2 * 4 * args.image_size**2)
+    return batches.batch_size * (batches.slice_px**2 + 2 * 4 * batches.view_px**2)

@@ -113,7 +113,7 @@ def load(folder: Path, amp: str, device: torch.device) -> tuple[Segmenter, dict,
     config = runs.read_config(folder, "arch", "protocol", "crop_size", "window", "data")
     saved = runs.load(folder / "checkpoint.pt", device)
     model = Segmenter(backbones.architecture(config["arch"]), config["protocol"], len(task_of(config).organs))
-    runs.load_weights(model, saved["model"])
+    model.load_state_dict(saved["model"])
     if amp == "auto":  # what a CPU cannot do in half precision it does in full
         amp = "off" if saved["amp"] == "fp16" and device.type == "cpu" else saved["amp"]
     return model.to(device, memory_format=torch.channels_last), config, processes.precision(amp, device)

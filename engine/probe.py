@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import metrics
 from ct import prepare, tasks
+from ct.command import duration
 from ct.volumes import BadInput
-from engine import processes
+from engine import processes, seeds
 from segment import dilate
 from views import resize
 from whitening import fold
@@ -37,7 +38,7 @@ class Probe:
 
     def __init__(self, trainer, store):
         self.trainer, self.classes = trainer, len(store.task.organs)
-        size, side = trainer.args.size, math.ceil(trainer.args.image_size / STRIDE)  # of a slice, of a map
+        size, side = trainer.batches.slice_px, math.ceil(trainer.batches.view_px / STRIDE)  # of a slice, of a map
         self.fitted, self.scored = (with_organs(store, store.task.cases(split), most, size, side)
                                     for split, most in (("100", FITTED), ("val", SCORED)))
         began = time.perf_counter()
@@ -69,8 +70,8 @@ class Probe:
     def positions(self, net: nn.Module, slices: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Slices (N, size, size) uint8, labels (N, h, h): features (n, d) float64, labels (n,) of some after others."""
         trainer = self.trainer
-        for part, truth in zip(slices.split(trainer.args.bn_group), labels.split(trainer.args.bn_group), strict=True):
-            images = resize.whole(part.to(trainer.device), trainer.args.image_size)
+        for part, truth in zip(*(x.split(trainer.moco.group) for x in (slices, labels)), strict=True):
+            images = resize.whole(part.to(trainer.device), trainer.batches.view_px)
             with processes.autocast(trainer.amp, trainer.device):
                 maps = net(images.contiguous(memory_format=torch.channels_last))  # (N, d, h, h)
             yield maps.movedim(1, 3).flatten(0, 2).double(), truth.flatten().to(trainer.device)
@@ -95,7 +96,7 @@ def begin(trainer, store, labelled, ranks: processes.Processes) -> Probe | None:
         (fitted, _), (scored, labels) = probe.fitted, probe.scored
         print(f"probe: {labelled.data}, fitted to {len(fitted)} slices and scored on {len(scored)} of other cases, "
               f"{' x '.join(map(str, labels.shape[1:]))} positions each: mean Dice {100 * probe.start:.1f} % before the"
-              f" first step; a look takes {processes.duration(probe.seconds)}, one an epoch")
+              f" first step; a look takes {duration(probe.seconds)}, one an epoch")
 
     processes.on_main(ranks.is_main, make)
     return made[0] if made else None
@@ -106,7 +107,7 @@ def with_organs(store, cases: list[str], most: int, size: int, side: int) -> tup
     the labels (N, side, side) uint8 at the positions of a map. Raises BadInput where there is none.
     """
     slices, labels = [], []
-    for i in processes.rng(0, processes.PROBE).permutation(store.of(cases)).tolist():
+    for i in seeds.rng(0, seeds.PROBE).permutation(store.of(cases)).tolist():
         truth = at_positions(store.slice(i, label=True), side)
         if ((truth > 0) & (truth != metrics.IGNORE)).any():
             slices.append(prepare.square(store.slice(i)[None], size)[0])

@@ -1,129 +1,26 @@
-"""Processes, precision, seeds: what every script needs around its loop (signals: signals.py).
+"""The processes that train together, and what each computes with: its device and its precision."""
 
-Exit codes of the scripts: 0 done; 1 data, files or disk are at fault, as one line on stderr says; 2 wrong flags;
-128 + signal (130, 143, 129, 138) stopped by SIGINT, SIGTERM, SIGHUP or SIGUSR1 after saving. torchrun reports any of
-these but 0 as 1.
-After 1, once its cause is gone, and after a signal, SIGKILL too, the same command continues where it was.
-"""
-
-import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import time
 import uuid
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import wraps
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from ct import cgroup
-from ct import command as ct_command
-from ct.command import cause, cores, folder, number, whole
-from ct.prepare import WINDOW
+from ct.command import cause, cores
 from ct.volumes import BadInput
-from engine.signals import StopRequest as StopRequest  # of every loop
-
-# Purposes of random numbers: SeedSequence([seed, purpose, step or epoch]) is a stream of its own.
-INIT, SLICES, VIEW_Q, VIEW_K, SHUFFLE, PATCHES, CROPS, DROPOUT, LOOKS, PROBE = range(10)
 
 PATIENCE = timedelta(minutes=30)  # with another process, before it counts as lost
-ROOT = Path(__file__).parent.parent
-READERS = 16  # threads of a process at most: each holds a batch
-
-
-def readers() -> int:
-    """How many threads of a process read slices where --workers says nothing: its share of the machine's cores."""
-    return min(READERS, max(1, cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
-
-
-class Parser(ct_command.Parser):
-    """A command's parser with the flags that the scripts share."""
-
-    def common(self, data: str, trains: bool = True) -> None:
-        """data: the folder below data/ that is taken where --data is not given; trains: or only looks at features."""
-        add = self.add_argument
-        add("--data", type=Path, help=f"folder of CT volumes (default data/{data} if it exists, else the built-in "
-            "phantom)")
-        add("--store", type=folder, help="folder of the prepared slices (default stores/NAME-HASH of --data)")
-        add("--out", type=folder, default=Path("runs"), help="folder of all runs and results (default runs)")
-        add("--seed", type=whole(0), default=0, help="seed of all random numbers (%(default)s)")
-        add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto" if trains else "off",
-            help="mixed precision; auto: bf16 if the hardware computes in it (default %(default)s)")
-        add("--deterministic", action="store_true", help="on a GPU: the same numbers from every run, also a continued "
-            "one, at a lower speed (deterministic algorithms, no TF32); on a CPU that is always so")
-        if trains:
-            add("--checkpoint-minutes", type=number(0), default=10.0, help="minutes between two checkpoints, rounded "
-                "up to a tenth step (default %(default)g); one is always written at the end and when you stop a run")
-        add("--workers", type=whole(0), help="threads that read slices, and processes that prepare them (default: all "
-            f"cores; for reading, divided by the processes on this machine and at most {READERS})")
-        add("--window", type=number(), nargs=2, default=WINDOW, metavar=("LOW", "HIGH"),
-            help=f"range of HU that becomes 0 to 255 ({WINDOW[0]:g} {WINDOW[1]:g})")
-
-    def with_defaults(self, paper: dict, phantom: dict) -> Callable:
-        """`add_argument`, whose help ends in the flag's default: `(the paper's) [the phantom's]`, or its own."""
-
-        def add(flag: str, help: str = "", **kw) -> None:
-            """One flag, as `add_argument` takes it."""
-            key = flag.removeprefix("--").replace("-", "_")
-            if paper.get(key):
-                help += f" ({paper[key]})"
-            elif kw.get("default"):
-                help += " (%(default)s)"
-            if phantom.get(key):
-                help += f" [{phantom[key]}]"
-            self.add_argument(flag, help=help, **kw)
-
-        return add
-
-
-def fill(args: argparse.Namespace, defaults: dict) -> None:
-    """Set what the command line left open, in place."""
-    for key, value in defaults.items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
-
-
-def command(main):
-    """`ct.command.command` for a script of torchrun: its variables are looked at before anything is done."""
-
-    @ct_command.command
-    @wraps(main)
-    def wrapped(argv=None):
-        """`main`, ending in one line also where memory is short; leaves the group of processes."""
-        warnings.formatwarning = one_line
-        try:
-            launched()
-            return main(argv)
-        except (torch.OutOfMemoryError, RuntimeError) as e:
-            if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
-                raise
-            raise BadInput("not enough memory; lower --groups-per-pass, --batch-size, --queue or the sizes in pixels, "
-                           "and run it again") from None
-        finally:
-            if dist.is_available() and dist.is_initialized():
-                dist.destroy_process_group()
-
-    return wrapped
-
-
-def one_line(message, category, filename, lineno, line=None, formatted=warnings.formatwarning) -> str:
-    """A warning of this repository without the place in its code; others, whose place says whose they are, as Python
-    has them.
-    """
-    own = Path(filename).is_relative_to(ROOT) and "site-packages" not in filename
-    return f"warning: {message}\n" if own else formatted(message, category, filename, lineno, line)
 
 
 def launched() -> tuple[int, int, int]:
@@ -312,19 +209,11 @@ def autocast(amp: str, device: torch.device):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def rng(seed: int, purpose: int, step: int = 0) -> np.random.Generator:
-    """The generator of one purpose at one step (or epoch): equal on every process, independent of all others."""
-    return np.random.default_rng(np.random.SeedSequence([seed, purpose, step]))
-
-
-def seed_torch(seed: int, purpose: int, step: int = 0, rank: int = 0) -> None:
-    """Seed torch's own generators (initial weights, dropout) from the same tree of seeds; dropout by rank, too."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, purpose, step, rank]).generate_state(1, np.uint64)[0]))
-
-
-def seed_suffix(seed: int) -> str:
-    """What the names of runs with another seed than 0 end in."""
-    return f"-seed{seed}" if seed else ""
+def memory(device: torch.device) -> int:
+    """Bytes of the device's memory; for a CPU of the machine's, or as many as this process's container may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), cgroup.memory())
 
 
 def hardware() -> str:
@@ -337,40 +226,4 @@ def hardware() -> str:
             info = Path("/proc/cpuinfo").read_text()
             model = next((x.split(":")[1].strip() for x in info.splitlines() if x.startswith("model name")), "")
         name = f"{model or 'CPU'}, {torch.get_num_threads()} threads"
-    return f"{name}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-
-
-def memory(device: torch.device) -> int:
-    """Bytes of the device's memory; for a CPU of the machine's, or as many as this process's container may use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), cgroup.memory())
-
-
-def commit() -> str:
-    """The commit of the code that runs, with + where the tree has changes; 'unknown' outside a clone."""
-    run = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*run, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if dirty.strip() else "")
-
-
-def announce_phantom(store) -> None:
-    """Loudly, before anything is run on generated volumes; where they, and their slices in a datasets.Store, lie."""
-    announce(f"THE PHANTOM: the volumes in {store.data} are generated, and the settings are small.\nNumbers on it say "
-             "nothing about patients and are no AbdomenCT-1K or BTCV results; --data takes your own CT.\nThe prepared "
-             f"slices are kept in {store.folder}.")
-
-
-def announce(text: str, file=None) -> None:
-    """Print something, by default on stdout, so that it is not overlooked."""
-    print("=" * 100, text, "=" * 100, sep="\n", file=file)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if seconds >= 100 else f"{seconds:.0f} s"
+    return f"{name}, torch {torch.__version__}, torchvision {version('torchvision')}"

@@ -3,7 +3,7 @@
 import argparse
 
 from ct.prepare import SIZE, WINDOW
-from engine.processes import seed_suffix
+from engine.seeds import seed_suffix
 
 LR = 0.03  # of a batch of 256; in proportion to the batch
 # What no preset changes: temperatures and lambda of Eq. 1 to 3, K of Eq. 2, T of Newton's iteration.

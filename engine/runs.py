@@ -141,27 +141,6 @@ def load(path: Path, device: str | torch.device = "cpu"):
                        f"{shlex.quote(str(alone))})") from None
 
 
-# Names of parameters and buffers in checkpoints: today's, by what they were called before.
-RENAMED = {"pointer": "queue_ptr",  # of MoCo
-           "head": "decode_head", "auxiliary": "auxiliary_head",  # of Segmenter
-           "head.pyramid": "decode_head.aspp_modules", "head.fuse": "decode_head.bottleneck",  # of DeepLabV3PlusHead
-           "head.low": "decode_head.c1_bottleneck", "head.decoder": "decode_head.sep_bottleneck",
-           "head.classifier": "decode_head.conv_seg"}
-
-
-def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Fill a MoCo or a Segmenter from a checkpoint of any age. Raises RuntimeError where the names do not match."""
-
-    def today(name: str) -> str:
-        for depth in (2, 1):  # the longer name first
-            old = ".".join(name.split(".")[:depth])
-            if old in RENAMED:
-                return RENAMED[old] + name.removeprefix(old)
-        return name
-
-    module.load_state_dict({today(name): value for name, value in weights.items()})
-
-
 class Run:
     """One run folder: config.json, log.jsonl, checkpoint.pt and the one before it. Only the main process writes.
 
@@ -244,7 +223,7 @@ class Run:
         return time.monotonic() - self.saved >= 60 * minutes
 
     def _checkpoint(self, state: dict) -> None:
-        if not all(t.isfinite().all() for t in _tensors(state)):
+        if not all(t.isfinite().all() for _, t in tensors_in(state)):
             raise BadInput(f"step {state['step']}: weights that are not finite; {self.last_good()}")
         save(state, self.next)
         self._rotate()
@@ -285,13 +264,13 @@ def flat(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield prefix + key, value
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
-    """All tensors in nested dicts and lists."""
+def tensors_in(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested dicts and lists, under their full names, part.tensor."""
     if isinstance(value, Tensor):
-        yield value
+        yield name, value
     elif isinstance(value, dict | list | tuple):
-        for v in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(v)
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensors_in(part, f"{name}.{key}" if name else str(key))
 
 
 def sgd(trained: list[nn.Parameter], lr: float, momentum: float, weight_decay: float, amp: str) -> torch.optim.SGD:

@@ -92,7 +92,12 @@ def trainer(args, seed: int = 0) -> train_ssl.Trainer:
                 p.mul_(torch.from_numpy(1 + rng.uniform(-0.2, 0.2, p.shape)))
         queue = torch.from_numpy(rng.uniform(-1, 1, moco.queue.shape))
         moco.queue.copy_(queue / queue.norm(dim=1, keepdim=True))
-    return train_ssl.Trainer(args, moco, datasets.Batches(args, SLICES, ALONE), ALONE, "off")
+    return train_ssl.Trainer(args, moco, batches(args), ALONE, "off")
+
+
+def batches(args) -> datasets.Batches:
+    """What the steps of one process are made of, from a store that there is not."""
+    return datasets.Batches(args, SLICES, ALONE)
 
 
 def slices(args, seed: int) -> torch.Tensor:

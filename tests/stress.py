@@ -44,7 +44,7 @@ import datasets  # noqa: E402
 import train_seg  # noqa: E402
 import train_ssl  # noqa: E402
 from ct import phantom, volumes  # noqa: E402
-from engine import figures, processes, runs  # noqa: E402
+from engine import figures, origin, processes, runs  # noqa: E402
 
 STEPS = 5  # of pre-training, with checkpoints after 3 and 5; of segmentation, after 2, 4 and 5
 HANG = 600  # s without what is waited for: a hang. Nothing here depends on how fast the machine is
@@ -528,7 +528,7 @@ import os, sys, time
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import train_ssl
 {register}
-from engine.processes import StopRequest
+from engine.signals import StopRequest
 step, note, noted = train_ssl.Trainer.step, StopRequest._note, []
 def held(self, t, slices):
     while t == 3 and os.path.exists({hold!r}) and not noted:
@@ -774,7 +774,7 @@ def main() -> None:
                 rows.append(f"| {name} | | FAILED: {' '.join(str(e).split())} |")
                 traceback.print_exc()
             print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    print(f"\n{time.strftime('%Y-%m-%d')}, commit {processes.commit()}, {processes.hardware()}, seed {args.seed}, "
+    print(f"\n{time.strftime('%Y-%m-%d')}, commit {origin.commit()}, {processes.hardware()}, seed {args.seed}, "
           f"{(time.monotonic() - begin) / 60:.0f} min\n\n| what | tried | how it ended |\n|---|---|---|")
     print("\n".join(rows))
     if not failures:

@@ -93,7 +93,7 @@ ACCEPTED = {
     "lightning": ({"epoch": 1, "global_step": 5, "pytorch-lightning_version": "2.5.0", "hyper_parameters": {"lr": 0.1},
                    "state_dict": under("model.", OWN), "optimizer_states": [{"state": {0: torch.ones(2)}}],
                    "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}}}, "state_dict.model.",
-                  "'callbacks'"),
+                  "'callbacks', 'optimizer_states'"),
     "without counters": ({k: v for k, v in OWN.items() if not k.endswith("num_batches_tracked")}, "", ""),
 }
 

@@ -61,7 +61,7 @@ def to_fake(module: nn.Module, device: torch.device, memory_format=None) -> nn.M
 
 
 @pytest.fixture
-def on_gpu(small, monkeypatch):
+def on_gpu(small, monkeypatch, fakes_of_today):
     """on_gpu(rows, *args) -> the table's rows, and where they convolved, on a GPU of fake tensors.
 
     A tensor of another device within an operation raises. Backward is left out: autograd asks for a real GPU.
@@ -74,7 +74,7 @@ def on_gpu(small, monkeypatch):
             return build(*args)
 
     monkeypatch.setattr(train_ssl, "build", built)
-    monkeypatch.setattr(passes, "choose", lambda moco, args, *_: args.batch_size // args.bn_group)
+    monkeypatch.setattr(passes, "choose", lambda moco, batches, *_: batches.batch_size // moco.group)
     monkeypatch.setattr(backbones, "checksum", lambda module: "")
     monkeypatch.setattr(nn.Module, "to", to_fake)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)

@@ -4,9 +4,11 @@ import copy
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import pickle
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -25,7 +27,7 @@ import datasets
 from ct import audit, intake, maps, pool, prepare, reading, repeats, stores, tasks
 from ct.command import counted
 from ct.volumes import BadInput, read_volume
-from engine import probe, processes
+from engine import launch, probe, processes
 
 pytestmark = pytest.mark.pool
 AFFINE = np.diag([-1.5, -1.5, 5.0, 1.0])  # LPS
@@ -554,19 +556,25 @@ def test_no_more_files_stay_open_than_the_limit_has_room_for(tmp_path):
     for i in range(40):
         write(tmp_path / "A" / f"scan{i:02d}.nii", ct(i, (20, 16, 3)))
     store = datasets.prepare(tmp_path / "A", tmp_path / "s", "pretrain", size=20)
-    script = """if True:
-        import resource, sys, numpy as np, datasets
-        from pathlib import Path
-        for hard in (200, 30):
-            store = None  # and with it what it holds open
-            resource.setrlimit(resource.RLIMIT_NOFILE, (30, hard))
-            store = datasets.prepare(Path(sys.argv[1]), Path(sys.argv[2]), "pretrain", size=20)
-            for _ in range(2):
-                print(store.batch(np.arange(120)).astype(int).sum(), len(store.files))"""
-    ran = subprocess.run([sys.executable, "-c", script, tmp_path / "A", tmp_path / "s"], text=True,
-                         capture_output=True, cwd=Path(datasets.__file__).parent)
+    (tmp_path / "told").touch()
+
+    def limited() -> None:
+        """Of each limit twice the sum of all slices and how many files stay open, into a file."""
+        os.closerange(3, 256)  # those of the process that this is a fork of
+        with open(tmp_path / "told", "w") as told:
+            for hard in (200, 30):
+                store = None  # and with it what it holds open
+                resource.setrlimit(resource.RLIMIT_NOFILE, (30, hard))
+                store = datasets.prepare(tmp_path / "A", tmp_path / "s", "pretrain", size=20)
+                for _ in range(2):
+                    print(store.batch(np.arange(120)).astype(int).sum(), len(store.files), file=told)
+        os._exit(0)
+
+    child = multiprocessing.get_context("fork").Process(target=limited)
+    child.start()
+    child.join(60)
     total = str(fill(store).astype(int).sum())
-    assert ran.stdout.split() == [total, "40"] * 2 + [total, "15"] * 2, ran.stderr
+    assert (tmp_path / "told").read_text().split() == [total, "40"] * 2 + [total, "15"] * 2
 
 
 def test_a_volume_prepared_again_is_read_as_it_was(abdomen, tmp_path):
@@ -694,7 +702,7 @@ def test_workers_default_to_the_cores_of_a_process(monkeypatch):
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         if processes_here:
             monkeypatch.setenv("LOCAL_WORLD_SIZE", processes_here)
-        assert processes.readers() == threads
+        assert launch.readers() == threads
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
     at_work = threading.Barrier(3)  # passed only by three threads at once
     assert [n for n, _ in datasets.prefetch(lambda t: at_work.wait(60), range(3))] == [0, 1, 2]

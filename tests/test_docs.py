@@ -76,14 +76,14 @@ def paper_to_code() -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def flags(module: str) -> set[str]:
-    """The long flags of a script's parser, with those that processes.Parser.common and ct/prepare.py give it."""
+    """The long flags of a script's parser, with those that launch.Parser.common and ct/prepare.py give it."""
     found = flags_in(tree(module))
     used = {n.attr for n in ast.walk(tree(module)) if isinstance(n, ast.Attribute)}
     if module == "datasets":  # forwards the commands
         found |= flags("ct/prepare")
     for shared in {"task_flags", "images_flag"} & used:
         found |= flags_in(find("ct/prepare", shared))
-    return found | flags("engine/processes") if "common" in used and module != "engine/processes" else found
+    return found | flags("engine/launch") if "common" in used and module != "engine/launch" else found
 
 
 def flags_in(node: ast.AST) -> set[str]:
@@ -145,7 +145,7 @@ def test_the_papers_numbers_are_those_of_the_report():
 
 @pytest.mark.parametrize("page", DOCS)
 def test_every_flag_exists(page):
-    scripts = [m for m in MODULES if flags(m) and m != "engine/processes"]
+    scripts = [m for m in MODULES if flags(m) and m != "engine/launch"]
     known = set().union(*(flags(m) for m in scripts))
     assert {"--local", "--no-geometric", "--data", "--split", "--positions", "--skip-bad"} <= known  # the search works
     unknown = mentioned(DOCS[page]) - known - OTHERS - {"--help"}
@@ -557,7 +557,7 @@ class Work(TorchDispatchMode):
         return out
 
 
-def test_the_costs_are_those_of_what_a_step_computes_and_moves():
+def test_the_costs_are_those_of_what_a_step_computes_and_moves(fakes_of_today):
     """The table of training.md, counted with tensors without content, and its times by the step's own rates."""
     rows = dict(re.findall(r"^\| (?:iteration, )?(step|[\w-]+)[^|]* (\|(?: [\d.]+ \|){2}.*)$", DOCS["docs/training.md"],
                            re.M))

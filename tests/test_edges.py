@@ -32,7 +32,7 @@ import train_seg
 import train_ssl
 from ct import cgroup, command, phantom, prepare, tasks
 from ct.volumes import BadInput, read_volume
-from engine import backbones, figures, processes, runs
+from engine import backbones, figures, launch, processes, runs
 from segment import Segmenter
 from tools import bench, paper, study
 
@@ -786,12 +786,14 @@ def test_torchrun_starts_in_a_folder_with_a_space(tmp_path):
     assert "run.main()" in torchrun.read_text() and compile(torchrun.read_text(), "torchrun", "exec")
 
 
-def test_make_paper_plans_or_says_in_one_line_what_is_wrong(made, tmp_path, monkeypatch, refusal):
+def test_make_paper_plans_or_says_in_one_line_what_is_wrong(made, tmp_path, monkeypatch, capsys, refusal):
     folder = str(made.data / "AbdomenCT-1K")
     settings = {"PLAN": "1", "SSL": folder, "SEG": folder, "OUT": str(made.out)}
-    ended = subprocess.run([sys.executable, "-m", "tools.paper"], env=os.environ | settings, capture_output=True,
-                           text=True, cwd=ROOT)
-    assert ended.returncode == 0 and "pre-train phantom-moco-local-zca: to do" in ended.stdout and not ended.stderr
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    paper.main([])
+    told = capsys.readouterr()
+    assert "pre-train phantom-moco-local-zca: to do" in told.out and not told.err
     for wrong in (tmp_path, tmp_path / "nowhere"):
         for name, value in (settings | {"SSL": str(wrong), "SEG": str(wrong)}).items():
             monkeypatch.setenv(name, value)
@@ -801,7 +803,7 @@ def test_make_paper_plans_or_says_in_one_line_what_is_wrong(made, tmp_path, monk
 def test_exit_codes_are_those_of_the_docstring(monkeypatch, capsys):
     for error, code in ((BadInput("a\nb"), 1), (FileNotFoundError(2, "No such file", "x"), 1),
                         (KeyboardInterrupt(), 130), (torch.OutOfMemoryError("CUDA out of memory"), 1)):
-        @processes.command
+        @launch.command
         def main(argv, error=error):
             raise error
 

@@ -15,10 +15,12 @@ from engine import runs
 
 SHAPE = (4, 64, 64)
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 
 def flags(data, out, *more):
     return [str(a) for a in ("--data", data, "--store", out / "store" / data.name, "--out", out, "--amp", "off",
-                             "--arch", "resnet18", "--backbone", "random", "--crop-size", 64, "--batch-size", 2,
+                             "--arch", "resnet_basic", "--backbone", "random", "--crop-size", 64, "--batch-size", 2,
                              "--iterations", 2, *more)]
 
 
@@ -38,7 +40,7 @@ def test_a_layout_changes_no_number(msd, small_phantom, tmp_path):
         shutil.copy(path, splits / path.name.replace("btcv", "task60_phantom"))
     found = []
     for data, out, suffix in ((msd, tmp_path / "a", "-task60_phantom"), (small_phantom / "BTCV", tmp_path / "b", "")):
-        protocols = ("linear-frozen", "deeplabv3plus") if suffix else ("deeplabv3plus", "linear-frozen")
+        protocols = ("linear-frozen", "linear-finetune") if suffix else ("linear-finetune", "linear-frozen")
         for protocol in protocols:
             train_seg.main(flags(data, out, "--split", "25", "--draw", 1, "--protocol", protocol))
         folders = [out / "seg" / f"random-{p}-25-1{suffix}" for p in sorted(protocols)]
@@ -70,7 +72,7 @@ def test_its_own_splits_tables_pictures_and_spectrum(msd, tmp_path, capsys):
     train_seg.main([a for a in argv if a not in ("--val", "0.1")])
     assert "done before" in capsys.readouterr().out
     svd_spectrum.main([str(a) for a in ("random", "--data", msd, "--store", tmp_path / "store" / msd.name, "--out",
-                                        tmp_path, "--arch", "resnet18")])
+                                        tmp_path, "--arch", "resnet_basic")])
     assert f"{4 * len(val)} vectors" in capsys.readouterr().out and (tmp_path / "spectrum.csv").exists()
 
 

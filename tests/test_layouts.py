@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import re
 import shutil
 import unicodedata
@@ -751,6 +752,8 @@ def test_a_start_looks_at_each_file_once(tmp_path, monkeypatch):
 
     for name, seen in looks.items():
         monkeypatch.setattr(os, name, functools.partial(look, getattr(os, name), seen))
+    if accessor := getattr(pathlib, "_NormalAccessor", None):  # of Python 3.10: what pathlib calls
+        monkeypatch.setattr(accessor, "stat", staticmethod(os.stat))
     assert intake.locate(data, "BTCV") == (data, False)
     assert sum(seen[str(p)] for seen in looks.values() for p in data.rglob("*.nii.gz")) == 0
     looks["scandir"].clear()

@@ -17,6 +17,8 @@ from engine import leaks, report
 
 SHAPE = (4, 64, 64)
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 
 @pytest.fixture(scope="module")
 def labelled(small_phantom):
@@ -42,7 +44,8 @@ def test_pretrained_on_the_validation_cases(small_phantom, labelled, tmp_path, c
         hu = np.pad(hu, 5, constant_values=-1024) if i % 2 else hu.take(range(hu.shape[axis] - 1), axis)
         seen.mkdir(exist_ok=True)
         nib.save(nib.Nifti1Image(hu, image.affine, image.header), seen / f"Case_{i:05d}_0000.nii.gz")
-    flags = ("--image-size", 64, "--batch-size", 8, "--bn-group", 4, "--queue", 8, "--steps", 1, "--arch", "resnet18")
+    flags = ("--image-size", 64, "--batch-size", 8, "--bn-group", 4, "--queue", 8, "--steps", 1, "--arch",
+             "resnet_basic")
     train_ssl.main(command(small_phantom, tmp_path, *flags, "--data", seen, "--store", tmp_path / "a", "--init",
                            "random", "--name", "first", "--size", 80, "--window", -160, 240))
     leaks.keep(tmp_path / run_folder(tmp_path / "second"), datasets.prepare(
@@ -128,7 +131,7 @@ def test_one_ct_under_two_ids_on_both_sides_of_the_split(tmp_path, capsys):
     (tmp_path / "val").write_text("0041\n0003\n")
     train_seg.main(command(tmp_path, tmp_path, "--data", data, "--store", tmp_path / "s", "--backbone", "random",
                            "--split", "100", "--protocol", "linear-frozen", "--iterations", 1, "--crop-size", 64,
-                           "--batch-size", 2, "--arch", "resnet18", "--val-cases", tmp_path / "val",
+                           "--batch-size", 2, "--arch", "resnet_basic", "--val-cases", tmp_path / "val",
                            "--no-whole-slices"))
     told, depth = capsys.readouterr().out, min(nib.load(twin[0]).shape)
     line = f"1 of the 2 validation volumes are among those to train on, under another id: 0041 is 0002, {depth} of"

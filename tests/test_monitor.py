@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import augment
-from engine import monitor, processes
+from engine import monitor, seeds
 
 FLAGS = ("--data . --init random --arch resnet_basic --image-size 64 --size 96 --batch-size 8 --bn-group 4 --queue 32 "
          "--epochs 1 --lr 0.02 --amp off")
@@ -30,7 +30,7 @@ def test_a_look_compares_the_query_encoders_view_with_the_key_encoders(trainer, 
     resized = monitor.resize.whole
     monkeypatch.setattr(monitor.resize, "whole", lambda batch, size: resized(batch, size).double())
     found = monitor.CollapseMonitor(trainer, store).look(3)
-    query, key = (augment.apply(slices, augment.draw(processes.rng(0, processes.LOOKS, i), len(slices)), 64)
+    query, key = (augment.apply(slices, augment.draw(seeds.rng(0, seeds.LOOKS, i), len(slices)), 64)
                   for i in (1, 2))
     moco = trainer.moco.eval()
     with torch.no_grad():

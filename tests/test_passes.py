@@ -1,6 +1,7 @@
 """A step in passes: any number of groups at once is the same step, for one process or two, compiled or not."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,10 +63,13 @@ def test_two_processes_in_passes_equal_one(monkeypatch, tmp_path):
     In float32, group by group and by the commands, stress.py compares them.
     """
     flags = SETTING + f"--arch resnet_basic {METHODS['aligned']} --groups-per-pass 3"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    two = subprocess.Popen([*command, str(tmp_path / "state.pt"), flags], stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True,
-                           env=os.environ | {"PYTHONPATH": str(ROOT)})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    two = subprocess.Popen([sys.executable, __file__, str(tmp_path / "state.pt"), flags], stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True, env=os.environ | {
+                               "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                               "MASTER_PORT": port})
     narrow.double_views(monkeypatch)
     stats, state = three_steps(narrow.settings(flags))
     told, _ = two.communicate(timeout=300)
@@ -124,7 +128,7 @@ def test_a_step_is_few_operations(monkeypatch, flags, most):
     monkeypatch.setattr(torch.optim, "SGD", lambda *args, **kw: sgd(*args, **kw | {"fused": True}))
     args = narrow.settings("--data . --init random --arch resnet50 --image-size 32 --size 64 --batch-size 16 "
                            f"--bn-group 2 --queue 64 --groups-per-pass 8 {flags}")
-    batches = datasets.Batches(args, narrow.SLICES, narrow.ALONE)
+    batches = narrow.batches(args)
     trainer = train_ssl.Trainer(args, train_ssl.build(args), batches, narrow.ALONE, "bf16")
     trainer.step(0, narrow.slices(args, 0))
     with Operations() as counted:
@@ -187,13 +191,13 @@ def test_the_devices_peak_is_that_of_its_fastest_product(monkeypatch):
 
 def test_the_papers_batch_fits():
     """24 GB take it in one pass, 8 GB in several; measured on one H200: 44 MB kept of an image, 12.7 GiB in all."""
-    args = narrow.settings("--data . --init random --arch resnet50")
+    batches = narrow.batches(narrow.settings("--data . --init random --arch resnet50"))
     moco = MoCo(whiten_last_norm(torchvision.models.resnet50(weights=None)))
     assert passes.kept_bytes(moco.encoder_q, 224, "bf16") == pytest.approx(44e6, rel=0.02)
-    assert passes.groups_that_fit(moco, args, "bf16", int(23.5e9)) >= 8
-    assert 2 <= passes.groups_that_fit(moco, args, "bf16", int(7.6e9)) < 8
-    assert passes.groups_that_fit(moco, args, "off", int(23.5e9)) in range(4, 8)
-    assert passes.groups_that_fit(moco, args, "bf16", 0) == 1
+    assert passes.groups_that_fit(moco, batches, "bf16", int(23.5e9)) >= 8
+    assert 2 <= passes.groups_that_fit(moco, batches, "bf16", int(7.6e9)) < 8
+    assert passes.groups_that_fit(moco, batches, "off", int(23.5e9)) in range(4, 8)
+    assert passes.groups_that_fit(moco, batches, "bf16", 0) == 1
 
 
 # ------------------------------------------------------------------------------------------- how many are chosen
@@ -204,7 +208,7 @@ def test_a_gpu_that_runs_out_of_memory_gets_half(monkeypatch, capsys, room, chos
     args = narrow.settings(SETTING + "--arch resnet_basic")
     asked = []
 
-    def attempt(moco, args, amp, device, groups):
+    def attempt(moco, batches, amp, device, groups):
         asked.append(groups)
         if groups > room:
             raise torch.OutOfMemoryError
@@ -213,7 +217,7 @@ def test_a_gpu_that_runs_out_of_memory_gets_half(monkeypatch, capsys, room, chos
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     ranks = processes.Processes(0, 1, torch.device("cuda"))
-    assert passes.choose(train_ssl.build(args), args, "bf16", ranks) == chosen and asked == tried
+    assert passes.choose(train_ssl.build(args), narrow.batches(args), "bf16", ranks) == chosen and asked == tried
     told = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in told] == [str(n) for n in tried if n > room]
 
@@ -227,15 +231,15 @@ def test_an_attempt_leaves_nothing_behind(method):
     args = narrow.settings(SETTING + "--arch resnet_basic " + METHODS[method])
     moco = train_ssl.build(args)
     before = {name: value.clone() for name, value in moco.state_dict().items()}
-    assert passes.fits(moco, args, "off", torch.device("cpu"), 8)
+    assert passes.fits(moco, narrow.batches(args), "off", torch.device("cpu"), 8)
     assert all(torch.equal(value, before[name]) for name, value in moco.state_dict().items())
     assert all(p.grad is None for p in moco.parameters())
 
 
 def test_small_images_run_together_on_a_cpu_and_large_ones_do_not():
     for side, groups in ((64, 8), (96, 8), (128, 1), (224, 1)):
-        args = SimpleNamespace(image_size=side, batch_size=256, bn_group=32)
-        assert passes.choose(None, args, "off", narrow.ALONE) == groups
+        batches = narrow.batches(narrow.settings(f"--data . --init random --image-size {side}"))
+        assert passes.choose(SimpleNamespace(group=32), batches, "off", narrow.ALONE) == groups
 
 
 def test_a_run_goes_on_with_its_groups_and_says_where_they_are_others(tmp_path, capsys):
@@ -253,19 +257,18 @@ def test_a_run_goes_on_with_its_groups_and_says_where_they_are_others(tmp_path, 
 def test_what_is_worth_compiling(monkeypatch, capsys):
     """And whether this machine can: a cluster's node without a C compiler trains uncompiled, and says so."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    args, exact = SimpleNamespace(deterministic=False), SimpleNamespace(deterministic=True)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(*shape))
     monkeypatch.setattr(torch, "compile", lambda f: f)
-    assert passes.worth_compiling(args, 5000, gpu) and not passes.worth_compiling(args, 4999, gpu)
-    assert not passes.worth_compiling(args, 168_000, cpu) and not passes.worth_compiling(exact, 168_000, gpu)
+    assert passes.worth_compiling(5000, gpu, False) and not passes.worth_compiling(4999, gpu, False)
+    assert not passes.worth_compiling(168_000, cpu, False) and not passes.worth_compiling(168_000, gpu, True)
     assert not capsys.readouterr().err
 
     def fails(f):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
     monkeypatch.setattr(torch, "compile", fails)
-    assert not passes.worth_compiling(args, 168_000, gpu)
+    assert not passes.worth_compiling(168_000, gpu, False)
     assert capsys.readouterr().err == ("note: not compiled, since torch.compile fails here (Failed to find C "
                                        "compiler.)\n")
 
@@ -282,7 +285,9 @@ def test_batches_come_to_a_gpu_in_order_and_whole():
 
 
 def shared_steps(path: str, flags: str) -> None:
-    """What torchrun starts: `three_steps` of one of two processes."""
+    """`three_steps` of two processes; the second is a fork of the first, which has computed nothing yet."""
+    second = os.fork()
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(second == 0))
     patch = pytest.MonkeyPatch()
     narrow.register(patch)
     narrow.double_views(patch)
@@ -292,6 +297,8 @@ def shared_steps(path: str, flags: str) -> None:
     if narrow.ALONE.is_main:
         torch.save((stats, state), path)
     torch.distributed.destroy_process_group()
+    if second:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def test_a_look_changes_nothing_and_sees_weights_that_changed(trainer):
 
 def test_which_slices_is_a_function_of_the_store(trainer):
     trainer, store = trainer
-    first, trainer.args.seed = probe.Probe(trainer, store), 3
+    first = probe.Probe(trainer, store)
+    trainer.args.seed = trainer.batches.seed = 3
     other = probe.Probe(trainer, store)
     for one, same in zip((*first.fitted, *first.scored), (*other.fitted, *other.scored), strict=True):
         assert torch.equal(one, same)
@@ -203,11 +204,11 @@ def test_a_summary_has_the_last_the_best_and_the_first():
     assert probe.summary(log[:1]) == []
 
 
-def test_real_ct_is_probed(real_ct, tmp_path, monkeypatch):
+def test_real_ct_is_probed(real_ct, small_networks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train_ssl.main(["--data", str(real_ct / "AbdomenCT-1K"), "--out", "runs", "--arch", "resnet18", "--init", "random",
-                    "--image-size", "64", "--batch-size", "64", "--queue", "64", "--steps", "4", "--epochs", "1",
-                    "--probe", str(real_ct / "BTCV")])
+    train_ssl.main(["--data", str(real_ct / "AbdomenCT-1K"), "--out", "runs", "--arch", "resnet_basic", "--init",
+                    "random", "--image-size", "64", "--batch-size", "64", "--queue", "64", "--steps", "4",
+                    "--epochs", "1", "--probe", str(real_ct / "BTCV")])
     last = runs.read_log(tmp_path / "runs/moco/log.jsonl")[-1]
     assert 0 < last["probe_dice"] < 1 and 0 < last["probe_dice_start"] < 1 and last["step"] == 4
 

@@ -25,10 +25,8 @@ from torchvision.models import resnet18
 from ct import command as ct_command
 from ct import files
 from ct.volumes import BadInput
-from engine import backbones, processes, runs
+from engine import backbones, launch, processes, runs, seeds, signals
 from engine.runs import Run
-from moco import MoCo
-from segment import Segmenter
 
 
 def run(tmp_path, config=None, overwrite=False):
@@ -238,8 +236,8 @@ def test_half_lines_stay_alone(tmp_path):
 
 def test_under_torchrun_a_repeated_signal_is_one_signal(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setattr(processes.StopRequest, "REPEAT", 600.0)  # on a slow machine, too
-    with processes.StopRequest() as stop:
+    monkeypatch.setattr(signals.StopRequest, "REPEAT", 600.0)  # on a slow machine, too
+    with signals.StopRequest() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
@@ -252,11 +250,11 @@ def test_signals_ask_to_save_and_stop(monkeypatch, request, number, torchrun):
     """And a terminal that is closed says so more than once: by the kernel and by the shell, then by torchrun."""
     if torchrun:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setattr(processes.StopRequest, "REPEAT", 0.0)
+    monkeypatch.setattr(signals.StopRequest, "REPEAT", 0.0)
     request.addfinalizer(functools.partial(signal.signal, signal.SIGHUP, signal.getsignal(signal.SIGHUP)))
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # though the tests may run under nohup
     before = [signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)]
-    with processes.StopRequest() as stop:
+    with signals.StopRequest() as stop:
         assert stop.signal == 0
         os.kill(os.getpid(), number)
         for _ in range(3):
@@ -271,7 +269,7 @@ def test_signals_ask_to_save_and_stop(monkeypatch, request, number, torchrun):
 def test_nohups_ignored_hangup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with processes.StopRequest() as stop:
+        with signals.StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.signal == 0
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -281,7 +279,7 @@ def test_nohups_ignored_hangup_stays_ignored():
 
 
 def test_ctrl_c_outside_the_loop_is_one_line(capsys):
-    @processes.command
+    @launch.command
     def main(argv):
         raise KeyboardInterrupt
 
@@ -304,8 +302,8 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
 
 
 def test_streams_of_random_numbers_differ_by_seed_purpose_and_step():
-    drawn = {processes.rng(s, p, t).random() for s in (0, 1) for p in (0, 1) for t in (0, 1)}
-    assert len(drawn) == 8 and processes.rng(1, 0, 0).random() == processes.rng(1, 0, 0).random()
+    drawn = {seeds.rng(s, p, t).random() for s in (0, 1) for p in (0, 1) for t in (0, 1)}
+    assert len(drawn) == 8 and seeds.rng(1, 0, 0).random() == seeds.rng(1, 0, 0).random()
 
 
 def test_non_finite_losses_name_step_and_slices(tmp_path):
@@ -447,25 +445,3 @@ def test_of_several_processes_each_says_what_it_found_itself(monkeypatch, capsys
     with pytest.raises(BadInput) as caught:
         processes.on_main(True, lambda: (_ for _ in ()).throw(BadInput("x")))
     assert caught.value.relayed
-
-
-@pytest.mark.parametrize("make,names", [
-    (lambda: MoCo(resnet18(), dim=8, queue=32), {"queue_ptr": "pointer"}),
-    (lambda: Segmenter(resnet18(), "linear-finetune"), {"decode_head.": "head."}),
-    (lambda: Segmenter(resnet18(), "deeplabv3plus"), {
-        "decode_head.aspp_modules.": "head.pyramid.", "decode_head.bottleneck.": "head.fuse.",
-        "decode_head.c1_bottleneck.": "head.low.", "decode_head.sep_bottleneck.": "head.decoder.",
-        "decode_head.conv_seg.": "head.classifier.", "decode_head.image_pool.": "head.image_pool.",
-        "auxiliary_head.": "auxiliary."})], ids=["moco", "linear", "deeplabv3plus"])
-def test_checkpoints_with_the_first_names_are_read(make, names):
-    model, other = make(), make()
-    old = {}
-    for name, value in model.state_dict().items():
-        for new, before in names.items():
-            name = name.replace(new, before, 1) if name.startswith(new) else name
-        old[name] = value
-    assert sum(name not in model.state_dict() for name in old) >= len(names)
-    runs.load_weights(other, old)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
-    with pytest.raises(RuntimeError, match="foot"):
-        runs.load_weights(other, old | {"foot.weight": torch.zeros(1)})

@@ -15,7 +15,7 @@ from torchvision.ops import roi_align
 import datasets
 import train_seg
 import train_ssl
-from engine import processes, recipes
+from engine import recipes, seeds
 
 COMMON = ("--data . --init random --image-size 64 --size 128 --batch-size 12 --bn-group 4 --queue 24 --epochs 1 "
           "--lr 0.02 --ema 0.7 --temperature 0.15")
@@ -207,7 +207,7 @@ def steps_of_both(monkeypatch, flags, count=3):
     calls = narrow.double_views(monkeypatch)
     for t in range(count):
         stats = trainer.step(t, narrow.slices(args, t))
-        drawn = [trainer.batches.views(t, purpose) for purpose in (processes.VIEW_Q, processes.VIEW_K)]
+        drawn = [trainer.batches.views(t, purpose) for purpose in (seeds.VIEW_Q, seeds.VIEW_K)]
         *given, view_q, view_k = calls[t]
         for one, other in zip(given, drawn, strict=True):  # each view was made of its own draw
             assert all(np.array_equal(one[name], other[name]) for name in {*one, *other})
@@ -270,21 +270,21 @@ def test_a_whitened_start_keeps_its_outputs(tmp_path):
 
 
 def test_views_differ_from_step_to_step_and_between_query_and_key():
-    batches = datasets.Batches(narrow.settings(COMMON), narrow.SLICES, narrow.ALONE)
-    drawn = [batches.views(t, purpose) for t in range(40) for purpose in (processes.VIEW_Q, processes.VIEW_K)]
+    batches = narrow.batches(narrow.settings(COMMON))
+    drawn = [batches.views(t, purpose) for t in range(40) for purpose in (seeds.VIEW_Q, seeds.VIEW_K)]
     for name in ("box", "brightness", "contrast", "sigma", "flip", "contrast_first"):
         values = np.stack([d[name].reshape(12, -1) for d in drawn]).reshape(40, 2, 12, -1)  # step, view, image, number
         assert name != "box" or len(np.unique(values.reshape(960, 4), axis=0)) == 960
         for query, key in np.moveaxis(values, (3, 1), (0, 1)):  # (40, 12) each
             assert len(np.unique(query, axis=0)) > 38 and len(np.unique(key, axis=0)) > 38  # 12 flips may agree
             assert abs(np.corrcoef(query.ravel(), key.ravel())[0, 1]) < 0.15  # of 480: 0.05 is a standard deviation
-    whole = datasets.Batches(narrow.settings(COMMON + " --no-geometric"), narrow.SLICES, narrow.ALONE)
-    for purpose in (processes.VIEW_Q, processes.VIEW_K):
+    whole = narrow.batches(narrow.settings(COMMON + " --no-geometric"))
+    for purpose in (seeds.VIEW_Q, seeds.VIEW_K):
         assert (whole.views(3, purpose)["box"] == [0, 0, 1, 1]).all() and not whole.views(3, purpose)["flip"].any()
 
 
 def test_keys_are_shuffled_anew_at_every_step():
-    batches = datasets.Batches(narrow.settings(COMMON), narrow.SLICES, narrow.ALONE)
+    batches = narrow.batches(narrow.settings(COMMON))
     orders = torch.stack([batches.permutation(t) for t in range(400)])  # (400, 12)
     assert (orders.sort(1).values == torch.arange(12)).all()
     assert len(orders.unique(dim=0)) == 400 and not (orders == torch.arange(12)).all(1).any()
@@ -293,18 +293,18 @@ def test_keys_are_shuffled_anew_at_every_step():
 
 
 def test_patches_differ_from_step_to_step_and_from_image_to_image():
-    batches = datasets.Batches(narrow.settings(COMMON + LOCAL), narrow.SLICES, narrow.ALONE)
+    batches = narrow.batches(narrow.settings(COMMON + LOCAL))
     patches = torch.cat([batches.patch_idx(t) for t in range(50)])  # (600, 20)
     ordered = patches.sort(1).values
     assert patches.shape == (600, 20) and (ordered.diff(dim=1) > 0).all() and len(ordered.unique(dim=0)) == 600
     share = torch.bincount(patches.flatten(), minlength=49) / 600  # 20 of 49, give or take 0.02
     assert len(share) == 49 and (share - 20 / 49).abs().max() < 0.08
-    few = datasets.Batches(narrow.settings(COMMON + LOCAL + " --patches 5"), narrow.SLICES, narrow.ALONE)
+    few = narrow.batches(narrow.settings(COMMON + LOCAL + " --patches 5"))
     assert few.patch_idx(0).shape == (12, 5)
 
 
 def test_slices_are_trained_on_in_another_order_each_epoch():
-    batches = datasets.Batches(narrow.settings(COMMON), narrow.SLICES, narrow.ALONE)
+    batches = narrow.batches(narrow.settings(COMMON))
     assert batches.steps_per_epoch == 7 and len(batches.held_out) == 12
     epochs = np.stack([np.concatenate([batches.indices(7 * e + t) for t in range(7)]) for e in range(5)])  # (5, 84)
     assert all(len(set(e)) == 84 and not set(e) & set(batches.held_out) for e in epochs)

@@ -16,12 +16,12 @@ from ct.volumes import BadInput
 from engine import figures, runs
 from tools import study
 
-SMALL = dict(arch="resnet18", image_size=32, batch_size=8, bn_group=4, lr=0.01, queue=16, ema=0.9, size=32)
+SMALL = dict(arch="resnet_basic", image_size=32, batch_size=8, bn_group=4, lr=0.01, queue=16, ema=0.9, size=32)
 MAINS = {"train_ssl.py": train_ssl.main, "train_seg.py": train_seg.main}
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, small_networks):
     """Settings of seconds, and commands that run in this process, one after the other; they are kept in the list."""
     monkeypatch.setattr(study, "PRETRAINING", SMALL)
     monkeypatch.setattr(study, "SIDES", (32,))

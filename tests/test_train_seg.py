@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import narrow
 import nibabel as nib
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ import svd_spectrum
 import train_seg
 import train_ssl
 from ct import tasks
-from engine import backbones, evaluate, figures, origin, predict, processes, runs
+from engine import backbones, evaluate, figures, origin, predict, processes, runs, seeds
 from segment import PROTOCOLS, Segmenter
 from views import resize
 from whitening import whiten_last_norm
@@ -189,7 +190,7 @@ def test_a_checkpoint_is_written_before_the_validation_and_a_stop_is_seen_betwee
 
 def test_dropout_differs_between_ranks_and_between_iterations():
     def mask(*where):
-        processes.seed_torch(0, processes.DROPOUT, *where)
+        seeds.seed_torch(0, seeds.DROPOUT, *where)
         return torch.rand(50)
 
     assert torch.equal(mask(3, 1), mask(3, 1))
@@ -311,7 +312,7 @@ def test_crops_of_slices_of_any_shape_are_those_of_a_loop(crop, monkeypatch):
     crops = datasets.Crops(args, store, np.arange(len(shapes)), processes.Processes(0, 1, torch.device("cpu")))
     monkeypatch.setattr(resize, "labelled_one_by_one", crop)
     order, (images, masks) = crops.indices(5), crops.apply(5, crops.fetch(5))
-    drawn = datasets.draw_crops(processes.rng(3, processes.CROPS, 5), len(shapes))
+    drawn = datasets.draw_crops(seeds.rng(3, seeds.CROPS, 5), len(shapes))
     smaller = 0
     for n, i in enumerate(order):
         window = max(1, round(min(shapes[i]) / drawn["scale"][n]))
@@ -502,7 +503,7 @@ def test_whole_slices_train_the_frozen_head_as_without_kept_features(flags, tmp_
     train_seg.main([*args, "--out", str(tmp_path / "once")])
 
     def each_time(trainer, t, pairs):
-        processes.seed_torch(trainer.args.seed, processes.DROPOUT, t)
+        seeds.seed_torch(trainer.args.seed, seeds.DROPOUT, t)
         loss = trainer.model(*trainer.crops.whole(pairs))
         loss.backward()
         trainer.optimizer.param_groups[0]["lr"] = train_seg.lr(t, trainer.args)
@@ -746,14 +747,13 @@ def test_a_checkpoint_of_another_device_keeps_this_ones_optimizer(flags, small_p
 def test_an_iterations_loss_compiles_as_one_graph(monkeypatch):
     """Its loss and gradients by the compiler's tracing of both passes, in bf16 as on a GPU; prediction goes without."""
     torch.manual_seed(0)
-    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
-    model, count = Segmenter(net, "deeplabv3plus"), CompileCounterWithBackend("aot_eager")
+    model, count = Segmenter(narrow.narrow_basic(), "deeplabv3plus"), CompileCounterWithBackend("aot_eager")
     images, labels, found = torch.randn(2, 3, 64, 64), torch.randint(0, 14, (2, 64, 64)), []
     for compiled in (False, True, True):
         if compiled and not count.frame_count:
             model.compile(dynamic=False, fullgraph=True, backend=count)
         model.zero_grad()
-        processes.seed_torch(0, processes.DROPOUT)
+        seeds.seed_torch(0, seeds.DROPOUT)
         with processes.autocast("bf16", images.device):
             loss = model(images, labels)
         loss.backward()

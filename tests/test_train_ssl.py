@@ -18,7 +18,7 @@ import augment
 import datasets
 import train_ssl
 from ct import intake
-from engine import backbones, monitor, origin, passes, processes, recipes, runs
+from engine import backbones, monitor, origin, passes, processes, recipes, runs, seeds
 from views import resize
 from whitening import ZCAWhitening
 
@@ -137,11 +137,11 @@ def test_step_t_is_a_function_of_seed_and_t(flags, tmp_path):
         patches = whole.patch_idx(t)
         assert torch.equal(torch.cat([h.patch_idx(t) for h in halves]), patches)
         assert patches.shape == (8, 20) and all(len(set(p)) == 20 and max(p) < 49 for p in patches.tolist())
-        views = whole.views(t, processes.VIEW_Q)
+        views = whole.views(t, seeds.VIEW_Q)
         for key in views:
-            parts = [h.views(t, processes.VIEW_Q)[key] for h in halves]
+            parts = [h.views(t, seeds.VIEW_Q)[key] for h in halves]
             np.testing.assert_array_equal(np.concatenate(parts), views[key])
-        assert not np.array_equal(views["contrast"], whole.views(t, processes.VIEW_K)["contrast"])
+        assert not np.array_equal(views["contrast"], whole.views(t, seeds.VIEW_K)["contrast"])
         assert sorted(whole.permutation(t).tolist()) == list(range(8))
 
 
@@ -407,7 +407,7 @@ def test_signs_of_collapse_are_those_of_the_held_out_slices(flags, tmp_path, sma
     with torch.no_grad():
         features = trainer.moco.encoder_q.backbone.eval()(images)
         embeddings = trainer.moco.encoder_q.projector(features)
-        drawn = [augment.draw(processes.rng(0, processes.LOOKS, i), len(images)) for i in (1, 2)]
+        drawn = [augment.draw(seeds.rng(0, seeds.LOOKS, i), len(images)) for i in (1, 2)]
         slices = torch.from_numpy(store.batch(trainer.batches.held_out))
         queries, keys = (encoder.eval()(augment.apply(slices, d, 64))[1] for encoder, d in
                          zip((trainer.moco.encoder_q, trainer.moco.encoder_k), drawn, strict=True))

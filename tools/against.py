@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from ct.command import Parser, whole
-from engine import processes
+from engine import launch, origin, processes
 
 HERE = Path(__file__).parent.parent
 SMALL = "--arch resnet18 --queue 256 --size 192"
@@ -69,7 +69,7 @@ def compared(other: Path, flags: str, pairs: int) -> tuple[float, float, float]:
     return statistics.median(h / t for h, t in found[1:]), statistics.median(here), statistics.median(there)
 
 
-@processes.command
+@launch.command
 def main(argv: list[str] | None = None) -> None:
     """A row a setting, as Markdown."""
     parser = Parser(prog="python -m tools.against", description=__doc__.split("\n\n")[0])
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=whole(1), default=8, help="of steps; of ResNet-50 a third as many")
     args = parser.parse_args(argv)
     other = args.other.resolve()
-    print(f"{processes.hardware()}; commit {processes.commit()}\n")
+    print(f"{processes.hardware()}; commit {origin.commit()}\n")
     print("| a step of | here / there | here | there |\n|---|---|---|---|")
     for what, flags in SETTINGS.items():
         ratio, here, there = compared(other, flags, args.pairs // (3 if "resnet50" in what else 1) or 1)

@@ -31,7 +31,7 @@ import datasets
 import train_ssl
 from ct.command import Parser
 from ct.volumes import BadInput
-from engine import processes, runs
+from engine import launch, origin, processes, runs, seeds
 from tools import peers, stores
 from tools.measure import Table, alternated, cpu_flags, medians, seconds
 from tools.setting import Setting
@@ -115,8 +115,8 @@ def end_to_end(table: Table, s: Setting, folder: Path, rows: tuple = END_TO_END)
 
 def two_views(slices: torch.Tensor) -> Callable:
     """What makes two views of 224 px of each slice (N, H, H) uint8."""
-    return lambda: augment.pair(slices, *(augment.draw(processes.rng(0, purpose), len(slices))
-                                          for purpose in (processes.VIEW_Q, processes.VIEW_K)), 224)
+    return lambda: augment.pair(slices, *(augment.draw(seeds.rng(0, purpose), len(slices))
+                                          for purpose in (seeds.VIEW_Q, seeds.VIEW_K)), 224)
 
 
 def views(table: Table, s: Setting) -> None:
@@ -331,7 +331,7 @@ def gpu_memory(batch: int) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-@processes.command
+@launch.command
 def main(argv: list[str] | None = None) -> None:
     """All rows, as Markdown or JSON."""
     parser = Parser(prog="python -m tools.bench", description=__doc__.split("\n\n")[0])
@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.peers and not importlib.util.find_spec(peer):
             raise BadInput(f"{peer} is not installed: pip install -r requirements-bench.txt")
     s, table = Setting(args.quick, args.peers), Table(args.json)
-    machine = {"hardware": processes.hardware(), "commit": processes.commit(), "date": time.strftime("%Y-%m-%d"),
+    machine = {"hardware": processes.hardware(), "commit": origin.commit(), "date": time.strftime("%Y-%m-%d"),
                "precision": s.amp, "flags": cpu_flags()}
     if not args.json:
         print("; ".join(f"{k}: {v}" for k, v in machine.items()))

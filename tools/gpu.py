@@ -31,7 +31,7 @@ import train_ssl
 from ct import phantom
 from ct.command import Parser, whole
 from ct.volumes import BadInput
-from engine import passes, processes, runs
+from engine import origin, passes, processes, runs
 from segment import PROTOCOLS
 from tools import bench, peers
 from tools.measure import Table, medians, seconds
@@ -87,7 +87,7 @@ def machine(table: Lines, s: Sizes) -> None:
         raise BadInput("no GPU here; bash tools/gpu.sh OUT --tiny runs on a CPU")
     table.line(hardware=processes.hardware(), memory=f"{processes.memory(s.device) / GIB:.0f} GiB", driver=driver,
                cudnn=torch.backends.cudnn.version(), cores=os.cpu_count(), python=sys.version.split()[0],
-               commit=os.environ.get("COMMIT") or processes.commit(), date=time.strftime("%Y-%m-%d %H:%M"),
+               commit=os.environ.get("COMMIT") or origin.commit(), date=time.strftime("%Y-%m-%d %H:%M"),
                precision=s.amp, setting=f"{s.arch}, {s.size} px, {s.batch} as {s.batch // s.group} x {s.group}, queue "
                f"{s.queue}")
 
@@ -229,7 +229,7 @@ def memory(table: Lines, s: Sizes) -> None:
     for together in (n for n in (1, 2, 4, 8) if n <= groups):
         before = allocated(reset=True)
         trainer, slices = s.trainer(*BOTH, *passes_of(together)), s.slices()
-        fixed, group = passes.needed(trainer.moco, trainer.args, s.amp)
+        fixed, group = passes.needed(trainer.moco, trainer.batches, s.amp)
         formula = fixed + together * group
         what = f"peak memory, {together} of {groups} groups a pass, local + ZCA / formula"
         for t in range(2):  # the second one has all buffers

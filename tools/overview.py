@@ -14,7 +14,7 @@ from ct import intake, reading, tasks
 from ct.command import Parser
 from ct.prepare import WINDOW, square
 from ct.volumes import BadInput
-from engine import figures, predict, processes
+from engine import figures, launch, predict
 
 CASE, SEGMENTED = "0035", "phantom-moco-local-zca-aligned"  # the first validation case; whose head segments it
 SPECTRA = {"phantom-moco": "MoCo v2", "phantom-moco-local-zca": "local + ZCA (the paper)",
@@ -32,7 +32,7 @@ def spectra(path: Path) -> list[tuple[str, str, np.ndarray]]:
                                                             if k.isdigit() and v])) for run, label in SPECTRA.items()]
 
 
-@processes.command
+@launch.command
 def main(argv: list[str] | None = None) -> None:
     """Draw the strip."""
     parser = Parser(prog="python -m tools.overview", description=__doc__.split("\n\n")[0])

@@ -16,8 +16,9 @@ import train_seg
 import train_ssl
 from ct import intake
 from ct.volumes import BadInput
-from engine import processes, report, runs
+from engine import launch, report, runs
 from engine.recipes import AUTHOR
+from engine.seeds import seed_suffix
 from segment import PROTOCOLS
 
 ROWS = ("", "--zca", "--local", "--local --zca",  # Table 2
@@ -35,7 +36,7 @@ def commands(given: dict[str, str], phantom: bool) -> Iterator[tuple[str, list[s
     more, seg_more = shlex.split(given["ARGS"]), shlex.split(given["SEG_ARGS"])
     window = ["--window", *map(str, AUTHOR["window"])]
     for seed in given["SEEDS"].split():
-        suffix, init = processes.seed_suffix(int(seed)), given["INIT"]
+        suffix, init = seed_suffix(int(seed)), given["INIT"]
         untrained = "imagenet" if init == "imagenet" else "random"
         if init == "start":
             init += suffix
@@ -66,7 +67,7 @@ def plan(given: dict[str, str], phantom: bool) -> None:
             trained[args.name] = args
         elif "--split" in flags:
             args = train_seg.parse(flags)
-            suffix, names = processes.seed_suffix(args.seed), [args.backbone]
+            suffix, names = seed_suffix(args.seed), [args.backbone]
             if args.backbone == "all":
                 names = ["imagenet" if given["INIT"] == "imagenet" else "random", *(
                     name for name, of in trained.items() if (of.seed, of.recipe) == (args.seed, "paper")
@@ -77,7 +78,7 @@ def plan(given: dict[str, str], phantom: bool) -> None:
     print(f"  segmentation: {sum(done)} of {len(done)} runs done", flush=True)
 
 
-@processes.command
+@launch.command
 def main(argv: list[str] | None = None) -> None:
     """The plan, then the commands, up to the first that fails."""
     given = {name: os.environ.get(name) or default for name, default in GIVEN.items()}

@@ -43,7 +43,7 @@ def write_store(data: Path, store: Path, volumes: int, slices: int, noise: bool 
                 f.truncate(f.tell() + depth * SIDE * SIDE)
         record = {"id": f"Case_{i:05d}", "phantom": False, "spacing": [1.0, 1.0, 1.0], "shape": [depth, SIDE, SIDE],
                   "hu": [-1000.0, 1000.0], "content": "", "slices": depth, "height": SIDE, "width": SIDE,
-                  "source": {"image": stamp(image) | {"checksum": ""}, "label": None}, "odd": [],
+                  "source": {"image": stamp(image) | {"checksum": ""}, "label": []}, "odd": [],
                   "format": FORMAT, "window": list(prepare.WINDOW), "size": SIDE, "file": str(image),
                   "checksums": {f"Case_{i:05d}.npy": ""}}
         (store / f"Case_{i:05d}.json").write_text(json.dumps(record))

@@ -31,7 +31,8 @@ import train_ssl
 from ct import phantom
 from ct.command import Parser, cores, whole
 from ct.volumes import BadInput
-from engine import figures, methods, origin, processes, recipes, report, runs
+from engine import figures, launch, methods, origin, processes, recipes, report, runs, signals
+from engine.seeds import seed_suffix
 
 ROOT = Path(__file__).parent.parent
 # On real CT; the phantom has train_ssl.py's preset.
@@ -97,7 +98,7 @@ def step_of(folder: Path) -> int:
 
 def start(args, seed: int, author: str) -> Iterator[list[str]]:
     """The commands of a seed's initial checkpoint and random weights, each to be run before the next is asked for."""
-    name = f"{author}start{processes.seed_suffix(seed)}"
+    name = f"{author}start{seed_suffix(seed)}"
     yield pretrain(args, seed, name, math.ceil(args.steps[0] / args.per_epoch[1]), "--init", "random", "--no-geometric")
     yield from heads(args, seed, f"{author}random", 0)
     yield from heads(args, seed, name, step_of(args.out / name))
@@ -118,7 +119,7 @@ def row(args, seed: int, name: str, share: float) -> Iterator[list[str]]:
     """The commands that bring a method from its initial checkpoint, or from where it stands, to a share of its epochs,
     and measure it there. None where it stands beyond, since it was measured before it went on.
     """
-    suffix, epochs = processes.seed_suffix(seed), points(args, name)
+    suffix, epochs = seed_suffix(seed), points(args, name)
     folder, step = args.out / f"{name}{suffix}", epochs[share] * args.per_epoch[every(name)]
     if step_of(folder) <= step:
         begun = f"{AUTHOR * name.startswith(AUTHOR)}start{suffix}"
@@ -133,7 +134,7 @@ def beside(chains: Iterable[Iterator[list[str]]], jobs: int, log: Path) -> None:
     """
     waiting, running = list(chains), {}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
-    with processes.StopRequest() as stop, open(log, "ab") as output:
+    with signals.StopRequest() as stop, open(log, "ab") as output:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -175,7 +176,7 @@ def run(args) -> None:
     settings = train_ssl.PHANTOM if args.phantom else PRETRAINING
     store = datasets.prepare(args.ssl, args.out / "stores" / "ssl", "pretrain", size=settings["size"])
     one = processes.Processes(0, 1, torch.device("cpu"))
-    given = argparse.Namespace(seed=0, batch_size=settings["batch_size"])
+    given = argparse.Namespace(**vars(train_ssl.parse([])) | settings)
     args.per_epoch = {n: datasets.Batches(given, store.of(every=n), one).steps_per_epoch
                       for n in {1} | {every(name) for name in args.rows}}
     if few := [n for n, steps in args.per_epoch.items() if not steps]:
@@ -204,13 +205,13 @@ def measured(out: Path) -> dict[tuple[str, int], dict[int, dict]]:
         for r in origin.newest(origin.read(path, backbone=str, seed=int, crop_size=int, mDS=(int, float),
                                            pretraining=dict)):
             author = AUTHOR * path.parent.name.startswith(AUTHOR) * (r["backbone"] == "random")
-            name = author + r["backbone"].removesuffix(processes.seed_suffix(r["seed"]))
+            name = author + r["backbone"].removesuffix(seed_suffix(r["seed"]))
             step = r["pretraining"]["step"] or 0
             found[name, step][r["seed"]] |= {r["crop_size"]: 100 * r["mDS"],
                                              "horizon": r["pretraining"].get("horizon") or 0}
     for (name, step), seeds in found.items():
         for seed, values in seeds.items():
-            log = out / f"{name}{processes.seed_suffix(seed)}" / "log.jsonl"
+            log = out / f"{name}{seed_suffix(seed)}" / "log.jsonl"
             looks = [r for r in runs.read_log(log) if r["step"] == step] if not name.endswith("random") else []
             values |= {key: r[key] for r in looks for key in LOOKS if key in r}
     return found
@@ -270,7 +271,7 @@ def write(out: Path, found: dict) -> list[Path]:
                "; ".join(doubts(step, {seed: values}))]
               for (name, step), seeds in sorted(found.items()) for seed, values in sorted(seeds.items())]
     report.write_csv(out / "study.csv", lines)
-    runs.write_text(out / "study.md", f"{tables(found)}\n\n{processes.hardware()}; commit {processes.commit()}\n")
+    runs.write_text(out / "study.md", f"{tables(found)}\n\n{processes.hardware()}; commit {origin.commit()}\n")
     panels = {}
     for side in SIDES:
         points = [(name, step, *value) for (name, step), seeds in sorted(found.items())
@@ -284,7 +285,7 @@ def write(out: Path, found: dict) -> list[Path]:
     return written + [out / "study.png"] * figures.attempt(figures.over_steps, out / "study.png", panels, labels)
 
 
-@processes.command
+@launch.command
 def main(argv: list[str] | None = None) -> None:
     """All seeds, then the tables."""
     parser = Parser(prog="python -m tools.study", description=__doc__.split("\n\n")[0])
