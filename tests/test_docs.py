@@ -20,7 +20,6 @@ from functools import cache
 from pathlib import Path
 from textwrap import dedent
 
-import narrow
 import numpy as np
 import pytest
 import torch
@@ -379,7 +378,7 @@ RUNS = {
     "datasets prepare --data": "tests/test_datasets.py::test_both_commands_end_with_what_was_skipped_or_odd",
     "ct/phantom --layout --out": "tests/test_phantom.py::test_command",
     "torchrun": "tests/test_passes.py::test_two_processes_in_passes_equal_one",
-    "torchrun --nproc-per-node": "tests/test_passes.py::test_two_processes_in_passes_equal_one",
+    "torchrun --nproc-per-node": "tests/test_reliability.py::test_short_forms",
     "torchrun --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint": "tests/test_reliability.py::test_short_forms",
     "torchrun --nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --rdzv-id":
         "tests/test_reliability.py::test_short_forms",
@@ -589,13 +588,13 @@ def test_the_costs_are_those_of_what_a_step_computes_and_moves(fakes_of_today):
 
 
 @pytest.fixture(scope="module")
-def world(small_phantom, tmp_path_factory):
+def world(small_phantom, small_networks, tmp_path_factory):
     """A folder in which the documents' files and folders are: the phantom's, small, with runs of one step."""
     import train_seg
     import train_ssl
 
     root = tmp_path_factory.mktemp("world")
-    common = ("--out", root / "runs", "--amp", "off")
+    common = ("--out", root / "runs", "--amp", "off", "--arch", "resnet_basic")
     ssl = ("--data", small_phantom / "AbdomenCT-1K", "--store", small_phantom.parent / "store", *common, "--init",
            "random", "--image-size", 64, "--batch-size", 8, "--bn-group", 4, "--queue", 32, "--zca-group", 16,
            "--steps", 1)
@@ -645,11 +644,9 @@ def test_a_command_of_the_documents_runs(name, world, tmp_path, monkeypatch):
     if script == "train_seg":
         more += [a for flag, value in (("--draw", "0"), ("--protocol", "linear-frozen"), ("--split", "100"))
                  for a in (flag, value) if flag not in arguments]
+    more += ["--arch", "resnet_basic"]
     if script == "svd_spectrum":
-        more += ["--image-size", "64", "--arch", "resnet18"]
-    if script == "train_ssl" and "--init" not in arguments:  # else it names a run of the world, which has a ResNet-18
-        narrow.register(monkeypatch)
-        more += ["--arch", "resnet_basic"]
+        more += ["--image-size", "64"]
     if "--seed" in arguments and script == "train_seg":  # of which the world has no run
         more += ["--backbone", "random"]
     started = time.time_ns()

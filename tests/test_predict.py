@@ -20,13 +20,13 @@ from views import resize
 
 
 @pytest.fixture(scope="module")
-def out(small_phantom, tmp_path_factory):
+def out(small_phantom, small_networks, tmp_path_factory):
     """A folder of runs with one finished segmentation run that keeps its validation predictions, and a stub."""
     out = tmp_path_factory.mktemp("predict")
     train_seg.main([str(a) for a in (
         "--data", small_phantom / "BTCV", "--store", small_phantom.parent / "seg", "--out", out, "--amp", "off",
-        "--backbone", "random", "--protocol", "linear-finetune", "--split", "25", "--draw", 0, "--crop-size", 64,
-        "--batch-size", 4, "--iterations", 6, "--save-predictions")])
+        "--arch", "resnet_basic", "--backbone", "random", "--protocol", "linear-finetune", "--split", "25", "--draw",
+        0, "--crop-size", 64, "--batch-size", 4, "--iterations", 6, "--save-predictions")])
     (out / "pretrained").mkdir()
     (out / "pretrained/config.json").write_text('{"arch": "resnet18", "data": "phantom"}')
     return out
@@ -60,8 +60,8 @@ def test_a_prediction_is_the_evaluations_own_voxel_for_voxel(small_phantom, out)
     shutil.rmtree(folder)
     train_seg.main([str(a) for a in (  # a finished run that did not keep them
         "--data", small_phantom / "BTCV", "--store", small_phantom.parent / "seg", "--out", out, "--amp", "off",
-        "--backbone", "random", "--protocol", "linear-finetune", "--split", "25", "--draw", 0, "--crop-size", 64,
-        "--batch-size", 4, "--iterations", 6, "--save-predictions")])
+        "--arch", "resnet_basic", "--backbone", "random", "--protocol", "linear-finetune", "--split", "25", "--draw",
+        0, "--crop-size", 64, "--batch-size", 4, "--iterations", 6, "--save-predictions")])
     for name, expected in kept.items():
         np.testing.assert_array_equal(labels(folder / name), expected)
 

@@ -574,6 +574,7 @@ def test_a_start_that_saw_other_grey_values_is_told_of(flags, tmp_path, monkeypa
     assert config["normalisation"] == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
 
 
+@pytest.mark.narrow
 def test_rows_start_from_a_run_of_out(flags, tmp_path, refusal, capsys):
     train_ssl.main(flags(tmp_path, "--no-geometric", "--name", "start", "--steps", 2))
     train_ssl.main([*flags(tmp_path, "--steps", 1, "--lr", 1e-9), "--init", "start"])
@@ -583,17 +584,17 @@ def test_rows_start_from_a_run_of_out(flags, tmp_path, refusal, capsys):
             torch.testing.assert_close(row[name], weight, rtol=0, atol=1e-5)
     config = json.loads((tmp_path / "phantom-moco/config.json").read_text())
     assert config["init"] == "start" and config["init_checksum"]
-    assert "give --arch resnet18" in refusal(train_ssl.main, [*flags(tmp_path), "--init", "start", "--arch", "resnet34",
-                                                              "--name", "x"])
+    assert "give --arch resnet_basic" in refusal(train_ssl.main, [
+        *flags(tmp_path), "--init", "start", "--arch", "resnet34", "--name", "x"])
     # another start under the same name is another run
     train_ssl.main(flags(tmp_path, "--no-geometric", "--name", "start", "--steps", 1, "--overwrite"))
     assert "init_checksum" in refusal(train_ssl.main, [*flags(tmp_path, "--steps", 2, "--lr", 1e-9), "--init", "start"])
 
 
 @pytest.fixture
-def tiny_start(monkeypatch):
+def tiny_start(monkeypatch, small_networks):
     """The phantom's preset and its start, of two steps."""
-    small = dict(image_size=32, batch_size=8, bn_group=4, queue=32, epochs=1, size=64)
+    small = dict(arch="resnet_basic", image_size=32, batch_size=8, bn_group=4, queue=32, epochs=1, size=64)
     monkeypatch.setattr(train_ssl, "PHANTOM", train_ssl.PHANTOM | small)
     monkeypatch.setattr(train_ssl, "START", train_ssl.START | dict(epochs=1))
 
@@ -613,7 +614,7 @@ def test_the_phantoms_start_is_trained_first_and_once(flags, tmp_path, tiny_star
     for file in ("config.json", "backbone.pth"):  # whichever row comes first
         assert (author / file).read_bytes() == (plain / file).read_bytes()
     assert author.with_name("phantom-author-local-zca-aligned-seed2").is_dir()
-    places = [out.index(f"{run}: resnet18 from {init}") for run, init in (
+    places = [out.index(f"{run}: resnet_basic from {init}") for run, init in (
         ("phantom-start-seed2", "random"), ("phantom-moco-every2-seed2", "phantom-start-seed2"))]
     assert places == sorted(places)
     config = json.loads((plain / "config.json").read_text())
@@ -626,14 +627,14 @@ def test_the_phantoms_start_is_trained_first_and_once(flags, tmp_path, tiny_star
     assert f"{plain}: was made with other settings (temperature: 0.05 there, 0.2 here); delete it" in line
     assert "give --init phantom-start-seed2" in line and not (tmp_path / "phantom-moco-zca-seed2").exists()
     train_ssl.main([*argv, "--zca", "--init", "phantom-start-seed2"])
-    assert "phantom-start-seed2: resnet18 from random" not in capsys.readouterr().out
+    assert "phantom-start-seed2: resnet_basic from random" not in capsys.readouterr().out
     (plain / "config.json").write_text(json.dumps(config))
     assert "start.temperature: 0.05 there, 0.2 here" in refusal(train_ssl.main, [*argv, "--zca"])  # it began from that
 
 
 @pytest.mark.parametrize("more, says", [
-    (("--arch", "resnet34"), "--init phantom-start: is a resnet18; give --arch resnet18"),
-    (("--zca", "--zca-group", "100"), "--zca-group 100: must divide the 512 channels"),
+    (("--arch", "resnet_bottleneck"), "--init phantom-start: is a resnet_basic; give --arch resnet_basic"),
+    (("--zca", "--zca-group", "100"), "--zca-group 100: must divide the 32 channels"),
     (("--batch-size", "6", "--queue", "36"), "--batch-size 6: must be a multiple of"),
     (("--every", "20"), "slices are fewer than one batch of 8")])
 def test_what_refuses_a_row_is_told_before_its_start_is_trained(flags, tmp_path, tiny_start, refusal, more, says):
@@ -642,9 +643,10 @@ def test_what_refuses_a_row_is_told_before_its_start_is_trained(flags, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.narrow
 def test_a_start_of_another_architecture_is_refused_before_the_slices_are_prepared(flags, tmp_path, refusal):
     train_ssl.main(flags(tmp_path, "--name", "mine", "--steps", 1))
-    assert "--init mine: is a resnet18; give --arch resnet18" in refusal(
+    assert "--init mine: is a resnet_basic; give --arch resnet_basic" in refusal(
         train_ssl.main, [*flags(tmp_path), "--init", "mine", "--arch", "resnet50", "--store", tmp_path / "fresh"])
     assert not (tmp_path / "fresh").exists()
 
@@ -660,6 +662,7 @@ def test_imagenets_weights_are_looked_for_before_the_slices_are_prepared(flags, 
     assert not (tmp_path / "fresh").exists()
 
 
+@pytest.mark.narrow
 def test_a_backbone_is_opened_once(flags, tmp_path, monkeypatch):
     """And what is drawn behind it, projector and queue, is what `build` alone gives for the seed."""
     opened, real = [], backbones.open_backbone
