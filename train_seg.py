@@ -34,7 +34,7 @@ import datasets
 from ct import intake, prepare
 from ct.command import counted, duration, number, whole
 from ct.volumes import BadInput
-from engine import backbones, evaluate, launch, leaks, origin, predict, processes, report, runs, seeds
+from engine import backbones, evaluate, launch, leaks, origin, pace, predict, processes, report, runs, seeds
 from engine.recipes import PHANTOM_RECIPES, SEGMENTATION, SEGMENTATION_PHANTOM
 from engine.report import DRAWS
 from engine.signals import StopRequest
@@ -234,37 +234,42 @@ def train(trainer: Trainer, run: runs.Run, first: int) -> None:
     """Iterations `first` to the last, with log, checkpoints and validation curve; a stop request saves and exits."""
     args, crops, ranks, title = trainer.args, trainer.crops, trainer.ranks, run.folder.name
     bar = tqdm(desc=title, total=args.iterations, initial=first, unit="it", disable=None if ranks.is_main else True)
-    pending, started = [], time.perf_counter()
+    kept = next(iter(trainer.cached.values()))[0] if trainer.cached else None
+    operations = pace.operations(trainer.model, pace.iteration_of(args.crop_size, kept))
+    pending, speed = [], pace.Pace(operations, args.batch_size, ranks, trainer.amp, first, args.iterations)
     with StopRequest() as stop:
         if 0 < first < args.iterations and first % args.eval_every == 0:  # stopped between checkpoint and validation?
             processes.on_main(ranks.is_main, functools.partial(evaluate.validate, trainer, run, first, stop))
         for t, pairs in datasets.prefetch(crops.fetch, range(first, args.iterations), args.workers):
             pending.append(trainer.step(t, pairs))
             if t == first:  # it compiles, and on a GPU tries the convolutions: no measure of those to come
+                took = speed.restart(t + 1)
                 if args.compile and ranks.is_main:
-                    tqdm.write(f"{title}: compiled in {duration(time.perf_counter() - started)}")
-                started = time.perf_counter()
+                    tqdm.write(f"{title}: compiled in {duration(took)}")
             stopping, done = ranks.any(stop.signal != 0), t + 1
             due = done % args.eval_every == 0 or done == args.iterations
             if log_due := len(pending) == LOG_INTERVAL or due or stopping:
                 losses = processes.mean_over_processes(torch.stack(pending), ranks).tolist()  # waits for the device
-                records = [{"step": step, "loss": loss, "lr": lr(step - 1, args)}
+                times = speed.read(done)
+                records = [{"step": step, "loss": loss, "lr": lr(step - 1, args), **times}
                            for step, loss in enumerate(losses, done - len(losses) + 1)]
                 runs.refuse_non_finite(records, lambda step: [trainer.store.where(*trainer.store.place(i))
                                                               for i in crops.indices(step - 1)], run)
                 run.log(records)
-                bar.set_postfix_str(f"loss {records[-1]['loss']:.3f}")
+                text = f"loss {records[-1]['loss']:.3f}, {pace.words(times)}"
+                bar.set_postfix_str(text)
                 bar.update(len(records))
                 pending = []
-            if ranks.is_main and done == first + LOG_INTERVAL < args.iterations:
-                left = (time.perf_counter() - started) / (LOG_INTERVAL - 1) * (args.iterations - done)
-                tqdm.write(f"{title}: about {duration(left)} to go")
+                if ranks.is_main and done == first + LOG_INTERVAL < args.iterations:
+                    tqdm.write(f"{title}: {text}, about {duration(times['seconds_left'])} to go")
             # before the validation, which may take longer than a scheduler waits
             if due or stopping or (log_due and ranks.any(run.overdue(args.checkpoint_minutes))):
                 run.checkpoint(trainer.state(done))
             if due and done < args.iterations and not stopping:
                 processes.on_main(ranks.is_main, functools.partial(evaluate.validate, trainer, run, done, stop))
                 stopping = ranks.any(stop.signal != 0)
+            if due:
+                speed.go_on()
             if stopping and done < args.iterations:
                 raise SystemExit(stop.exit_code)
     bar.close()

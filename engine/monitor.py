@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +10,13 @@ from tqdm import tqdm
 import augment
 import metrics
 from ct.command import announce, counted, duration
-from engine import origin, passes, processes, recipes, runs, seeds
+from engine import origin, pace, processes, recipes, runs, seeds
 from views import resize
 
 LOG_INTERVAL = 10  # steps between two looks at the losses; each look waits for the device
 # What `Trainer.step` returns of a step; the queue's accuracy, cosine to the own key and to the queue: MoCo.query_stats
 STATS = ("loss", "loss_global", "loss_local", "queue_accuracy", "similarity_positive", "similarity_negative",
          "grad_norm")
-TIMES = ("images_per_s", "mfu", "seconds_left", "data_share")  # of a record: what no other run has the same
 EARLIEST = 50  # steps: on the phantom, healthy runs had a margin of 0.01 to 0.02 after 23 and of 0.04 to 0.16 after 46
 
 
@@ -116,12 +114,10 @@ class MetricLogger:
         self.collapse = CollapseMonitor(trainer, store) if ranks.is_main else None
         self.seen = self.alarm = ""  # in the last look
         self.pending: list[torch.Tensor] = []  # (7,) a step: STATS
-        # model FLOPs utilization: the share of the device's peak that a step's operations, by arithmetic, come to
-        self.operations = passes.operations(trainer.moco.encoder_q, trainer.args.image_size)
-        self.peak = ranks.world_size * passes.peak(ranks.device, trainer.amp) if ranks.is_main else math.inf
         self.waited = 0.0  # for slices, since the last flush
-        self.since = self.began = time.perf_counter()  # the last flush; the first step, or the one after compiling
-        self.before = first  # steps, by then
+        batches, encoders = trainer.batches, (trainer.moco.encoder_q, trainer.moco.encoder_k)
+        operations = sum(pace.operations(encoder, pace.features_of(batches.view_px)) for encoder in encoders)
+        self.pace = pace.Pace(operations, batches.batch_size, ranks, trainer.amp, first, last)
 
     def add(self, stats: torch.Tensor, waited: float) -> None:
         """One step's STATS, (7,) on the device, and the seconds for which its slices were waited for."""
@@ -131,26 +127,20 @@ class MetricLogger:
     def compiled(self) -> None:
         """After the first step, in which the compiler ran: say how long it took, and leave it out of all rates."""
         self.pending[-1].tolist()  # waits for the device
+        took = self.pace.restart(self.first + 1)
         if self.ranks.is_main:
-            tqdm.write(f"compiled; the first step took {duration(time.perf_counter() - self.since)}")
-        self.since = self.began = time.perf_counter()
-        self.before += 1
+            tqdm.write(f"compiled; the first step took {duration(took)}")
 
     def flush(self, done: int, say: bool, look: bool) -> None:
         """Log what is pending up to step `done`; say: also a line where there is no bar; look: for collapse."""
         trainer, args = self.trainer, self.args
         steps = range(done - len(self.pending), done)
         stats = processes.mean_over_processes(torch.stack(self.pending), self.ranks).tolist()  # waits for the device
-        now = time.perf_counter()
-        spent = now - self.since
-        rate = len(steps) * args.batch_size / spent
-        left = (self.last - done) * (now - self.began) / max(1, done - self.before)  # with looks and checkpoints
-        mfu = rate * self.operations / self.peak
+        times = self.pace.read(done)
+        times["data_share"] = round(self.waited / self.pace.spent, 4)
 
         # a record a step, the last one also with what a look found
-        records = [{"step": t + 1, **dict(zip(STATS, values, strict=True)), "lr": trainer.lr(t),
-                    **dict(zip(TIMES, (round(rate, 2), round(mfu, 4), round(left), round(self.waited / spent, 4)),
-                               strict=True))}
+        records = [{"step": t + 1, **dict(zip(STATS, values, strict=True)), "lr": trainer.lr(t), **times}
                    for t, values in zip(steps, stats, strict=True)]
         count_skipped(trainer, records)
         runs.refuse_non_finite(records, lambda step: [self.store.where(*self.store.place(i))
@@ -173,19 +163,20 @@ class MetricLogger:
         text = f"{self.alarm}loss {record['loss_global']:.2f} (chance {self.chance:.2f})"
         if args.local:
             text += f" local {record['loss_local']:.2f}"
-        text += f", {rate:.1f} images/s ({100 * mfu:.0f} % of the device's peak){self.seen}"
+        text += f", {pace.words(times)}{self.seen}"
         if trainer.skipped:
             text += f", {trainer.skipped} steps skipped"
         self.bar.set_postfix_str(text)
         self.bar.update(len(steps))
-        to_go = f"about {duration(left)} to go"
+        to_go = f"about {duration(times['seconds_left'])} to go"
         if self.ranks.is_main and steps.start == self.first and done < self.last:
             tqdm.write(to_go)
         if self.ranks.is_main and self.bar.disable and say:
             print(f"step {done}/{self.last}: {text}" + f", {to_go}" * (done < self.last), flush=True)
         if warning:
             tqdm.write(warning, file=sys.stderr)
-        self.pending, self.waited, self.since = [], 0.0, time.perf_counter()
+        self.pending, self.waited = [], 0.0
+        self.pace.go_on()
 
 
 def introduce(trainer, start, store, ranks: processes.Processes, first: int, last: int) -> None:

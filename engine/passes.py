@@ -1,9 +1,7 @@
-"""What a step takes: its memory, and so how many groups run in one pass; its operations, and the device's peak."""
+"""What a step takes of a device's memory, and so how many groups run in one pass; and whether to compile it."""
 
-import copy
 import math
 import sys
-import time
 import warnings
 
 import torch
@@ -12,7 +10,7 @@ from torch import nn
 
 from ct.command import counted
 from ct.volumes import BadInput
-from engine import processes
+from engine import pace, processes
 from local_loss import CELLS
 from moco import Encoder, MoCo
 
@@ -34,67 +32,15 @@ def check_groups(batch: int, group: int, world_size: int) -> None:
                       "through its batch statistics; lower --bn-group or raise --batch-size", stacklevel=2)
 
 
-def outputs(encoder: Encoder, side: int) -> list[tuple[nn.Module, int]]:
-    """(layer, numbers in its output for an image (1, 1, side, side)) of each convolution and linear layer, in order."""
-    shapes, found = copy.deepcopy(encoder).to("meta").eval(), []
-    for layer in shapes.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.register_forward_hook(lambda layer, images, out: found.append((layer, out.numel())))
-        elif hasattr(layer, "running_whitening"):
-            layer.forward = lambda images: images  # its shape is all that counts here; autocast knows no meta tensors
-    shapes(torch.empty(1, 1, side, side, device="meta"))
-    return found
-
-
 def kept_bytes(encoder: Encoder, side: int, amp: str) -> int:
     """What a forward keeps of one image (1, 1, side, side) for its backward: 44 MB of ResNet-50 at 224 px in bf16.
 
     Of each convolution two maps: its output, which the norm needs, and what norm and ReLU make of it, which the next
     convolution needs.
     """
-    numbers = sum(size for layer, size in outputs(encoder, side) if isinstance(layer, nn.Conv2d))
+    found = pace.layers(encoder, pace.features_of(side))
+    numbers = sum(size for layer, size, _ in found if isinstance(layer, nn.Conv2d))
     return 2 * numbers * (4 if amp == "off" else 2)
-
-
-def operations(encoder: Encoder, side: int) -> int:
-    """Floating-point operations that a step takes for an image: 32 G of ResNet-50 at 224 px.
-
-    Of convolutions and linear layers, a multiplication and an addition each: the key's forward, the query's forward,
-    and its gradients by outputs and by weights; only of the first layer nobody needs the former. Norms, both losses and
-    the whitening are left out: under 1 % of it.
-    """
-    each = [size * layer.weight[0].numel() for layer, size in outputs(encoder, side)]
-    return 2 * (4 * sum(each) - each[0])
-
-
-def peak(device: torch.device, amp: str) -> float:
-    """Floating-point operations a second of this device's best product of two matrices, in a run's precision.
-
-    Measured, on a GPU and on most CPUs in under 0.05 s: sides are doubled until a product takes 2 ms.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-    generator, tf32 = torch.Generator(device).manual_seed(0), torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions have it
-    try:
-        for side in (512, 1024, 2048, 4096, 8192):
-            matrix, best = torch.rand(side, side, device=device, generator=generator).to(dtype), math.inf
-            for _ in range(4):  # the first also loads the library
-                wait(device)
-                began = time.perf_counter()
-                matrix @ matrix
-                wait(device)
-                best = min(best, time.perf_counter() - began)
-            if best > 2e-3:
-                break
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-    return 2 * side**3 / best
-
-
-def wait(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def needed(moco: MoCo, batches, amp: str) -> tuple[float, float]:

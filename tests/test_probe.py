@@ -13,7 +13,7 @@ import datasets
 import metrics
 import train_ssl
 from ct.volumes import BadInput
-from engine import monitor, probe, processes, runs
+from engine import pace, probe, processes, runs
 from segment import dilate
 
 ALONE = processes.Processes(0, 1, torch.device("cpu"))
@@ -172,7 +172,7 @@ def test_a_run_with_it_is_the_run_without(small_phantom, tmp_path, monkeypatch, 
     assert [("probe_dice" in r, "probe_dice_start" in r) for r in logs[0]] == [(False,) * 2, (True,) * 2] * 2
     assert logs[0][1]["probe_dice_start"] == logs[0][3]["probe_dice_start"]  # the initial weights', also when continued
     assert all(0 < r["probe_dice"] < 1 for r in logs[0] if "probe_dice" in r)
-    timed = ("probe_dice", "probe_dice_start", *monitor.TIMES)
+    timed = ("probe_dice", "probe_dice_start", *pace.TIMES)
     assert [{k: v for k, v in r.items() if k not in timed} for r in logs[0]] == [
         {k: v for k, v in r.items() if k not in timed} for r in logs[1]]
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, other))

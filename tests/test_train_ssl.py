@@ -18,7 +18,7 @@ import augment
 import datasets
 import train_ssl
 from ct import intake
-from engine import backbones, monitor, origin, passes, processes, recipes, runs, seeds
+from engine import backbones, monitor, origin, pace, processes, recipes, runs, seeds
 from views import resize
 from whitening import ZCAWhitening
 
@@ -41,7 +41,7 @@ def flags(small_phantom, arch):
 def outcome(folder):
     records = runs.read_log(folder / "log.jsonl")
     for r in records:
-        for key in monitor.TIMES:
+        for key in pace.TIMES:
             assert r.pop(key) >= 0
     return records, torch.load(folder / "checkpoint.pt", weights_only=True), torch.load(folder / "backbone.pth",
                                                                                          weights_only=True)
@@ -66,10 +66,10 @@ def test_a_line_has_the_rate_its_share_of_the_peak_and_the_time_left(flags, tmp_
         clock[0] += 100
         return step(self, t, slices)
 
-    monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(train_ssl.Trainer, "step", slow)
-    monkeypatch.setattr(passes, "peak", lambda device, amp: 12e6)
-    monkeypatch.setattr(passes, "operations", lambda encoder, side: 60e6)
+    monkeypatch.setattr(pace, "peak", lambda device, amp: 12e6)
+    monkeypatch.setattr(pace, "operations", lambda encoder, call: 30e6)  # of each of the two
     train_ssl.main(flags(tmp_path, "--steps", 3))  # two are an epoch
     told = runs.read_log(tmp_path / "phantom-moco/log.jsonl")
     assert [(r["images_per_s"], r["mfu"], r["seconds_left"]) for r in told] == [
