@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ct import intake, reading, tasks, volumes
+from ct.command import counted
 from ct.files import checksum
 from ct.volumes import BadInput
 from engine import backbones, figures, processes, report, runs
@@ -210,10 +211,14 @@ def millilitres(labels: np.ndarray, read: volumes.Volume, classes: int) -> list[
 def write_volumes(folder: Path) -> Path:
     """VOLUMES of all predictions in a folder, by its SOURCES: a line for each class but background; returns its path.
 
-    Predictions of older commits, whose ml are not recorded, are left out.
+    Said on stderr: what is left out, predictions of older commits, whose ml are not recorded.
     """
-    newest = {r["prediction"]: r for r in runs.read_log(folder / SOURCES) if "ml" in r}
-    lines = [[name, i, r["labels"][i], f"{ml:.3f}"] for name, r in newest.items() for i, ml in [*r["ml"].items()][1:]]
+    newest = {r["prediction"]: r for r in runs.read_log(folder / SOURCES)}
+    if without := [name for name, r in newest.items() if "ml" not in r]:
+        print(f"note: {folder / VOLUMES} leaves out {counted(len(without), 'prediction')} of an older version, which "
+              f"kept no ml ({', '.join(without)}); predict them again", file=sys.stderr)
+    lines = [[name, i, r["labels"][i], f"{ml:.3f}"] for name, r in newest.items() if "ml" in r
+             for i, ml in [*r["ml"].items()][1:]]
     report.write_csv(folder / VOLUMES, [["prediction", "class id", "class", "ml"], *lines])
     return folder / VOLUMES
 

@@ -245,7 +245,7 @@ def test_predicting_takes_no_random_number_and_leaves_the_mode():
     assert not model.training
 
 
-def test_volumes_in_ml_are_voxels_times_their_size(tmp_path):
+def test_volumes_in_ml_are_voxels_times_their_size(tmp_path, capsys):
     """By hand: a voxel of 0.5 x 0.8 x 5 mm holds 2 cubic mm, whatever the axis of the slices, sheared or not."""
     task = tasks.of("own", {0: "background", 3: "liver", 700: "tumour"}, tmp_path)
     flat, turned, sheared = np.diag([0.5, 0.8, 5, 1]), np.zeros((4, 4)), np.diag([1.0, 1, 2, 1])
@@ -264,10 +264,12 @@ def test_volumes_in_ml_are_voxels_times_their_size(tmp_path):
     rows = [tuple(row.values()) for row in csv.DictReader(written.open())]
     assert rows == [(name, *of) for name in ("flat", "turned", "sheared") for of in (
         ("3", "liver", "1.000"), ("700", "tumour", "0.006"))]
-    # once more: the newest counts; a prediction of an older commit, whose ml are not known, is left out
+    # once more: the newest counts; a prediction of an older commit, whose ml are not known, is left out, and said
     predict.write(tmp_path / "out", "flat", labels * 0, volumes.read_volume(tmp_path / "flat.nii.gz"), task)
     runs.append(tmp_path / "out/sources.jsonl", [{"prediction": "old", "volume": "/x", "labels": {"0": "background"}}])
+    assert not capsys.readouterr().err
     rows = [tuple(row.values()) for row in csv.DictReader(predict.write_volumes(tmp_path / "out").open())]
+    assert "leaves out 1 prediction of an older version, which kept no ml (old); predict" in capsys.readouterr().err
     assert [r for r in rows if r[0] == "flat"] == [("flat", "3", "liver", "0.000"), ("flat", "700", "tumour", "0.000")]
     assert len(rows) == 6
 

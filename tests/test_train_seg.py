@@ -1,7 +1,9 @@
 """train_seg.py through its own command: the three protocols, exact continuing, results, tables."""
 
+import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -53,15 +55,28 @@ def flags(small_phantom, pretrained, arch):
     return make
 
 
+@pytest.fixture(scope="module")
+def three(small_phantom, pretrained, drawing):
+    """What the command of the three protocols printed on the first subset of a split: each left its result."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as told:
+        patch.setattr(figures, "attempt", drawing)
+        train_seg.main(three_flags(small_phantom, pretrained))
+    return told.getvalue()
+
+
+def three_flags(small_phantom, out):
+    return [str(a) for a in ("--data", small_phantom / "BTCV", "--store", small_phantom.parent / "seg", "--out", out,
+                             "--amp", "off", "--crop-size", 64, "--batch-size", 2, "--split", "12.5", "--draw", 1,
+                             "--iterations", 2)]
+
+
 def untimed(folder):
     """A run's log without what no other run has the same."""
     return [{k: v for k, v in r.items() if k not in pace.TIMES} for r in runs.read_log(folder / "log.jsonl")]
 
 
-@pytest.mark.pictures
-def test_three_protocols_leave_results_and_are_skipped_when_done(flags, small_phantom, pretrained, capsys):
-    train_seg.main(flags("--split", "12.5", "--draw", 1, "--iterations", 2))
-    first = capsys.readouterr().out
+def test_three_protocols_leave_results_and_are_skipped_when_done(three, small_phantom, pretrained, capsys):
+    first = three
     assert "PHANTOM" in first
     assert "\nmean Dice in % on the generated phantom, 12.5 % of the training volumes:\n  MoCo v2 + local" in first
     truth = [np.load(small_phantom.parent / f"seg/segment/label-{case}.npy") for case in tasks.cases("val")]
@@ -69,26 +84,24 @@ def test_three_protocols_leave_results_and_are_skipped_when_done(flags, small_ph
     assert 1 < occur < 13  # the phantom is a small one
     table = (pretrained / "report.md").read_text()
     assert first.count(f"({occur} classes, pooled over") == 3 and f"Mean Dice over {occur} organs" in table
-    lines = [json.loads(x) for x in (pretrained / "results.jsonl").read_text().splitlines()]
+    lines = [x for x in runs.read_log(pretrained / "results.jsonl") if (x["split"], x["draw"]) == ("12.5", 1)]
     assert [x["protocol"] for x in lines] == ["linear-frozen", "linear-finetune", "deeplabv3plus"]
     for x in lines:
         assert x["data"] == "phantom" and x["cases"] == tasks.cases("12.5", 1) and len(x["organs"]) == 13
         defined = [o for o in x["organs"] if o is not None]
         assert x["mDS"] == pytest.approx(statistics.fmean(defined)) and len(defined) == occur
         assert x["whitening"] == ("fold" if x["protocol"] == "linear-frozen" else "bn")
-    train_seg.main(flags("--split", "12.5", "--draw", 1, "--iterations", 2))
-    assert capsys.readouterr().out.count("done before") == 3
-    assert len((pretrained / "results.jsonl").read_text().splitlines()) == 3
+    before = (pretrained / "results.jsonl").read_text()
+    train_seg.main(three_flags(small_phantom, pretrained))
+    assert capsys.readouterr().out.count("done before") == 3 and before == (pretrained / "results.jsonl").read_text()
 
 
-@pytest.mark.pictures
-def test_frozen_means_frozen(flags, pretrained):
-    train_seg.main(flags("--split", "25", "--draw", 0, "--iterations", 3, "--protocol", "linear-frozen"))
-    state = torch.load(pretrained / "seg/phantom-moco-local-zca-linear-frozen-25-0/checkpoint.pt", weights_only=True)
+def test_frozen_means_frozen(three, pretrained):
+    state = torch.load(pretrained / "seg/phantom-moco-local-zca-linear-frozen-12.5-1/checkpoint.pt", weights_only=True)
     exported = torch.load(pretrained / "phantom-moco-local-zca/backbone.pth", weights_only=True)
     for name, weight in exported.items():  # parameters and buffers, the whitening folded
         assert torch.equal(state["model"][f"backbone.{name}"], weight), name
-    told = {r["protocol"]: r for r in runs.read_log(pretrained / "results.jsonl")}
+    told = {r["protocol"]: r for r in runs.read_log(pretrained / "results.jsonl") if r["split"] == "12.5"}
     assert told["linear-frozen"]["backbone_before"] == told["linear-frozen"]["backbone_after"] == state["backbone"]
     assert told["linear-finetune"]["backbone_before"] != told["linear-finetune"]["backbone_after"]
 
@@ -696,15 +709,17 @@ def test_backbones_of_the_phantom_and_of_real_ct_do_not_meet(flags, pretrained, 
     assert json.loads((tmp_path / "o/results.jsonl").read_text())["data"] == "BTCV"  # where each belongs it is used
 
 
-def test_results_name_what_they_were_made_from(pretrained):
-    for line in (pretrained / "results.jsonl").read_text().splitlines():
-        told = json.loads(line)
+def test_results_name_what_they_were_made_from(three, pretrained):
+    found = [r for r in runs.read_log(pretrained / "results.jsonl") if r["split"] == "12.5"]
+    for told in found:
         assert {"seed", "commit", "hardware", "date", "wall_s", "iterations", "lr", "crop_size", "batch_size", "window",
                 "arch", "whitening", "amp", "hd95_mm", "processes"} <= told.keys()
         assert len(told["hd95_mm_organs"]) == len(told["hd95_volumes"]) == 13
         split = tasks.SPLITS / f"btcv_{told['split']}_{told['draw']}.txt"
         assert told["split_sha256"] == hashlib.sha256(split.read_bytes()).hexdigest()
-    for folder in (pretrained / "seg").glob("phantom-*"):
+    folders = list((pretrained / "seg").glob("phantom-moco-local-zca-*-12.5-1"))
+    assert len(found) == len(folders) == 3
+    for folder in folders:
         assert {"config.json", "log.jsonl", "checkpoint.pt", "result.json", "dice.csv", "validation.jsonl",
                 "overlays.png"} <= {p.name for p in folder.iterdir()}
 
