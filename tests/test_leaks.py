@@ -1,5 +1,6 @@
 """leaks.py: whether a validation volume was seen before, said at the start, in the result and beside the number."""
 
+import copy
 import json
 import shutil
 
@@ -106,6 +107,21 @@ def test_what_is_not_known_is_not_called_clean(small_phantom, labelled, tmp_path
         assert found["pretraining"] == found["training"] == {} and leaks.lines(found, clean) == []
         assert leaks.marks({"leaks": found}) == []
     assert leaks.marks({}) == []  # a result of an older commit
+
+
+def test_volumes_without_checksums_of_slices_go_by_those_of_their_voxels(small_phantom, labelled, tmp_path):
+    """As older stores have them: a volume under two ids is found, one that cannot be compared is not clean."""
+    seen, old = run_folder(tmp_path / "seen"), copy.copy(labelled)
+    leaks.keep(tmp_path / seen, datasets.prepare(small_phantom / "AbdomenCT-1K", tmp_path / "c", "pretrain", size=48),
+               "random", tmp_path)
+    old.volumes = copy.deepcopy(labelled.volumes)
+    records = {v["id"]: v for v in old.volumes}
+    del records["0035"]["slice_sums"]
+    found = leaks.find(old, BTCV.cases("100"), seen, tmp_path)
+    assert found["training"] == {} and found["pretraining"] is None
+    twin, own = records[BTCV.cases("100")[0]], records["0035"]
+    twin["checksums"] = dict(zip(twin["checksums"], own["checksums"].values(), strict=True))
+    assert leaks.find(old, BTCV.cases("100"), seen, tmp_path)["training"] == {"0035": f"{twin['id']}, the whole volume"}
 
 
 def test_by_its_sources(labelled, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from operations import Operations
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import datasets
+import segment
 import svd_spectrum
 import train_seg
 import train_ssl
@@ -213,6 +214,23 @@ def test_dropout_differs_between_ranks_and_between_iterations():
 
     assert torch.equal(mask(3, 1), mask(3, 1))
     assert not torch.equal(mask(3, 0), mask(3, 1)) and not torch.equal(mask(3, 1), mask(4, 1))
+
+
+@pytest.mark.narrow
+def test_other_channels_drop_out_at_every_iteration(flags, tmp_path, monkeypatch):
+    real, dropped = torch.nn.Dropout2d.forward, []
+
+    def forward(self, x):
+        out = real(self, x)
+        if self.training:
+            dropped.append(tuple((out == 0).all(-1).all(-1).flatten().nonzero().flatten().tolist()))
+        return out
+
+    monkeypatch.setattr(torch.nn.Dropout2d, "forward", forward)
+    monkeypatch.setattr(segment, "DROPOUT", 0.5)  # of 2 x 32 channels
+    train_seg.main([*flags("--split", "25", "--draw", 1, "--protocol", "linear-finetune", "--backbone", "random",
+                           "--iterations", 4), "--out", str(tmp_path)])
+    assert len(dropped) == len({*dropped}) == 4
 
 
 @pytest.mark.narrow
