@@ -1,6 +1,7 @@
 """whitening.py against the recursion on eigenvalues, the exact ZCA, and finite differences."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -108,8 +109,12 @@ def test_the_same_under_autocast_and_the_inputs_type_comes_back():
 
 
 def test_few_positions_warn_and_uneven_groups_are_refused():
-    with pytest.warns(UserWarning, match="100 positions"):
-        ZCAWhitening(64)(torch.randn(100, 64))
+    for positions in (100, 127):
+        with pytest.warns(UserWarning, match=f"{positions} positions: below twice the group size"):
+            ZCAWhitening(64)(torch.randn(positions, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ZCAWhitening(64)(torch.randn(128, 64))
     with pytest.raises(ValueError, match="groups of 48"):
         ZCAWhitening(64, group_size=48)
 
