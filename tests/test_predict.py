@@ -273,6 +273,17 @@ def test_volumes_in_ml_are_voxels_times_their_size(tmp_path, capsys):
     assert len(rows) == 6
 
 
+@pytest.mark.parametrize("saved, asked, used", [
+    ("bf16", "auto", "bf16"), ("off", "auto", "off"), ("fp16", "auto", "off"), ("off", "bf16", "bf16"),
+    ("bf16", "off", "off")])
+def test_a_run_predicts_in_its_own_precision(out, tmp_path, saved, asked, used):
+    """On a CPU, which has no fp16, in float32 where that was the run's."""
+    shutil.copy(out / "seg" / RUN / "config.json", tmp_path / "config.json")
+    torch.save(torch.load(out / "seg" / RUN / "checkpoint.pt", weights_only=True) | {"amp": saved},
+               tmp_path / "checkpoint.pt")
+    assert predict.load(tmp_path, asked, torch.device("cpu"))[2] == used
+
+
 @pytest.mark.pictures
 def test_a_prediction_leaves_its_picture_and_the_volumes_that_its_file_holds(small_phantom, out, tmp_path, capsys):
     source = image(small_phantom, "0037")
