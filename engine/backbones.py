@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ct.command import printable
 from ct.volumes import BadInput
 from engine.origin import BUILT_IN, CHECKPOINT, made_with, window_of
+from engine.recipes import BASIC
 from engine.runs import load, read_config, tensors_in
 from engine.seeds import INIT, seed_torch
 from metrics import LEAST_GAP
@@ -40,7 +41,7 @@ def architecture(arch: str) -> nn.Module:
     """
     if arch not in ARCHITECTURES:
         raise BadInput(f"--arch {arch}: no such ResNet in torchvision; try resnet50 or resnet18")
-    return torchvision.models.get_model(arch, weights=None, zero_init_residual=arch not in ("resnet18", "resnet34"))
+    return torchvision.models.get_model(arch, weights=None, zero_init_residual=arch not in BASIC)
 
 
 def resolve(name: str, out: Path, phantom: bool) -> str:

@@ -81,6 +81,8 @@ class CollapseMonitor:
             if step < max(EARLIEST, min(settled, judged_from(self.trainer))):
                 return ""
             mends = ["an initial checkpoint that is not random (--init)"] * (args.init == "random")
+            deep = args.arch not in recipes.BASIC and args.init != "imagenet"
+            mends += ["--arch resnet18"] * deep  # docs/measurements.md, "ResNet-50 from random weights"
             mends += ["a shorter --queue"] * (args.queue > args.batch_size) + ["a lower --lr"]
             return (f"warning: after {step:,} of {self.trainer.horizon:,} steps the model does not tell slices apart "
                     "(similarity margin, the mean cosine of two views of one slice minus that of two slices: "

@@ -239,7 +239,7 @@ def _unlike(config: dict, phantom: bool, start: bool) -> dict[str, str]:
         paper["lr"] = config["lr"]  # it follows the batch
     paper["lr"] = paper["lr"] or recipes.LR
     if not paper["zca_group"]:  # all channels
-        paper["zca_group"] = 512 if config["arch"] in ("resnet18", "resnet34") else 2048
+        paper["zca_group"] = 512 if config["arch"] in recipes.BASIC else 2048
     silent = NOT_SAID | {"seed", "init", "init_checksum", "start"} | {k for k, flag in IDLE.items() if not config[flag]}
     found = compare(config, {k: v for k, v in paper.items() if k not in ("steps", "overwrite")}, silent)
     if "normalisation" not in config:

@@ -5,6 +5,7 @@ import argparse
 from ct.prepare import SIZE, WINDOW
 from engine.seeds import seed_suffix
 
+BASIC = ("resnet18", "resnet34")  # ResNets of basic blocks; all others have bottlenecks
 LR = 0.03  # of a batch of 256; in proportion to the batch
 # What no preset changes: temperatures and lambda of Eq. 1 to 3, K of Eq. 2, T of Newton's iteration.
 TERMS = dict(temperature=0.2, temperature_local=0.2, lambda_local=1.0, patches=20, zca_iterations=5)

@@ -441,12 +441,14 @@ def test_warnings_look_at_gap_and_rank_together_once_the_queue_was_full_for_an_e
     assert collapse.warning(healthy, 50) == ""
     apart = collapse.warning(healthy | {"held_out_gap": 0.01}, 50)
     assert "does not tell slices apart" in apart and "effective rank means nothing" in apart
-    assert all(flag in apart for flag in ("--init", "--queue", "--lr"))
+    assert all(flag in apart for flag in ("--init", "--queue", "--lr")) and "--arch" not in apart
+    args.arch = "resnet50"
+    assert "--arch resnet18" in collapse.warning(healthy | {"held_out_gap": 0.01}, 50)
     assert "dimensional collapse" in collapse.warning(healthy | {"effective_rank": 0.05}, full)
     assert "dimensional collapse" not in collapse.warning(healthy | {"effective_rank": 0.05, "held_out_gap": 0.0}, full)
     args.init, args.queue, args.zca = "imagenet", args.batch_size, True  # what cannot help is not advised
     apart = collapse.warning(healthy | {"held_out_gap": 0.01}, 50)
-    assert "Try a lower --lr" in apart and "--init" not in apart and "--queue" not in apart
+    assert "Try a lower --lr" in apart and not any(flag in apart for flag in ("--init", "--queue", "--arch"))
     assert "--zca" not in collapse.warning(healthy | {"effective_rank": 0.05}, full)
     args.queue = 4 * args.batch_size
     for bad in ({"held_out_gap": 0.0}, {"effective_rank": 0.05}):
