@@ -103,6 +103,10 @@ def advice(args: argparse.Namespace, trained: int, horizon: int) -> list[str]:
     if horizon < 1000 and args.geometric and args.init == "random":
         wrong.append(f"from random weights, {horizon:,} steps with crops were never enough to tell slices apart (first "
                      "a run with --no-geometric --name start, then --init start)")
+    if args.arch not in BASIC and args.geometric and args.init != "imagenet":
+        wrong.append(f"a {args.arch} that starts from what few slices have taught it may never tell slices apart with "
+                     "crops: a ResNet-50 did not (--arch resnet18; docs/measurements.md, \"ResNet-50 from random "
+                     "weights\")")
     return wrong
 
 

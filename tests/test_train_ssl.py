@@ -687,9 +687,15 @@ def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
     assert recipes.advice(args, 215_197, 168_000) == []
     told = " ".join(recipes.advice(args, 1_500, 1_000))
     assert "--queue 512" in told  # two batches: half of the slices hold no more
+    assert "--arch" not in told
     args.init = "random"
     told = " ".join(recipes.advice(args, 1_500, 300))
     assert "--ema 0.99" in told and "--init start" in told
+    args.init = "start"
+    assert "a resnet50 that starts from what few slices" in " ".join(recipes.advice(args, 1_500, 3000))
+    args.geometric = False
+    assert "--arch" not in " ".join(recipes.advice(args, 1_500, 3000))
+    args.geometric = True
     args.ema = 0.99  # no one is told to give what was given
     told = " ".join(recipes.advice(args, 1_500, 50))
     assert "moves 0.01 of the way a step, too slow for 50 steps (more --epochs)" in told
