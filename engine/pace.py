@@ -118,7 +118,7 @@ class Pace:
         now, steps = time.perf_counter(), max(1, done - self.before)
         self.spent = now - self.since
         rate = (done - self.done) * self.batch / self.spent
-        self.peak = max(self.peak, rate * self.operations)  # which was measured beside other work, if it is the less
+        self.peak = max(self.peak, rate * self.operations)  # a peak below it was measured beside other work
         self.since, self.done = now, done
         return {"images_per_s": round(rate, 2), "mfu": round(rate * self.operations / self.peak, 4),
                 "seconds_left": round((self.last - done) * (now - self.began) / steps)}

@@ -1,6 +1,7 @@
 """Whose settings: the paper's, the phantom's, others' (--recipe); what runs are called, and what they warn of."""
 
 import argparse
+from pathlib import Path
 
 from ct.prepare import SIZE, WINDOW
 from engine.seeds import seed_suffix
@@ -103,7 +104,7 @@ def advice(args: argparse.Namespace, trained: int, horizon: int) -> list[str]:
     if horizon < 1000 and args.geometric and args.init == "random":
         wrong.append(f"from random weights, {horizon:,} steps with crops were never enough to tell slices apart (first "
                      "a run with --no-geometric --name start, then --init start)")
-    if args.arch not in BASIC and args.geometric and args.init != "imagenet":
+    if args.arch not in BASIC and args.geometric and args.init != "imagenet" and not Path(args.init).is_file():
         wrong.append(f"a {args.arch} that starts from what few slices have taught it may never tell slices apart with "
                      "crops: a ResNet-50 did not (--arch resnet18; docs/measurements.md, \"ResNet-50 from random "
                      "weights\")")

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the other core is for stress.py
 
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from ct import phantom, pool  # noqa: E402
 from ct.volumes import BadInput  # noqa: E402
-from engine import figures  # noqa: E402
+from engine import figures, pace  # noqa: E402
 
 STRESS = pytest.StashKey()
 TABLE = "STRESS_TABLE"  # the variable that names the file in which stress.py's table will be
@@ -142,6 +143,27 @@ def arch(request) -> tuple[str, ...]:
         return ()
     request.getfixturevalue("small_networks")
     return "--arch", "resnet_basic"
+
+
+@pytest.fixture
+def by_clock(monkeypatch):
+    """by_clock(trainer class, seconds, peak, operations): by the clock of engine/pace.py its steps take so long each,
+    on a device of this peak, and each call that is counted has so many operations.
+    """
+
+    def set_clock(trainer: type, seconds: float, peak: float, operations: float) -> None:
+        clock, step = [900.0], trainer.step
+
+        def slow(self, t, batch):
+            clock[0] += seconds
+            return step(self, t, batch)
+
+        monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+        monkeypatch.setattr(trainer, "step", slow)
+        monkeypatch.setattr(pace, "peak", lambda device, amp: peak)
+        monkeypatch.setattr(pace, "operations", lambda network, call: operations)
+
+    return set_clock
 
 
 @pytest.fixture

@@ -97,18 +97,9 @@ def test_what_compiled_counts_in_no_rate_and_looks_in_the_time_left_alone(monkey
 
 
 @pytest.mark.narrow
-def test_a_segmentations_log_has_them_and_it_says_the_time_left(small_phantom, arch, tmp_path, monkeypatch, capsys):
+def test_a_segmentations_log_has_them_and_it_says_the_time_left(small_phantom, arch, tmp_path, by_clock, capsys):
     """By a clock that goes 10 s an iteration, on a device of 40 operations a second."""
-    clock, step = [900.0], train_seg.Trainer.step
-
-    def slow(self, t, pairs):
-        clock[0] += 10
-        return step(self, t, pairs)
-
-    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(train_seg.Trainer, "step", slow)
-    monkeypatch.setattr(pace, "peak", lambda device, amp: 40.0)
-    monkeypatch.setattr(pace, "operations", lambda model, call: 80)
+    by_clock(train_seg.Trainer, 10, 40, 80)
     train_seg.main([str(a) for a in ("--data", small_phantom / "BTCV", "--store", small_phantom.parent / "seg", "--out",
                                      tmp_path, "--amp", "off", "--backbone", "random", "--split", "25", "--draw", 0,
                                      "--protocol", "linear-frozen", "--crop-size", 64, "--batch-size", 2, *arch,

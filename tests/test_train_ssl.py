@@ -1,5 +1,6 @@
 """train_ssl.py through its own command: files, exact continuing, independence of the number of processes."""
 
+import argparse
 import functools
 import json
 import math
@@ -58,18 +59,9 @@ def flat(value, name=""):
         yield name, value
 
 
-def test_a_line_has_the_rate_its_share_of_the_peak_and_the_time_left(flags, tmp_path, monkeypatch, capsys):
-    """By a clock that goes 100 s a step, from 900 s on, and a device of 12 M operations a second."""
-    clock, step = [900.0], train_ssl.Trainer.step
-
-    def slow(self, t, slices):
-        clock[0] += 100
-        return step(self, t, slices)
-
-    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(train_ssl.Trainer, "step", slow)
-    monkeypatch.setattr(pace, "peak", lambda device, amp: 12e6)
-    monkeypatch.setattr(pace, "operations", lambda encoder, call: 30e6)  # of each of the two
+def test_a_line_has_the_rate_its_share_of_the_peak_and_the_time_left(flags, tmp_path, by_clock, capsys):
+    """By a clock that goes 100 s a step, on a device of 12 M operations a second."""
+    by_clock(train_ssl.Trainer, 100, 12e6, 30e6)  # operations of each of the two encoders
     train_ssl.main(flags(tmp_path, "--steps", 3))  # two are an epoch
     told = runs.read_log(tmp_path / "phantom-moco/log.jsonl")
     assert [(r["images_per_s"], r["mfu"], r["seconds_left"]) for r in told] == [
@@ -693,9 +685,9 @@ def test_few_slices_are_told_what_cannot_work(flags, tmp_path):
     assert "--ema 0.99" in told and "--init start" in told
     args.init = "start"
     assert "a resnet50 that starts from what few slices" in " ".join(recipes.advice(args, 1_500, 3000))
-    args.geometric = False
-    assert "--arch" not in " ".join(recipes.advice(args, 1_500, 3000))
-    args.geometric = True
+    for unlike in ({"geometric": False}, {"init": __file__}):  # a file may have seen more
+        other = argparse.Namespace(**vars(args) | unlike)
+        assert "--arch" not in " ".join(recipes.advice(other, 1_500, 3000))
     args.ema = 0.99  # no one is told to give what was given
     told = " ".join(recipes.advice(args, 1_500, 50))
     assert "moves 0.01 of the way a step, too slow for 50 steps (more --epochs)" in told
